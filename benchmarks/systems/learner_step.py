@@ -1,0 +1,147 @@
+"""Gradient steps per second of the DreamerV3 learner, next to RLlib's learner at the same widths.
+
+    python benchmarks/systems/learner_step.py
+    python benchmarks/systems/learner_step.py --task image --dtype bfloat16 --profile 20
+
+Batches are 16 x 64, the horizon is 15. Rates are medians of 5 windows; the windows of all
+learners alternate in one process, so whatever else the machine does slows them alike. RLlib has
+no reduced precision: every ratio is against its float32. A profile of our step follows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch.profiler import ProfilerActivity, profile
+
+from peers.rllib_dreamerv3 import WIDTHS, rllib_step
+from worldflux_dist.agent import Agent
+from worldflux_dist.data import Batch, Spaces
+from worldflux_dist.learner import Learner, LearnerConfig
+
+Precision = Literal["float32", "bfloat16"]
+ROWS, LENGTH, HORIZON = 16, 64, 15
+STEPS_PER_WINDOW = 2
+TASKS: dict[str, tuple[spaces.Box, spaces.Discrete]] = {
+    "vector": (spaces.Box(-np.inf, np.inf, (4,), np.float32), spaces.Discrete(2)),
+    "image": (spaces.Box(0, 255, (64, 64, 3), np.uint8), spaces.Discrete(6)),
+}
+GOALS = {("vector", "float32"): 3.0, ("vector", "bfloat16"): 4.1, ("image", "float32"): 2.0}
+
+
+def random_batch(observation: spaces.Box, action: spaces.Discrete, seed: int = 0) -> Batch:
+    """A (ROWS, LENGTH) batch of noise in which every row starts an episode."""
+    rng = np.random.default_rng(seed)
+    shape = (ROWS, LENGTH)
+    if observation.dtype == np.uint8:
+        obs = rng.integers(256, size=(*shape, *observation.shape), dtype=np.uint8)
+    else:
+        obs = rng.normal(size=(*shape, *observation.shape)).astype(np.float32)
+    is_first = np.zeros(shape, bool)
+    is_first[:, 0] = True
+    num_actions = int(action.n)
+    actions = np.eye(num_actions, dtype=np.float32)[rng.integers(num_actions, size=shape)]
+    return Batch(
+        obs={"obs": obs},
+        action=actions * ~is_first[..., None],
+        reward=rng.normal(size=shape).astype(np.float32) * ~is_first,
+        is_first=is_first,
+        is_last=np.zeros(shape, bool),
+        is_terminal=np.zeros(shape, bool),
+    )
+
+
+def our_step(
+    size: str, dtype: Precision, observation: spaces.Box, action: spaces.Discrete, threads: int
+) -> tuple[Callable[[], object], int]:
+    """One update of our learner as a function, and the number of trained parameters."""
+    agent = Agent(f"dreamerv3:{size}", Spaces(observation, action))
+    learner = Learner(agent, LearnerConfig(precision=dtype, threads=threads, device="cpu"))
+    batch = random_batch(observation, action)
+    trained = sum(p.numel() for p in agent.parameters() if p.requires_grad)
+    return lambda: learner.step(batch), trained
+
+
+def alternating_rates(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median calls per second of each function, over windows that take turns."""
+    windows: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(-1, repeats):  # the first round warms up
+        for name, step in steps.items():
+            start = time.perf_counter()
+            for _ in range(STEPS_PER_WINDOW):
+                step()
+            if repeat >= 0:
+                windows[name].append(STEPS_PER_WINDOW / (time.perf_counter() - start))
+    return {name: statistics.median(rates) for name, rates in windows.items()}
+
+
+def print_profile(step: Callable[[], object], rows: int) -> None:
+    """Where one step's time goes: by phase, then the `rows` most costly operators."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        start = time.perf_counter()
+        step()
+        wall = 1e6 * (time.perf_counter() - start)
+    events = profiler.key_averages()
+    outer = [e for e in profiler.events() if e.cpu_parent is None]
+    backward = sum(e.cpu_time_total for e in outer if e.name.startswith("autograd::engine"))
+    optimizer = sum(e.cpu_time_total for e in events if e.key.startswith("Optimizer.step"))
+    print(
+        f"   forward {1 - (backward + optimizer) / wall:.0%}, backward {backward / wall:.0%}, "
+        f"optimizer {optimizer / wall:.0%} of {wall / 1e6:.2f} s under the profiler"
+    )
+    own = sum(e.self_cpu_time_total for e in events)
+    for event in sorted(events, key=lambda e: -e.self_cpu_time_total)[:rows]:
+        share = event.self_cpu_time_total / own
+        print(f"   {share:6.1%}  {event.count:6d} calls  {event.key}")
+
+
+def run(task: str, size: str, dtypes: list[Precision], args: argparse.Namespace) -> None:
+    observation, action = TASKS[task]
+    batch = random_batch(observation, action)
+    ours = {f"ours {d}": our_step(size, d, observation, action, args.threads) for d in dtypes}
+    sides = ours | {"RLlib float32": rllib_step(size, observation, action, batch, HORIZON)}
+    rates = alternating_rates({name: step for name, (step, _) in sides.items()}, args.repeats)
+    for name, (_, parameters) in sides.items():
+        ratio = rates[name] / rates["RLlib float32"]
+        goal = GOALS.get((task, name.removeprefix("ours "))) if size == "size1m" else None
+        verdict = f"  goal {goal}x {'met' if ratio >= goal else 'missed'}" if goal else ""
+        print(
+            f"{task:7}{size:8}{name:15}{rates[name]:8.3f} updates/s {parameters:12,d} parameters"
+            f"{ratio:7.2f}x RLlib{'' if name.startswith('RLlib') else verdict}",
+            flush=True,
+        )
+    for name in ours if args.profile else ():
+        print(f"   -- {task} {name}")
+        print_profile(ours[name][0], args.profile)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--size", choices=list(WIDTHS), default="size1m")
+    dtypes = list(get_args(Precision))
+    parser.add_argument("--dtype", nargs="+", choices=dtypes, default=dtypes)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--profile", type=int, default=8, metavar="ROWS", help="0 for none")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(
+        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {args.threads} torch threads, "
+        f"torch {torch.__version__}, batch {ROWS} x {LENGTH}, horizon {HORIZON}, "
+        f"medians of {args.repeats}"
+    )
+    for task in args.task:
+        run(task, args.size, args.dtype, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""How near replay comes to the memory bus: sampling and inserting against bare numpy copies.
+
+The limit is measured in the same run, in turn with ours, on the same kind of steps: windows cut as
+slices from one contiguous array per column into a reused batch, chunks copied into such an array.
+Figures are per CPU-second of this process, medians over the runs; the ratio is the figure that
+carries over to another machine. Run: python benchmarks/systems/replay.py [--runs 7] [--steps 24576]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import median
+
+import numpy as np
+
+from worldflux_dist.data import Chunk
+from worldflux_dist.replay import ReplayBuffer, ReplayConfig
+
+NUM_ENVS, BATCH, LENGTH = 8, 16, 64
+GOAL = 0.8
+SHAPES = {"image 64x64x3": ((64, 64, 3), np.uint8), "vector 24": ((24,), np.float32)}
+
+
+def random_chunk(rng: np.random.Generator, shape: tuple[int, ...], dtype: type, seq: int) -> Chunk:
+    lead = (NUM_ENVS, LENGTH)
+    first = np.zeros(lead, bool)
+    first[:, 0] = seq == 0
+    return Chunk(
+        obs={"obs": rng.integers(0, 255, (*lead, *shape)).astype(dtype)},
+        action=rng.standard_normal((*lead, 6), np.float32),
+        reward=rng.standard_normal(lead, np.float32),
+        is_first=first,
+        is_last=np.zeros(lead, bool),
+        is_terminal=np.zeros(lead, bool),
+        streams=np.arange(NUM_ENVS),
+        key=("runner", "life", seq),
+    )
+
+
+def per_cpu_second(function: Callable[[], object], seconds: float) -> float:
+    """Calls of `function` per second of CPU time of this process."""
+    function()
+    calls, start = 0, time.process_time()
+    while (spent := time.process_time() - start) < seconds:
+        function()
+        calls += 1
+    return calls / spent
+
+
+class BareColumns:
+    """The limit: one contiguous array per column, no streams, no eviction, no bookkeeping."""
+
+    def __init__(self, chunk: Chunk, num_steps: int) -> None:
+        self.columns = {
+            name: np.zeros((num_steps, *value.shape[2:]), value.dtype)
+            for name, value in chunk.columns().items()
+        }
+        self.out = {
+            name: np.empty((BATCH, LENGTH, *value.shape[1:]), value.dtype)
+            for name, value in self.columns.items()
+        }
+        self.rng = np.random.default_rng(0)
+        self.num_steps, self.at = num_steps, 0
+
+    def add(self, chunk: Chunk) -> None:
+        for name, value in chunk.columns().items():
+            flat = value.reshape(-1, *value.shape[2:])
+            self.columns[name][self.at : self.at + len(flat)] = flat
+        self.at = (self.at + chunk.num_steps) % self.num_steps
+
+    def sample(self) -> None:
+        starts = self.rng.integers(0, self.num_steps - LENGTH, BATCH).tolist()
+        for name, column in self.columns.items():
+            for window, start in zip(self.out[name], starts, strict=True):
+                window[:] = column[start : start + LENGTH]
+
+
+def measure(kind: str, num_steps: int, runs: int, seconds: float) -> None:
+    shape, dtype = SHAPES[kind]
+    rng = np.random.default_rng(0)
+    chunk = random_chunk(rng, shape, dtype, 0)
+    num_steps -= num_steps % chunk.num_steps
+    config = ReplayConfig(BATCH, LENGTH, capacity=num_steps, online=False)
+    replay, bare = ReplayBuffer(config), BareColumns(chunk, num_steps)
+    seq = 0
+
+    def insert() -> None:
+        nonlocal seq
+        chunk.key = ("runner", "life", seq)
+        chunk.is_first[:, 0] = seq == 0
+        replay.add(chunk)
+        seq += 1
+
+    for _ in range(num_steps // chunk.num_steps + 1):
+        insert()
+        bare.add(chunk)
+    out = replay.sample()
+    timed: dict[str, Callable[[], object]] = {
+        "limit sample": bare.sample,
+        "sample": lambda: replay.sample(out=out),
+        "sample, fresh memory": replay.sample,
+        "limit insert": lambda: bare.add(chunk),
+        "insert": insert,
+    }
+    figures: dict[str, list[float]] = {name: [] for name in timed}
+    for _ in range(runs):
+        for name, function in timed.items():
+            figures[name].append(per_cpu_second(function, seconds))
+    for name in ("sample", "sample, fresh memory", "insert"):
+        limit = figures["limit insert" if name == "insert" else "limit sample"]
+        scale = chunk.num_steps if name == "insert" else 1
+        ratio = median(a / b for a, b in zip(figures[name], limit, strict=True))
+        unit = "steps/CPU-s" if name == "insert" else f"batches [{BATCH}, {LENGTH}]/CPU-s"
+        verdict = ""
+        if name == "sample":
+            verdict = f"  goal {GOAL}: {'met' if ratio >= GOAL else 'MISSED'}"
+        print(
+            f"{kind:14} {name:21} {median(figures[name]) * scale:14,.0f}  limit "
+            f"{median(limit) * scale:14,.0f} {unit:26} ratio {ratio:.2f}{verdict}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=24_576, help="steps held in replay")
+    parser.add_argument("--seconds", type=float, default=0.2, help="CPU time of one measurement")
+    args = parser.parse_args()
+    for kind in SHAPES:
+        measure(kind, args.steps, args.runs, args.seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Small agents and made-up batches that several test files use; both take milliseconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces as gym_spaces
+
+from worldflux_dist.agent import Agent
+from worldflux_dist.behaviors.actor_critic import ActorCriticConfig
+from worldflux_dist.data import Batch, Spaces
+
+SIZES: dict[str, Any] = {"deter": 64, "hidden": 16, "groups": 8, "classes": 4}
+SIZES |= {"units": 16, "depth": 4}
+
+
+def vector(size: int) -> gym_spaces.Box:
+    return gym_spaces.Box(-np.inf, np.inf, (size,))
+
+
+def make_agent(kind: str, **options: Any) -> Agent:
+    """A fresh agent of the sizes parity values were recorded with: "disc" (16x16 image, vector,
+    3 actions), "cont" (two vectors, 2 continuous actions) or "img64" (disc with 64x64)."""
+    action: gym_spaces.Space = gym_spaces.Discrete(3)
+    if kind == "cont":
+        obs = gym_spaces.Dict({"zpos": vector(3), "avel": vector(2)})
+        action = gym_spaces.Box(-1.0, 1.0, (2,))
+        options = {"blocks": 4} | options
+    else:
+        size = 64 if kind == "img64" else 16
+        image = gym_spaces.Box(0, 255, (size, size, 3), np.uint8)
+        obs = gym_spaces.Dict({"image": image, "vector": vector(5)})
+        options = ({} if kind == "img64" else {"multipliers": (2, 4)}) | options
+    config = ActorCriticConfig(horizon=5)
+    return Agent("dreamerv3:size1m", Spaces(obs, action), SIZES | options, config)
+
+
+def perturbed(agent: Any, seed: int = 0, scale: float = 0.1) -> Any:
+    """The agent with noise on every parameter, so that no output is zero from the start."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for param in agent.parameters():
+            param += scale * torch.randn(param.shape, generator=generator)
+    return agent
+
+
+def random_batch(spaces: Spaces, size: int = 3, length: int = 6, seed: int = 0) -> Batch:
+    """A (B, T) batch of arrays. Half-way an episode of row 0 ends in a terminal step, row 1's is
+    truncated, and both begin anew; further rows go on throughout."""
+    rng = np.random.default_rng(seed)
+    shape = (size, length)
+    obs = {
+        key: rng.integers(0, 256, shape + spec.shape).astype(np.uint8)
+        if spec.kind == "image"
+        else rng.normal(0, 2, shape + spec.shape).astype(np.float32)
+        for key, spec in spaces.obs.items()
+    }
+    first, last, terminal = (np.zeros(shape, bool) for _ in range(3))
+    first[0, 0] = True
+    if length > 1:
+        cut = length // 2
+        first[:2, cut] = last[:2, cut - 1] = terminal[0, cut - 1] = True
+    action = spaces.random_action(rng, size * length).reshape(*shape, -1)
+    reward = rng.normal(0, 1, shape).astype(np.float32)
+    action[first], reward[first] = 0, 0
+    return Batch(obs, action, reward, first, last, terminal)
+
+
+def tensors(batch: Batch) -> Batch:
+    return batch.map(torch.from_numpy)

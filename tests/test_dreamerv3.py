@@ -1,0 +1,400 @@
+"""DreamerV3's world model: its invariants, and the details that ports of it get wrong.
+
+What every family shares (State, rollout, creation by name) is tested on it too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from gymnasium import spaces as gym_spaces
+from small import make_agent, perturbed, random_batch, tensors, vector
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from worldflux_dist.data import Batch
+from worldflux_dist.models.base import State, create_world_model
+from worldflux_dist.models.dreamerv3 import PRESETS
+from worldflux_dist.nn import distributions as dist
+
+KINDS = pytest.mark.parametrize("kind", ["disc", "cont"])
+GROUPS, CLASSES = 8, 4
+
+
+def make_model(kind: str, **options: Any) -> Any:
+    torch.manual_seed(0)
+    return perturbed(make_agent(kind, **options)).world_model
+
+
+def random_state(num: int, seed: int = 1) -> State:
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(CLASSES, (num, GROUPS), generator=generator)
+    deter = torch.randn(num, 64, generator=generator)
+    return State({"deter": deter, "stoch": F.one_hot(index, CLASSES).float()})
+
+
+def uniform(*shape: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(2))
+
+
+def assert_equal(got: State, want: State, exactly: bool = False) -> None:
+    for name, value in want.tensors.items():
+        rtol, atol = (0, 0) if exactly else (1e-5, 1e-6)
+        torch.testing.assert_close(got.tensors[name], value, rtol=rtol, atol=atol)
+
+
+def gradient_size(loss: Tensor, module: torch.nn.Module) -> float:
+    grads = torch.autograd.grad(
+        loss, list(module.parameters()), retain_graph=True, allow_unused=True
+    )
+    return sum(float(g.abs().sum()) for g in grads if g is not None)
+
+
+# ----------------------------------------------------------------------------- filter
+
+
+@KINDS
+def test_scan_equals_single_updates(kind: str) -> None:
+    model = make_model(kind)
+    batch = tensors(random_batch(model.spaces))
+    start, noise = random_state(3), uniform(3, 6, GROUPS)
+    with torch.no_grad():
+        scanned = model.loss(batch, start, noise).states
+        state = start
+        for t in range(6):
+            obs = {key: value[:, t] for key, value in batch.obs.items()}
+            state = model.update(state, batch.action[:, t], obs, batch.is_first[:, t], noise[:, t])
+            assert_equal(scanned[:, t], state)
+
+
+@KINDS
+def test_reset_gives_the_state_of_a_first_look(kind: str) -> None:
+    """Whatever was remembered and whatever action went in, deter, stoch and action are zeroed."""
+    model = make_model(kind)
+    batch = tensors(random_batch(model.spaces))
+    obs = {key: value[:, 0] for key, value in batch.obs.items()}
+    noise, reset = uniform(3, GROUPS), torch.tensor([True, False, True])
+    action = batch.action[:, 1]
+    assert action.any(-1).all()
+    with torch.no_grad():
+        fresh = model.update(model.initial(3), torch.zeros_like(action), obs, None, noise)
+        mixed = model.update(random_state(3), action, obs, reset, noise)
+    assert_equal(mixed[reset], fresh[reset])
+    assert not torch.allclose(mixed.tensors["deter"][1], fresh.tensors["deter"][1])
+
+
+@KINDS
+def test_encode_is_an_update_from_the_initial_state(kind: str) -> None:
+    model = make_model(kind)
+    obs = {key: value[:, 0] for key, value in random_batch(model.spaces).obs.items()}  # numpy
+    with torch.no_grad():
+        torch.manual_seed(3)
+        encoded = model.encode(obs)
+        torch.manual_seed(3)
+        zero, first = torch.zeros(3, model.spaces.action_dim), torch.ones(3, dtype=torch.bool)
+        assert_equal(encoded, model.update(model.initial(3), zero, obs, first), exactly=True)
+    assert encoded.tensors["stoch"].sum(-1).eq(1).all()
+    assert all(not value.any() for value in model.initial(3).tensors.values())
+
+
+def test_no_gradient_crosses_a_reset() -> None:
+    model = make_model("disc")
+    batch = tensors(random_batch(model.spaces))  # rows 0 and 1 reset at t = 3, row 2 does not
+    tokens = torch.randn(3, 6, model.encoder.size_out).requires_grad_()
+    start = random_state(3).map(Tensor.requires_grad_)
+    states, _ = model.observe(tokens, batch.action, batch.is_first, start, uniform(3, 6, GROUPS))
+    features = model.features(states)[:, 3:].square().sum()
+    features.backward()
+    assert tokens.grad is not None
+    reached = tokens.grad[:, :3].abs().sum((-1, -2)) > 0
+    assert reached.tolist() == [False, False, True]
+    for value in start.tensors.values():
+        assert value.grad is not None
+        assert (value.grad.flatten(1).abs().sum(1) > 0).tolist() == [False, False, True]
+
+
+# ------------------------------------------------------------------------------- core
+
+
+@pytest.mark.parametrize("blocks", [8, 4])
+def test_core_follows_the_equations(blocks: int) -> None:
+    """Block g reads [deter_g, x0, x1, x2]; in each block the order is reset, candidate, update."""
+    core = make_model("cont", blocks=blocks).core
+    state, action = random_state(3), torch.tensor([[0.5, -0.2], [4.0, 1.0], [-3.0, 0.0]])
+    deter, stoch = state.tensors["deter"], state.tensors["stoch"].flatten(1)
+    size = 64 // blocks
+    unit = torch.tensor([[0.5, -0.2], [1.0, 1.0], [-1.0, 0.0]])  # a / max(1, |a|)
+    with torch.no_grad():
+        inputs = [core.in_deter(deter), core.in_stoch(stoch), core.in_action(unit)]
+        parts = []
+        for g in range(blocks):
+            own = slice(g * size, (g + 1) * size)
+            read = torch.cat([deter[:, own], *inputs], -1)
+            parts.append(read @ core.hid_weight[:, own] + core.hid_bias[own])
+        hidden = F.silu(core.hid_norm(torch.cat(parts, -1)))
+        want = []
+        for g in range(blocks):
+            own = slice(g * size, (g + 1) * size)
+            bias = core.gates.bias[3 * g * size : 3 * (g + 1) * size]
+            reset, candidate, update = (hidden[:, own] @ core.gates.weight[g] + bias).chunk(3, -1)
+            candidate = torch.tanh(torch.sigmoid(reset) * candidate)
+            update = torch.sigmoid(update - 1)
+            want.append(update * candidate + (1 - update) * deter[:, own])
+        got = core(deter, stoch, core.embed_action(action))
+    torch.testing.assert_close(got, torch.cat(want, -1), rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_are_separate_but_for_the_shared_inputs() -> None:
+    """With the shared view of deter cut, swapping blocks 1 and 2 of it moves no other block."""
+    core = make_model("disc").core
+    seen: list[Tensor] = []
+    core.hid_norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        core.in_deter.norm.scale.zero_()
+        state = random_state(3)
+        deter, stoch = state.tensors["deter"], state.tensors["stoch"].flatten(1)
+        order = [0, 2, 1, 3, 4, 5, 6, 7]
+        swapped = deter.view(3, 8, 8)[:, order].flatten(1)
+        for value in (deter, swapped):
+            core(value, stoch, core.embed_action(torch.eye(3)))
+    changed = (seen[0] != seen[1]).view(3, 8, 8).any(0).any(-1)
+    assert changed.tolist() == [False, True, True, False, False, False, False, False]
+
+
+# ----------------------------------------------------------------------------- losses
+
+
+def raw_kl(model: Any, batch: Batch, start: State, noise: Tensor) -> Tensor:
+    """KL(posterior || prior) (B, T) before the clip, of mixed probabilities."""
+    shape = batch.reward.shape
+    tokens = model.encoder({key: value.flatten(0, 1) for key, value in batch.obs.items()})
+    states, logits = model.observe(
+        tokens.unflatten(0, shape), batch.action, batch.is_first, start, noise
+    )
+    post = 0.99 * logits.softmax(-1) + 0.01 / CLASSES
+    prior = 0.99 * model.prior_logits(states.tensors["deter"]).softmax(-1) + 0.01 / CLASSES
+    return (post * (post / prior).log()).sum((-1, -2))
+
+
+@KINDS
+def test_free_nats_are_per_element_with_exactly_no_gradient_below(kind: str) -> None:
+    model = make_model(kind)
+    batch = tensors(random_batch(model.spaces, size=8))
+    start, noise = random_state(8), uniform(8, 6, GROUPS)
+    with torch.no_grad():
+        raw = raw_kl(model, batch, start, noise)
+    model.config = replace(model.config, free_nats=raw.median().item())
+    losses = model.loss(batch, start, noise).losses
+    free = raw < raw.median()
+    assert free.any()
+    assert not free.all()
+    for name in ("dyn", "rep"):
+        torch.testing.assert_close(losses[name], raw.clamp(min=raw.median().item()))
+        assert gradient_size(losses[name][free].sum(), model) == 0
+        assert gradient_size(losses[name][~free].sum(), model) > 0
+
+
+def test_dyn_teaches_the_prior_and_rep_the_posterior() -> None:
+    model = make_model("disc", free_nats=0.0)
+    batch = tensors(random_batch(model.spaces, size=8, length=1))
+    losses = model.loss(batch).losses
+    reached = {
+        name: [
+            gradient_size(losses[name].sum(), part) > 0 for part in (model.prior, model.posterior)
+        ]
+        for name in ("dyn", "rep")
+    }
+    assert reached == {"dyn": [True, False], "rep": [False, True]}
+    assert gradient_size(losses["dyn"].sum(), model.encoder) == 0
+    assert model.loss_scales == {"dyn": 1.0, "rep": 0.1}
+
+
+def test_every_class_keeps_its_share() -> None:
+    """Samples and KL use mixed probabilities: finite for a certain prior, at least .01 / C each."""
+    model = make_model("disc")
+    logits = torch.zeros(1, GROUPS, CLASSES)
+    logits[..., 0] = 1e4
+    edge = 0.99 + 0.01 / CLASSES
+    noise = torch.linspace(edge - 1e-3, 1 - 1e-4, GROUPS)[None]
+    assert model.sample(logits, noise)[..., 0].sum() == 1  # only the first lies below the edge
+    with torch.no_grad():
+        model.prior[2].bias.view(GROUPS, CLASSES)[:, 0] = 1e4
+    losses = model.loss(tensors(random_batch(model.spaces))).losses
+    assert losses["dyn"].isfinite().all()
+    assert (losses["dyn"] <= GROUPS * np.log(CLASSES / 0.01)).all()
+
+
+def test_reconstruction_sums_over_dimensions_and_pixels() -> None:
+    model = make_model("disc")
+    batch = tensors(random_batch(model.spaces))
+    output = model.loss(batch, noise=uniform(3, 6, GROUPS))
+    decoded = model.reconstruct(output.states)
+    error = decoded["vector"] - dist.symlog(batch.obs["vector"])
+    torch.testing.assert_close(output.losses["rec/vector"], error.square().sum(-1))
+    error = decoded["image"] - batch.obs["image"].float() / 255
+    torch.testing.assert_close(output.losses["rec/image"], error.square().sum((-1, -2, -3)))
+    assert all(loss.shape == (3, 6) for loss in output.losses.values())
+
+
+def test_reward_and_continue_losses_belong_to_the_state_they_arrive_with() -> None:
+    model = make_model("disc")
+    batch = tensors(random_batch(model.spaces))
+    output = model.loss(batch, noise=uniform(3, 6, GROUPS))
+    features = model.features(output.states)
+    want = dist.twohot_loss(model.reward(features), batch.reward, bins=model.bins)
+    torch.testing.assert_close(output.losses["reward"], want)
+    going = torch.full((3, 6), 1 - 1 / 333)
+    going[0, 2] = 0  # terminal; the truncation in row 1 goes on
+    logit = model.proceed(features).squeeze(-1)
+    want = F.binary_cross_entropy_with_logits(logit, going, reduction="none")
+    torch.testing.assert_close(output.losses["continue"], want)
+
+
+# -------------------------------------------------------------------- encoder, decoder
+
+
+def test_order_of_features_tokens_and_decoder_inputs() -> None:
+    """Features are [deter, stoch], the vector decoder reads [stoch, deter]; tokens are vectors
+    first, with sorted keys, then images."""
+    model = make_model("disc")
+    state = random_state(3)
+    deter, stoch = state.tensors["deter"], state.tensors["stoch"].flatten(1)
+    assert torch.equal(model.features(state), torch.cat([deter, stoch], -1))
+    seen: list[Tensor] = []
+    model.decoder.mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model.decode(state)
+    assert torch.equal(seen[0], torch.cat([stoch, deter], -1))
+    obs = {key: value[:, 0] for key, value in tensors(random_batch(model.spaces)).obs.items()}
+    tokens = model.encoder(obs)
+    vectors = model.encoder.mlp(dist.symlog(obs["vector"]))
+    torch.testing.assert_close(tokens[:, : vectors.shape[1]], vectors)
+    torch.testing.assert_close(tokens[:, vectors.shape[1] :], model.encoder.cnns[0](obs["image"]))
+    model = make_model("cont")
+    obs = {key: value[:, 0] for key, value in tensors(random_batch(model.spaces)).obs.items()}
+    both = torch.cat([obs["avel"], obs["zpos"]], -1)
+    torch.testing.assert_close(model.encoder(obs), model.encoder.mlp(dist.symlog(both)))
+
+
+def test_decode_speaks_the_observations_own_units() -> None:
+    model = make_model("disc")
+    state = random_state(3)
+    preds, means = model.decode(state).preds, model.reconstruct(state)
+    torch.testing.assert_close(preds["obs"]["vector"], dist.symexp(means["vector"]))
+    torch.testing.assert_close(preds["obs"]["image"], means["image"] * 255)
+    assert set(model.decode(state, ("reward",)).preds) == {"reward"}
+    assert preds["reward"].shape == preds["continue"].shape == (3,)
+    single = create_world_model("dreamerv3:tiny", vector(5), gym_spaces.Discrete(2))
+    assert single.decode(single.encode(np.ones((2, 5), np.float32))).preds["obs"].shape == (2, 5)
+
+
+@KINDS
+def test_a_fresh_model_predicts_a_reward_of_exactly_zero(kind: str) -> None:
+    model = make_agent(kind).world_model
+    assert model.decode(random_state(50), ("reward",)).preds["reward"].eq(0).all()
+
+
+@pytest.mark.parametrize("shape", [(84, 84, 1), (96, 72, 3), (10, 10, 3)])
+def test_images_of_any_size_train(shape: tuple[int, ...]) -> None:
+    space = gym_spaces.Box(0, 255, shape, np.uint8)
+    model = create_world_model("dreamerv3:size1m", space, gym_spaces.Discrete(2), deter=64, depth=2)
+    batch = tensors(random_batch(model.spaces, 2, 3))
+    losses = model.loss(batch).losses
+    torch.stack([loss.mean() for loss in losses.values()]).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert model.decode(model.encode(batch.obs["obs"][:, 0])).preds["obs"].shape == (2, *shape)
+
+
+# --------------------------------------------------------------------- State, rollout
+
+
+@KINDS
+def test_rollout_is_transition_and_decode_by_hand(kind: str) -> None:
+    model = make_model(kind)
+    start, noise = random_state(3), uniform(4, 3, GROUPS)
+    actions = torch.from_numpy(model.spaces.random_action(np.random.default_rng(0), 12)).view(
+        4, 3, -1
+    )
+    with torch.no_grad():
+        rollout = model.rollout(start, actions, noise=noise)
+        states = [start]
+        for h in range(4):
+            states.append(model.transition(states[-1], actions[h], noise[h]))
+            preds = model.decode(states[-1]).preds
+            torch.testing.assert_close(rollout.rewards[h], preds["reward"])
+            torch.testing.assert_close(rollout.continues[h], preds["continue"])
+        assert_equal(rollout.states, State.stack(states), exactly=True)
+        going = model.decode(start).preds["continue"]
+        torch.testing.assert_close(rollout.start_continue, going)
+
+        def policy(features: Tensor) -> Tensor:
+            return features[:, : model.spaces.action_dim]
+
+        led = model.rollout(start, policy, 4, noise)
+        replayed = model.rollout(start, led.actions, noise=noise)
+    torch.testing.assert_close(
+        led.actions, policy(model.features(led.states)[:-1].flatten(0, 1)).view_as(led.actions)
+    )
+    assert_equal(led.states, replayed.states, exactly=True)
+
+
+def test_state_is_a_pytree_and_travels_as_arrays() -> None:
+    state = random_state(6)
+    assert_equal(State.from_numpy(state.numpy()), state, exactly=True)
+    doubled = pytree.tree_map(lambda value: 2 * value, state)
+    assert isinstance(doubled, State)
+    assert torch.equal(doubled.tensors["deter"], 2 * state.tensors["deter"])
+    mask = torch.tensor([True, False] * 3)
+    mixed = state.where(mask, doubled)
+    assert_equal(mixed[mask], state[mask], exactly=True)
+    assert_equal(mixed[~mask], doubled[~mask], exactly=True)
+    stacked = State.stack([state, doubled], dim=1)  # (B, 2, ...)
+    assert_equal(stacked.flatten()[0::2], state, exactly=True)
+    grad = state.map(lambda value: value.clone().requires_grad_())
+    assert not any(value.requires_grad for value in grad.detach().tensors.values())
+
+
+# --------------------------------------------------------------------------- creation
+
+
+def test_presets_have_the_published_sizes() -> None:
+    table = {
+        "size1m": (512, 64, 4),
+        "size12m": (2048, 256, 16),
+        "size25m": (3072, 384, 24),
+        "size50m": (4096, 512, 32),
+        "size100m": (6144, 768, 48),
+        "size200m": (8192, 1024, 64),
+        "size400m": (12288, 1536, 96),
+    }
+    for name, (deter, hidden, depth) in table.items():
+        c = PRESETS[name]
+        assert (c.deter, c.hidden, c.units) == (deter, hidden, hidden), name
+        assert (c.classes, c.depth, c.groups, c.blocks) == (depth, depth, 32, 8), name
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("dreamer3:size1m", {}, "no world-model family 'dreamer3': did you mean 'dreamerv3'"),
+        ("dreamerv3:size12", {}, "no preset 'dreamerv3:size12': did you mean 'dreamerv3:size12m'"),
+        ("dreamerv3", {}, "no preset 'dreamerv3'"),
+        ("dreamerv3:tiny", {"deters": 8}, "no option 'deters': did you mean 'deter'"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_nearest(
+    name: str, options: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_world_model(name, vector(3), gym_spaces.Discrete(2), **options)
+
+
+def test_unsupported_spaces_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"action space .* is not supported"):
+        create_world_model("dreamerv3:tiny", vector(3), gym_spaces.Text(5))
+    with pytest.raises(ValueError, match=r"observation space .* is not supported"):
+        create_world_model("dreamerv3:tiny", gym_spaces.Text(5), gym_spaces.Discrete(2))

@@ -1,0 +1,304 @@
+"""The replay buffer: what goes in comes out in order, uniformly, once online, and after a restart.
+
+Every step carries its stream and its time in the observation, so that a window proves itself.
+"""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from worldflux_dist.data import Chunk
+from worldflux_dist.replay import ReplayBuffer, ReplayConfig
+
+
+def make_chunk(streams, start, num, seq=0, writer="w", life="a", episode=10, image=False):
+    """Steps `start` .. `start + num` of each stream; an episode begins every `episode` steps."""
+    n, time = len(streams), np.arange(start, start + num)
+    first = np.tile(time % episode == 0, (n, 1))
+    last = np.tile(time % episode == episode - 1, (n, 1))
+    label = np.stack(np.broadcast_arrays(np.array(streams)[:, None], time), -1)  # (N, T, 2)
+    obs = {"obs": label.astype(np.float32)}
+    if image:
+        obs["image"] = np.broadcast_to(
+            (label.sum(-1) % 256)[..., None, None, None], (n, num, 24, 24, 3)
+        ).astype(np.uint8)
+    return Chunk(
+        obs=obs,
+        action=np.zeros((n, num, 3), np.float32),
+        reward=np.tile(time, (n, 1)).astype(np.float32),
+        is_first=first,
+        is_last=last,
+        is_terminal=np.zeros_like(last),
+        streams=np.array(streams),
+        key=(writer, life, seq),
+    )
+
+
+def filled(config, num_chunks=8, streams=(0, 1), num=7, seed=0, image=False):
+    buffer = ReplayBuffer(config, seed)
+    for seq in range(num_chunks):
+        buffer.add(make_chunk(streams, seq * num, num, seq, image=image))
+    return buffer
+
+
+def restored(directory, config, seed=0):
+    buffer = ReplayBuffer(config, seed)
+    buffer.restore(directory)
+    return buffer
+
+
+def assert_windows_hold_together(batch):
+    stream, time = batch.obs["obs"][..., 0], batch.obs["obs"][..., 1]
+    assert (stream == stream[:, :1]).all()
+    assert (np.diff(time, axis=1) == 1).all()
+    np.testing.assert_array_equal(batch.reward, time)
+    np.testing.assert_array_equal(batch.is_first, time % 10 == 0)
+    np.testing.assert_array_equal(batch.is_last, time % 10 == 9)
+    if "image" in batch.obs:
+        expected = ((stream + time) % 256)[..., None, None, None]
+        np.testing.assert_array_equal(
+            batch.obs["image"], np.broadcast_to(expected, batch.obs["image"].shape)
+        )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    length=st.integers(1, 9),
+    blocks=st.integers(8, 20),
+    online=st.booleans(),
+    chunks=st.lists(
+        st.tuples(st.integers(1, 25), st.lists(st.integers(0, 3), min_size=1, unique=True)),
+        min_size=1,
+        max_size=20,
+    ),
+)
+def test_any_chunks_give_whole_windows_within_capacity(length, blocks, online, chunks):
+    buffer = ReplayBuffer(ReplayConfig(5, length, blocks * length, online=online))
+    time, seqs = Counter(), Counter()
+    for num, streams in chunks:
+        for stream in streams:
+            chunk = make_chunk([stream], time[stream], num, seqs[stream], writer=str(stream))
+            assert buffer.add(chunk) == num
+            time[stream] += num
+            seqs[stream] += 1
+        assert buffer.num_steps <= blocks * length
+        if buffer.ready:
+            assert_windows_hold_together(buffer.sample())
+    assert buffer.ready == (max(time.values()) >= length)
+    if sum(time.values()) <= (blocks - 4) * length:  # nothing evicted
+        assert buffer.num_steps == sum(time.values())
+        windows = sum(max(0, count - length + 1) for count in time.values())
+        assert buffer.stats()["num_windows"] == windows
+
+
+def test_windows_are_drawn_uniformly_over_all_starts():
+    config = ReplayConfig(batch_size=500, batch_length=4, capacity=48, online=False)
+    buffer = ReplayBuffer(config, seed=1)
+    for seq, num in enumerate([5, 9, 3, 8]):  # 25 steps of stream 0
+        buffer.add(make_chunk([0], [0, 5, 14, 17][seq], num, seq))
+    buffer.add(make_chunk([1], 0, 4, writer="x"))  # a single window
+    buffer.add(make_chunk([2], 0, 3, writer="y"))  # none
+    counts = Counter()
+    for _ in range(40):
+        batch = buffer.sample()
+        counts.update(map(tuple, batch.obs["obs"][:, 0].astype(int).tolist()))
+    expected = {(0, t) for t in range(22)} | {(1, 0)}
+    assert counts.keys() == expected
+    mean = 20_000 / len(expected)
+    chi2 = sum((count - mean) ** 2 / mean for count in counts.values())
+    assert chi2 < 48.3  # the 0.1 % quantile for 22 degrees of freedom
+
+
+def test_eviction_keeps_the_newest_steps_and_uniformity():
+    buffer = filled(ReplayConfig(400, 4, capacity=24, online=False), num_chunks=20, streams=(0,))
+    assert buffer.num_steps == 24
+    assert buffer.nbytes == 24 * buffer.bytes_per_step
+    starts = Counter(buffer.sample().obs["obs"][:, 0, 1].astype(int).tolist())
+    assert starts.keys() == set(range(116, 137))  # 140 steps came; the last 24 are left
+    assert min(starts.values()) > 2
+
+
+def test_capacity_in_bytes():
+    per_step = filled(ReplayConfig(4, 4, 1000)).bytes_per_step
+    assert per_step == 2 * 4 + 3 * 4 + 4 + 3
+    buffer = filled(ReplayConfig(4, 4, 1000, capacity_bytes=per_step * 30), num_chunks=30)
+    assert 20 <= buffer.num_steps <= 28
+    assert buffer.nbytes <= per_step * 30
+    with pytest.raises(ValueError, match="capacity_bytes 50 is too small"):
+        filled(ReplayConfig(4, 4, 1000, capacity_bytes=50))
+
+
+def test_online_queue_trains_each_fresh_segment_once_and_first():
+    buffer = filled(ReplayConfig(3, 4, 1000), num_chunks=4, num=6)  # 24 steps of 2 streams
+    seen = [tuple(row) for _ in range(4) for row in buffer.sample().obs["obs"][:, 0].astype(int)]
+    assert sorted(seen) == [(s, t) for s in (0, 1) for t in range(0, 24, 4)]
+    assert [t for s, t in seen if s == 0] == sorted(t for s, t in seen if s == 0)
+    assert buffer.stats()["online"] == 0
+    buffer.add(make_chunk([0, 1], 24, 4, 4))
+    batch = buffer.sample(batch_size=20)
+    np.testing.assert_array_equal(batch.obs["obs"][:2, 0], [[0, 24], [1, 24]])
+    assert len({tuple(row) for row in batch.obs["obs"][2:, 0]}) > 5
+
+
+def test_evicted_online_segments_are_dropped_and_counted():
+    buffer = filled(ReplayConfig(8, 4, capacity=16), num_chunks=10, streams=(0,), num=4)
+    assert buffer.online_dropped == 6
+    assert buffer.stats()["online"] == 4
+    assert buffer.sample().obs["obs"][:4, 0, 1].tolist() == [24, 28, 32, 36]
+
+
+def test_no_online_queue_when_switched_off():
+    buffer = filled(ReplayConfig(4, 4, 1000, online=False))
+    assert buffer.stats()["online"] == 0
+    assert buffer.ready
+
+
+def test_a_chunk_counts_once():
+    buffer = ReplayBuffer(ReplayConfig(2, 4, 100))
+    assert [buffer.add(make_chunk([0], 0, 10, seq=0)) for _ in range(2)] == [10, 0]
+    assert buffer.add(make_chunk([0], 20, 10, seq=2)) == 10  # overtakes seq 1
+    assert buffer.add(make_chunk([0], 20, 10, seq=2)) == 0
+    assert buffer.add(make_chunk([0], 10, 10, seq=1)) == 10
+    assert buffer.add(make_chunk([0], 10, 10, seq=1)) == 0
+    assert buffer.add(make_chunk([0], 0, 10, seq=0, life="b")) == 10  # a new life counts anew
+    assert buffer.duplicates == 3
+    assert buffer.num_steps == 40
+
+
+def test_known_chunks_outlive_eviction_and_lost_ones_cost_no_memory():
+    buffer = filled(ReplayConfig(2, 4, 16), num_chunks=50, streams=(0,))
+    assert buffer.add(make_chunk([0], 0, 7, seq=0)) == 0
+    for seq in range(51, 1051):  # 50 never arrives
+        buffer.add(make_chunk([0], 0, 1, seq))
+    assert len(buffer._seen["w", "a"].late) == 0
+    assert buffer._seen["w", "a"].mark == 1050
+
+
+def test_windows_do_not_span_a_lost_chunk():
+    buffer = ReplayBuffer(ReplayConfig(300, 4, 100, online=False))
+    buffer.add(make_chunk([0], 0, 7, seq=0))
+    buffer.add(make_chunk([0], 14, 7, seq=2))
+    buffer.add(make_chunk([0], 21, 7, seq=3))
+    batch = buffer.sample()
+    assert_windows_hold_together(batch)
+    assert set(batch.reward[:, 0]) == {*range(0, 4), *range(14, 25)}
+
+
+def test_a_restarted_runner_truncates_the_open_episode():
+    buffer = ReplayBuffer(ReplayConfig(300, 4, 100, online=False))
+    buffer.add(make_chunk([0], 0, 8, seq=0))  # ends in mid-block and in mid-episode
+    buffer.add(make_chunk([0], 20, 6, seq=0, life="b"))  # begins with a reset
+    batch = buffer.sample()
+    last, terminal = batch.is_last[batch.reward == 7], batch.is_terminal[batch.reward == 7]
+    assert last.all()
+    assert not terminal.any()
+    assert set(batch.reward[:, 0]) == {*range(8), 20, 21, 22}
+    assert batch.is_first[:, 1:][batch.is_last[:, :-1]].all()
+
+
+def test_a_new_life_in_mid_episode_is_not_glued_to_the_old():
+    buffer = ReplayBuffer(ReplayConfig(300, 4, 100, online=False))
+    buffer.add(make_chunk([0], 0, 8, seq=0))
+    buffer.add(make_chunk([0], 8, 8, seq=1, life="b"))
+    assert set(buffer.sample().reward[:, 0]) == {*range(5), *range(8, 13)}
+
+
+def test_images_and_reused_batches():
+    buffer = filled(ReplayConfig(8, 16, 200), num_chunks=30, image=True)
+    batch = buffer.sample()
+    assert batch.obs["image"].shape == (8, 16, 24, 24, 3)
+    assert batch.obs["image"].dtype == np.uint8
+    assert batch.is_first.dtype == bool
+    for _ in range(20):
+        assert buffer.sample(out=batch) is batch
+        assert_windows_hold_together(batch)
+
+
+def test_the_seed_decides_the_samples():
+    config = ReplayConfig(8, 4, 100, online=False)
+    draws = [filled(config, seed=seed).sample().obs["obs"] for seed in (3, 3, 4)]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert (draws[0] != draws[2]).any()
+
+
+@pytest.mark.parametrize("num_chunks", [0, 3, 23])
+def test_the_same_samples_follow_after_a_load(tmp_path, num_chunks):
+    config = ReplayConfig(4, 4, capacity=60)
+    buffer = filled(config, num_chunks, streams=(0, 1), seed=5)
+    if num_chunks:
+        buffer.sample(3)
+    for _ in range(2):  # the second save replaces the first
+        buffer.save(tmp_path)
+    loaded = restored(tmp_path, config, seed=99)
+    assert loaded.stats() == buffer.stats()
+    for each in (buffer, loaded):
+        assert num_chunks == 0 or each.add(make_chunk((0, 1), 0, 7, 0)) == 0
+    for seq in range(num_chunks, num_chunks + 20):
+        for each in (buffer, loaded):
+            each.add(make_chunk((0, 1), seq * 7, 7, seq))
+        ours, theirs = buffer.sample().columns(), loaded.sample().columns()
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+    assert loaded.stats() == buffer.stats()
+
+
+@pytest.mark.parametrize("capacity", [32, 500])
+def test_a_load_with_another_capacity_keeps_the_newest(tmp_path, capacity):
+    filled(ReplayConfig(4, 4, 60), 23).save(tmp_path)
+    loaded = restored(tmp_path, ReplayConfig(200, 4, capacity, online=False))
+    assert loaded.num_steps == pytest.approx(min(60, capacity), abs=8)
+    loaded.add(make_chunk((0, 1), 23 * 7, 7, 23))
+    batch = loaded.sample()
+    assert_windows_hold_together(batch)
+    assert batch.reward.max() == 24 * 7 - 1
+    assert batch.reward.min() >= 24 * 7 - capacity / 2 - 20
+
+
+def test_a_damaged_save_is_refused(tmp_path):
+    config = ReplayConfig(4, 4, 60)
+    buffer = filled(config)
+    buffer.save(tmp_path)
+    with pytest.raises(RuntimeError, match="restore into a new one"):
+        buffer.restore(tmp_path)
+    with pytest.raises(ValueError, match="batch_length 4, the config 5"):
+        restored(tmp_path, ReplayConfig(4, 5, 60))
+    column = tmp_path / "column0.npy"
+    column.write_bytes(column.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="incomplete or damaged"):
+        restored(tmp_path, config)
+    with pytest.raises(ValueError, match="incomplete or damaged"):
+        restored(tmp_path / "nothing", config)
+
+
+def test_chunks_that_do_not_fit_are_refused():
+    buffer = filled(ReplayConfig(2, 4, 40))
+    before = buffer.stats()
+    with pytest.raises(ValueError, match=r"obs/image is .* not None"):
+        buffer.add(make_chunk((0, 1), 56, 7, 8, image=True))
+    wide = make_chunk((0, 1), 56, 7, 8)
+    wide.action = np.zeros((2, 7, 4), np.float32)
+    with pytest.raises(ValueError, match=r"action is .*4.*, not .*3"):
+        buffer.add(wide)
+    ragged = make_chunk((0, 1), 56, 7, 8)
+    ragged.reward = ragged.reward[:, :-1]
+    with pytest.raises(ValueError, match="leading shape"):
+        buffer.add(ragged)
+    with pytest.raises(ValueError, match="too few for 7 streams"):
+        buffer.add(make_chunk((2, 3, 4, 5, 6), 0, 7, 0, writer="x"))
+    assert buffer.stats() == before
+    assert buffer.add(make_chunk((0, 1), 56, 7, 8)) == 14  # a refused chunk is not a known one
+
+
+def test_sampling_too_early_and_impossible_configs_say_so():
+    buffer = ReplayBuffer(ReplayConfig(2, 8, 40))
+    buffer.add(make_chunk([0], 0, 7))
+    assert not buffer.ready
+    with pytest.raises(RuntimeError, match="no 8 consecutive"):
+        buffer.sample()
+    with pytest.raises(ValueError, match="capacity 100 is too small"):
+        ReplayConfig(capacity=100)
+    with pytest.raises(ValueError, match="batch_size 0 is too small"):
+        ReplayConfig(batch_size=0)

@@ -1,0 +1,212 @@
+"""Actor-critic learned in imagination: DreamerV3's behavior, over any family's features.
+
+The rollout is imagined without gradient from detached posteriors; the policy learns by REINFORCE
+and the critic by two-hot cross-entropy on lambda-returns. A third loss teaches the critic on the
+replayed steps themselves, and its gradient does reach the world model.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldflux_dist.behaviors import returns
+from worldflux_dist.data import ActionPart, Batch
+from worldflux_dist.models.base import Rollout, State, WorldModel
+from worldflux_dist.nn import distributions as dist
+from worldflux_dist.nn.layers import MLP, BinHead, Linear
+
+
+@dataclass(frozen=True)
+class ActorCriticConfig:
+    """The published constants."""
+
+    horizon: int = 15
+    lambda_: float = 0.95
+    entropy_scale: float = 3e-4
+    layers: int = 3
+    slow_rate: float = 0.02
+    return_rate: float = 0.01
+    replay_value_scale: float = 0.3
+
+
+class Actor(nn.Module):
+    """Features (..., F) -> a distribution over flat actions: categoricals for one-hot parts,
+    Normal(tanh m, 0.9 sigmoid(s + 2) + 0.1) for continuous ones, clipped only by the env."""
+
+    def __init__(
+        self, size_in: int, units: int, layers: int, parts: tuple[ActionPart, ...]
+    ) -> None:
+        super().__init__()
+        self.parts = parts
+        self.mlp = MLP(size_in, units, layers)
+        self.heads = nn.ModuleList(
+            Linear(units, part.size, outscale=0.01)
+            for part in parts
+            for _ in range(1 if part.kind == "discrete" else 2)
+        )
+
+    def forward(self, features: Tensor) -> list[tuple[Tensor, ...]]:
+        """Per action part: (logits,) or (mean, std), float32."""
+        x = self.mlp(features)
+        outs = iter([head(x).float() for head in self.heads])
+        return [
+            (next(outs),)
+            if part.kind == "discrete"
+            else (torch.tanh(next(outs)), 0.9 * torch.sigmoid(next(outs) + 2) + 0.1)
+            for part in self.parts
+        ]
+
+    def sample(self, policy: list[tuple[Tensor, ...]], greedy: bool = False) -> Tensor:
+        """Flat actions (..., A); `greedy` takes the most probable one."""
+        chosen = []
+        for params in policy:
+            if len(params) == 2:
+                mean, std = params
+                chosen.append(mean if greedy else mean + std * torch.randn_like(std))
+            elif greedy:
+                best = params[0].argmax(-1)
+                chosen.append(F.one_hot(best, params[0].shape[-1]).to(params[0].dtype))
+            else:
+                noise = torch.rand(params[0].shape[:-1], device=params[0].device)
+                chosen.append(dist.sample_onehot(params[0].softmax(-1), noise))
+        return torch.cat(chosen, -1)
+
+    def log_prob_and_entropy(
+        self, policy: list[tuple[Tensor, ...]], action: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """ln pi(a) and entropy (...), summed over the parts of flat actions (..., A)."""
+        log_prob = torch.zeros(action.shape[:-1], device=action.device)
+        entropy = torch.zeros_like(log_prob)
+        pieces = action.split([part.size for part in self.parts], -1)
+        for params, piece in zip(policy, pieces, strict=True):
+            if len(params) == 2:
+                log_prob = log_prob + dist.normal_log_prob(piece, *params)
+                entropy = entropy + dist.normal_entropy(params[1])
+            else:
+                logs = params[0].log_softmax(-1)
+                log_prob = log_prob + (logs * piece).sum(-1)
+                entropy = entropy - (logs.exp() * logs).sum(-1)
+        return log_prob, entropy
+
+
+class ActorCritic(nn.Module):
+    """Policy, critic, slow critic and return normaliser. The slow critic has no gradient."""
+
+    bins: Tensor
+
+    def __init__(
+        self, feature_dim: int, width: int, parts: tuple[ActionPart, ...], config: ActorCriticConfig
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.actor = Actor(feature_dim, width, config.layers, parts)
+        self.critic = BinHead(feature_dim, width, config.layers)
+        self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.normalizer = returns.ReturnNormalizer(config.return_rate)
+        self.register_buffer("bins", dist.symexp_bins(255), persistent=False)
+        self.loss_scales = {"replay_value": config.replay_value_scale}
+
+    def act(self, features: Tensor, greedy: bool = False) -> Tensor:
+        """Features (..., F) -> flat actions (..., A)."""
+        return self.actor.sample(self.actor(features), greedy)
+
+    def value(self, features: Tensor) -> Tensor:
+        """Features (..., F) -> expected return (...)."""
+        return dist.twohot_predict(self.critic(features), self.bins)
+
+    def inference_modules(self) -> tuple[str, ...]:
+        return ("actor",)
+
+    @torch.no_grad()
+    def imagine(self, world_model: WorldModel, start: State, horizon: int | None = None) -> Rollout:
+        """Roll the policy from start (N, ...) for `horizon` steps, without gradient."""
+        horizon = self.config.horizon if horizon is None else horizon
+        rollout = world_model.rollout(start.detach(), self.act, horizon)
+        if torch.is_autocast_enabled(start.tensors[next(iter(start.tensors))].device.type):
+            # Weights cast without gradient must not be reused where gradient is wanted.
+            torch.clear_autocast_cache()
+        return rollout
+
+    def loss(
+        self, world_model: WorldModel, states: State, batch: Batch, rollout: Rollout | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Losses from posteriors (B, T, ...) with gradient: policy and value (H, B * T), imagined
+        from every state, and replay_value (T - 1, B) on the states themselves."""
+        if rollout is None:
+            rollout = self.imagine(world_model, states.flatten())
+        features = world_model.features(rollout.states).detach()  # (H + 1, N, F)
+        losses, metrics, imagined = self.imagination_loss(rollout, features)
+        start_returns = imagined[0].unflatten(0, batch.reward.shape)  # (B, T)
+        losses["replay_value"] = self.replay_value_loss(
+            world_model.features(states), batch, start_returns, world_model.discount
+        )
+        return losses, metrics
+
+    def imagination_loss(
+        self, rollout: Rollout, features: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """Policy and value losses on H of the H + 1 states; also metrics and the returns (H, N)."""
+        config = self.config
+        logits = self.critic(features)
+        with torch.no_grad():
+            value = dist.twohot_predict(logits, self.bins)
+            slow = dist.twohot_predict(self.slow_critic(features[:-1]), self.bins)
+            target = returns.lambda_return(
+                rollout.rewards, rollout.continues, value[1:], config.lambda_
+            )
+            scale = self.normalizer.update(target)
+            going = torch.cat([rollout.start_continue[None], rollout.continues[:-1]])
+            weight = going.cumprod(0)
+            advantage = (target - value[:-1]) / scale
+        policy = self.actor(features[:-1])
+        log_prob, entropy = self.actor.log_prob_and_entropy(policy, rollout.actions)
+        losses = {
+            "policy": returns.policy_loss(
+                log_prob, entropy, advantage, weight, config.entropy_scale
+            ),
+            "value": returns.value_loss(logits[:-1], target, slow, weight, self.bins),
+        }
+        metrics = {
+            "return_imagined": target.mean(),
+            "return_scale": scale,
+            "value": value.mean(),
+            "policy_entropy": entropy.mean().detach(),
+            "reward_imagined": rollout.rewards.mean(),
+        }
+        return losses, metrics, target
+
+    def replay_value_loss(
+        self, features: Tensor, batch: Batch, start_returns: Tensor, discount: float
+    ) -> Tensor:
+        """Value loss (T - 1, B) on replayed steps: lambda-returns over real rewards.
+
+        features (B, T, F) carry gradient into the world model. Every bootstrap, intermediate
+        ones too, is the imagined return of that state (B, T). Where is_last the row is masked.
+        """
+        config = self.config
+        logits = self.critic(features).transpose(0, 1)  # (T, B, bins)
+        last = batch.is_last.float().t()
+        with torch.no_grad():
+            slow = dist.twohot_predict(self.slow_critic(features), self.bins).t()
+            going = (1 - batch.is_terminal.float().t()) * discount
+            target = returns.lambda_return(
+                batch.reward.t()[1:],
+                going[1:],
+                start_returns.t()[1:],
+                config.lambda_ * (1 - last[1:]),
+            )
+        return returns.value_loss(logits[:-1], target, slow[:-1], 1 - last[:-1], self.bins)
+
+    @torch.no_grad()
+    def update_targets(self) -> None:
+        """slow <- slow_rate * critic + (1 - slow_rate) * slow, after every gradient step."""
+        torch._foreach_lerp_(
+            list(self.slow_critic.parameters()),
+            list(self.critic.parameters()),
+            self.config.slow_rate,
+        )

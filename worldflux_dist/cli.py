@@ -1,0 +1,203 @@
+"""The command line. Every mistake of a user ends in one sentence, never in a stack trace."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Distributed reinforcement learning with world models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="YAML files, merged from left to right, and overrides like env.id=Pendulum-v1",
+        show_default=False,
+    ),
+]
+
+
+def _load(settings: list[str] | None) -> Any:
+    from worldflux_dist import config
+
+    settings = settings or []
+    files = [item for item in settings if "=" not in item]
+    return config.load(files, [item for item in settings if "=" in item])
+
+
+@app.command()
+def train(
+    settings: Settings = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where the run lives; an existing run goes on.")
+    ] = None,
+    plain: Annotated[bool, typer.Option(help="Plain log lines, on a terminal too.")] = False,
+) -> None:
+    """Train an agent through Ray. The same command again resumes."""
+    from worldflux_dist.distributed import trainer
+
+    config = _load(settings)
+    name = f"{config.env.id}-{config.model}-seed{config.seed}"
+    run_dir = run_dir or Path("runs") / name.replace("/", "_").replace(":", "_")
+    outcome = trainer.train(config, run_dir, plain or None)
+    if outcome is None:
+        print(f"stopped; everything is saved in {run_dir}, and the same command goes on")
+        raise typer.Exit(130)
+    print(f"curve: {run_dir}/curve.png   dream: {run_dir}/video/open_loop.gif")
+    if outcome.passed is False:
+        raise typer.Exit(1)
+
+
+@app.command("eval")
+def evaluate_run(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory.")],
+    episodes: Annotated[int, typer.Option(help="How many episodes.")] = 10,
+    seed: Annotated[int, typer.Option(help="Seed of the environments.")] = 1000,
+    video: Annotated[
+        Path | None, typer.Option(help="Also write an episode, as .gif or .mp4.")
+    ] = None,
+) -> None:
+    """Evaluate the newest good checkpoint of a run, greedily, next to a random policy."""
+    import torch
+
+    from worldflux_dist import config, evaluate, figures
+    from worldflux_dist.agent import Agent
+
+    if not (run_dir / "config.yaml").exists():
+        raise FileNotFoundError(f"{run_dir} is no run directory: it has no config.yaml")
+    settings = config.load([run_dir / "config.yaml"])
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    agent = Agent.load(run_dir)
+    print(f"agent:  {evaluate.evaluate(agent, settings.env, episodes, seed)}")
+    print(f"random: {evaluate.evaluate_random(settings.env, episodes, seed)}")
+    if video is not None:
+        figures.video(evaluate.episode_frames(agent, settings.env, seed), video, fps=30)
+        print(f"video:  {video}")
+
+
+@app.command("config")
+def show_config(settings: Settings = None) -> None:
+    """Print the resolved configuration as YAML."""
+    from worldflux_dist import config
+
+    print(config.to_yaml(_load(settings)), end="")
+
+
+@app.command()
+def doctor() -> None:
+    """Check what a run needs on this machine, and say what to do about what is missing."""
+    problems = 0
+    for name, check in _CHECKS.items():
+        try:
+            print(f"ok       {name:<14} {check()}")
+        except Exception as error:  # whatever is wrong is this command's result
+            problems += 1
+            print(f"problem  {name:<14} {type(error).__name__}: {error}")
+    print("all good" if not problems else f"{problems} problem(s)")
+    if problems:
+        raise typer.Exit(1)
+
+
+def _check_torch() -> str:
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{torch.__version__}, {torch.get_num_threads()} threads, {gpu}"
+
+
+def _check_memory() -> str:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GB available"
+
+
+def _check_shm() -> str:
+    if not Path("/dev/shm").exists():
+        return "no /dev/shm: Ray keeps its objects in files"
+    free = shutil.disk_usage("/dev/shm").free
+    if free < 200 * 2**20:
+        raise RuntimeError(
+            f"/dev/shm has {free / 2**20:.0f} MB free: start the container with --shm-size=2g"
+        )
+    return f"{free / 2**30:.1f} GB free"
+
+
+def _check_env(env_id: str) -> Callable[[], str]:
+    def check() -> str:
+        import numpy as np
+
+        from worldflux_dist.envs import EnvConfig, make_envs
+
+        envs = make_envs(EnvConfig(id=env_id), 0, num_envs=1)
+        envs.step(np.zeros((1, envs.spaces.action_dim), np.float32))
+        envs.close()
+        return "resets"
+
+    return check
+
+
+def _check_ray() -> str:
+    import ray
+
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    ray.init(
+        address="local",
+        num_cpus=1,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        object_store_memory=100 * 2**20,
+    )
+    try:
+        answer = ray.get(ray.remote(lambda: "a worker answers").remote())
+    finally:
+        ray.shutdown()
+    return f"{ray.__version__}, {answer}"
+
+
+_CHECKS: dict[str, Callable[[], str]] = {
+    "python": lambda: f"{platform.python_version()} on {platform.machine()}",
+    "cores": lambda: str(os.cpu_count()),
+    "memory": _check_memory,
+    "shared memory": _check_shm,
+    "torch": _check_torch,
+    "CartPole-v1": _check_env("CartPole-v1"),
+    "ALE/Pong-v5": _check_env("ALE/Pong-v5"),
+    "HalfCheetah-v5": _check_env("HalfCheetah-v5"),
+    "ray": _check_ray,
+}
+
+
+def main() -> None:
+    """Run the command line; known errors become one sentence on stderr and exit code 2."""
+    from worldflux_dist.checkpoint import CheckpointError
+
+    try:
+        app()
+    except (ValueError, FileNotFoundError, CheckpointError) as error:
+        _fail(error)
+    except RuntimeError as error:
+        cause = getattr(error, "cause", error)  # of an error raised in another process
+        _fail(cause if isinstance(cause, Exception) else error)
+
+
+def _fail(error: Exception) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""One configuration, from YAML overlays and dotted overrides, parsed strictly.
+
+The parts are frozen dataclasses beside the code that reads them; this file joins them, merges
+overlays from left to right and turns every mistake into one clear sentence. A saved config loads
+back equal.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from worldflux_dist.behaviors.actor_critic import ActorCriticConfig
+from worldflux_dist.envs import EnvConfig
+from worldflux_dist.learner import LearnerConfig
+from worldflux_dist.models.base import nearest
+from worldflux_dist.replay.buffer import ReplayConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, at which ratio, and how often to look.
+
+    Units are env steps (resets included) except `checkpoint_every`, seconds. `threshold` is the
+    mean evaluation return that counts as passed; without one no verdict is given.
+    """
+
+    env_steps: int = 1_000_000
+    train_ratio: float = 32.0
+    prefill: int = 1024
+    eval_every: int = 50_000
+    eval_episodes: int = 10
+    checkpoint_every: float = 600.0
+    threshold: float | None = None
+
+
+@dataclass(frozen=True)
+class ScaleConfig:
+    """How many processes of each role, and how many steps a chunk holds."""
+
+    num_runners: int = 2
+    num_shards: int = 2
+    chunk_length: int = 64
+    runner_threads: int = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run needs; saved as config.yaml in its run directory."""
+
+    seed: int = 0
+    model: str = "dreamerv3:size12m"
+    model_options: dict[str, Any] = field(default_factory=dict)
+    behavior: ActorCriticConfig = field(default_factory=ActorCriticConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message says what to change."""
+
+
+_PARSER: TypeAdapter[Config] = TypeAdapter(Config)
+
+
+def load(overlays: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> Config:
+    """Merge YAML files from left to right, then overrides like `env.id=Pendulum-v1`.
+
+    Raises ConfigError for a missing file, an unknown key (naming the nearest) or a wrong type.
+    """
+    merged: dict[str, Any] = {}
+    for path in overlays:
+        _merge(merged, _read(Path(path)))
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"override {override!r} is not of the form key.subkey=value")
+        nested: Any = yaml.safe_load(value)
+        for key in reversed(name.split(".")):
+            nested = {key: nested}
+        _merge(merged, nested)
+    return from_dict(_numbers(merged))
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """Parse plain values. Raises ConfigError naming the key."""
+    _check_keys(Config, values, "")
+    try:
+        # JSON's strictness is the wanted one: lists for tuples and 1 for 1.0, but no "1" for 1.
+        return _PARSER.validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{where} = {first['input']!r}: {first['msg']}") from None
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    return asdict(config)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        names = [str(p) for p in sorted(path.parent.glob("*.yaml"))]
+        raise ConfigError(f"no config file {path}: {nearest(str(path), names or ['(none there)'])}")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys, not a {type(values).__name__}")
+    return values
+
+
+def _numbers(value: Any) -> Any:
+    """Numbers like 1e6, which YAML takes for text, as numbers."""
+    if isinstance(value, dict):
+        return {key: _numbers(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_numbers(part) for part in value]
+    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9.]+e[+-]?[0-9]+", value):
+        number = float(value)
+        return int(number) if number.is_integer() else number
+    return value
+
+
+def _merge(base: dict[str, Any], overlay: dict[str, Any]) -> None:
+    for key, value in overlay.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            _merge(base[key], value)
+        else:
+            base[key] = value
+
+
+def _check_keys(kind: type, values: dict[str, Any], prefix: str) -> None:
+    hints = get_type_hints(kind)
+    known = [f.name for f in fields(kind)]
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(
+                f"unknown config key {prefix + str(key)!r}: {nearest(str(key), known)}"
+            )
+        if is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{prefix}{key} is a section: set {prefix}{key}.<name>")
+            assert isinstance(hints[key], type)
+            _check_keys(hints[key], value, f"{prefix}{key}.")

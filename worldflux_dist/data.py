@@ -1,0 +1,355 @@
+"""The data everyone shares, and the one time convention. Numpy only; everything else stands on it.
+
+A *Step* is one env.step call: the action that went in, and everything that came out.
+
+    t            0            1                  2
+    action       (zeros)      a1                 a2              went in
+    obs          o0           o1                 o2              came out
+    reward       0            r1                 r2
+    is_first     1            0                  0               is_last, is_terminal come out too
+    state        encode(o0)   update(s0,a1,o1)   update(s1,a2,o2)
+
+`state[t]`, `action[t]` and `reward[t]` belong together and nothing shifts afterwards. The last
+observation of an episode is stored. `is_last and not is_terminal` is a truncation: values
+bootstrap there. A reset is a Step too (`is_first`), so `env_steps` counts it.
+
+Shape letters: B batch, T time, N envs (or imagined starts), H horizon, A action, F features.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+import numpy as np
+from gymnasium import spaces as gym_spaces
+
+FLAGS = ("is_first", "is_last", "is_terminal")
+
+
+@dataclass
+class Steps:
+    """Columns of steps with any leading shape; the fields of Step, Chunk and Batch.
+
+    obs maps names to arrays (..., *shape); action (..., A) float32; reward (...) float32; the
+    three flags (...) bool. The same class carries torch tensors once a learner has made them.
+    """
+
+    obs: dict[str, Any]
+    action: Any
+    reward: Any
+    is_first: Any
+    is_last: Any
+    is_terminal: Any
+
+    def columns(self) -> dict[str, Any]:
+        """Flat mapping of column names to arrays; observations are named `obs/<key>`."""
+        named = {f"obs/{key}": value for key, value in self.obs.items()}
+        return named | {name: getattr(self, name) for name in ("action", "reward", *FLAGS)}
+
+    @classmethod
+    def from_columns(cls, columns: dict[str, Any], **more: Any) -> Self:
+        obs = {name[4:]: value for name, value in columns.items() if name.startswith("obs/")}
+        rest = {name: columns[name] for name in ("action", "reward", *FLAGS)}
+        return cls(obs=obs, **rest, **more)
+
+    def map(self, function: Callable[[Any], Any]) -> Self:
+        """Apply `function` to every column, keeping whatever else the class carries."""
+        more = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in STEP_FIELDS}
+        columns = {name: function(value) for name, value in self.columns().items()}
+        return type(self).from_columns(columns, **more)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(value.nbytes for value in self.columns().values())
+
+
+STEP_FIELDS = tuple(f.name for f in fields(Steps))
+
+
+class Step(Steps):
+    """One step of N environments: leading shape (N,)."""
+
+
+@dataclass
+class Chunk(Steps):
+    """T consecutive steps of N environments: leading shape (N, T).
+
+    `streams` (N,) names the environment each row comes from; rows of one stream follow each other
+    from chunk to chunk. `version` is the version of the weights that acted. `key` =
+    (writer, incarnation, seq) names the chunk for good, so that a re-sent one is known.
+    """
+
+    streams: Any = None
+    version: int = 0
+    key: tuple[str, str, int] = ("", "", 0)
+
+    @property
+    def num_steps(self) -> int:
+        return int(self.reward.size)
+
+    def rows(self, index: Any) -> Chunk:
+        """The chunk of the selected environments only; a part has a key of its own."""
+        part = self.map(lambda value: value[index])
+        part.streams = self.streams[index]
+        return part
+
+    def check(self) -> None:
+        """Assert the time convention."""
+        first, last = self.is_first, self.is_last
+        assert not (self.is_terminal & ~last).any(), "is_terminal without is_last"
+        assert not self.action[first].any(), "the action that goes into a reset is zero"
+        assert not self.reward[first].any(), "a reset has no reward"
+        assert (last[:, :-1] <= first[:, 1:]).all(), "is_first follows is_last"
+
+
+class Batch(Steps):
+    """What a learner trains on: leading shape (B, T). Rows may begin in mid-episode."""
+
+
+def new_incarnation() -> str:
+    """A name for one life of a writer: a restarted writer counts its chunks anew."""
+    return uuid.uuid4().hex[:12]
+
+
+# ------------------------------------------------------------------------------------- spaces
+
+
+@dataclass(frozen=True)
+class ObsSpec:
+    """One observation inside the system: `kind` is image (H, W, C uint8) or vector (n float32)."""
+
+    kind: str
+    shape: tuple[int, ...]
+    path: tuple[Any, ...] = ()
+    convert: Callable[[np.ndarray], np.ndarray] = field(default=lambda x: x, compare=False)
+
+    @property
+    def dtype(self) -> Any:
+        return np.uint8 if self.kind == "image" else np.float32
+
+
+@dataclass(frozen=True)
+class ActionPart:
+    """A slice of the flat action vector: one one-hot of `size`, or `size` numbers in [-1, 1]."""
+
+    kind: str
+    size: int
+
+
+class Spaces:
+    """An environment's spaces as the system sees them, with the conversions both ways.
+
+    Observations become a dict of arrays (`{"obs": ...}` for a single one): images as uint8
+    (H, W, C), all else as flat float32 vectors, discrete ones as one-hots. Actions become one
+    float vector of length `action_dim`: one-hots for Discrete and MultiDiscrete, [-1, 1] for
+    Box, concatenated for Dict and Tuple. Raises ValueError, with a remedy, for spaces it cannot
+    carry. All conversions take and return batches (a leading axis of environments).
+    """
+
+    def __init__(self, observation: gym_spaces.Space, action: gym_spaces.Space) -> None:
+        self.observation, self.action = observation, action
+        self.obs = {
+            "/".join(map(str, path)) or "obs": _obs_spec(leaf, path)
+            for path, leaf in _leaves(observation)
+        }
+        self._action_leaves = [(path, leaf, _action_parts(leaf)) for path, leaf in _leaves(action)]
+        self.action_parts = tuple(part for _, _, parts in self._action_leaves for part in parts)
+        self.action_dim = sum(part.size for part in self.action_parts)
+
+    def encode_obs(self, raw: Any) -> dict[str, np.ndarray]:
+        """A batch of the env's own observations -> dict of (N, *shape) arrays."""
+        return {key: spec.convert(_at(raw, spec.path)) for key, spec in self.obs.items()}
+
+    def decode_action(self, flat: np.ndarray) -> Any:
+        """Flat actions (N, A) -> a batch of the env's own actions. Box values are clipped."""
+        values, start = {}, 0
+        for path, leaf, parts in self._action_leaves:
+            size = sum(part.size for part in parts)
+            values[path] = _decode_leaf(leaf, parts, flat[:, start : start + size])
+            start += size
+        return _nest(self.action, values)
+
+    def random_action(self, rng: np.random.Generator, num: int) -> np.ndarray:
+        """Uniformly random flat actions (num, A) float32."""
+        parts = [
+            np.eye(part.size, dtype=np.float32)[rng.integers(part.size, size=num)]
+            if part.kind == "discrete"
+            else rng.uniform(-1, 1, (num, part.size)).astype(np.float32)
+            for part in self.action_parts
+        ]
+        return np.concatenate(parts, -1)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "observation": space_to_json(self.observation),
+            "action": space_to_json(self.action),
+        }
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Spaces:
+        return cls(space_from_json(saved["observation"]), space_from_json(saved["action"]))
+
+    def __reduce__(self) -> Any:
+        return Spaces, (self.observation, self.action)
+
+
+def _leaves(space: gym_spaces.Space, path: tuple = ()) -> Iterator[tuple[tuple, gym_spaces.Space]]:
+    if isinstance(space, gym_spaces.Dict):
+        for key in sorted(space.spaces):
+            yield from _leaves(space.spaces[key], (*path, key))
+    elif isinstance(space, gym_spaces.Tuple):
+        for index, part in enumerate(space.spaces):
+            yield from _leaves(part, (*path, index))
+    else:
+        yield path, space
+
+
+def _at(nested: Any, path: tuple) -> Any:
+    for key in path:
+        nested = nested[key]
+    return np.asarray(nested)
+
+
+def _nest(space: gym_spaces.Space, values: dict[tuple, Any], path: tuple = ()) -> Any:
+    if isinstance(space, gym_spaces.Dict):
+        return {key: _nest(part, values, (*path, key)) for key, part in space.spaces.items()}
+    if isinstance(space, gym_spaces.Tuple):
+        return tuple(_nest(part, values, (*path, i)) for i, part in enumerate(space.spaces))
+    return values[path]
+
+
+def _obs_spec(space: gym_spaces.Space, path: tuple) -> ObsSpec:
+    if isinstance(space, gym_spaces.Box):
+        return _image_spec(space, path) or _vector_spec(space, path)
+    if isinstance(space, gym_spaces.Discrete):
+        n, start = int(space.n), int(space.start)
+        return ObsSpec("vector", (n,), path, lambda x: np.eye(n, dtype=np.float32)[x - start])
+    if isinstance(space, gym_spaces.MultiDiscrete):
+        nvec, low = space.nvec.reshape(-1), space.start.reshape(-1)
+        return ObsSpec(
+            "vector",
+            (int(nvec.sum()),),
+            path,
+            lambda x: np.concatenate(
+                [
+                    np.eye(n, dtype=np.float32)[column - first]
+                    for n, first, column in zip(nvec, low, x.reshape(len(x), -1).T, strict=True)
+                ],
+                -1,
+            ),
+        )
+    if isinstance(space, gym_spaces.MultiBinary):
+        return _vector_spec(space, path)
+    raise ValueError(
+        f"observation space {space} is not supported: use Box, Discrete, MultiDiscrete, "
+        "MultiBinary, or Dict and Tuple of these (wrap the environment to convert it)"
+    )
+
+
+def _vector_spec(space: Any, path: tuple) -> ObsSpec:
+    size = int(np.prod(space.shape))
+    return ObsSpec("vector", (size,), path, lambda x: x.reshape(len(x), size).astype(np.float32))
+
+
+def _image_spec(space: gym_spaces.Box, path: tuple) -> ObsSpec | None:
+    """An image is H x W, H x W x C or C x H x W with values in 0..255 (or floats in 0..1)."""
+    shape, low, high = space.shape, float(space.low.min()), float(space.high.max())
+    if low != 0 or high not in (1.0, 255.0) or len(shape) not in (2, 3):
+        return None
+    if high == 1.0 and not np.issubdtype(space.dtype, np.floating):
+        return None
+    if len(shape) == 2:
+        height, width, channels, first = *shape, 1, False
+    elif shape[2] <= 4:
+        height, width, channels, first = *shape, False
+    else:
+        channels, height, width, first = *shape, True
+    if min(height, width) < 8:
+        return None
+    if channels not in (1, 3):
+        raise ValueError(
+            f"image observation of shape {shape} has {channels} channels; images have 1 or 3 "
+            "(leave frame stacking out, world models have memory)"
+        )
+    scale = 255.0 if high == 1.0 else 1.0
+
+    def convert(x: np.ndarray) -> np.ndarray:
+        x = x if x.dtype == np.uint8 else np.clip(np.rint(x * scale), 0, 255).astype(np.uint8)
+        return x.transpose(0, 2, 3, 1) if first else x.reshape(len(x), height, width, channels)
+
+    return ObsSpec("image", (height, width, channels), path, convert)
+
+
+def _action_parts(space: gym_spaces.Space) -> tuple[ActionPart, ...]:
+    if isinstance(space, gym_spaces.Discrete):
+        return (ActionPart("discrete", int(space.n)),)
+    if isinstance(space, gym_spaces.MultiDiscrete):
+        return tuple(ActionPart("discrete", int(n)) for n in space.nvec.reshape(-1))
+    if isinstance(space, gym_spaces.Box):
+        if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
+            raise ValueError(
+                f"action space {space} is unbounded: give it finite bounds, for example with "
+                "gymnasium.wrappers.RescaleAction or ClipAction"
+            )
+        return (ActionPart("continuous", int(np.prod(space.shape))),)
+    raise ValueError(
+        f"action space {space} is not supported: use Discrete, MultiDiscrete, a bounded Box, or "
+        "Dict and Tuple of these"
+    )
+
+
+def _decode_leaf(space: Any, parts: tuple[ActionPart, ...], flat: np.ndarray) -> np.ndarray:
+    if isinstance(space, gym_spaces.Discrete):
+        return flat.argmax(-1) + space.start
+    if isinstance(space, gym_spaces.MultiDiscrete):
+        edges = np.cumsum([part.size for part in parts])[:-1]
+        columns = [one_hot.argmax(-1) for one_hot in np.split(flat, edges, -1)]
+        return np.stack(columns, -1).reshape(len(flat), *space.shape) + space.start
+    unit = (np.clip(flat, -1, 1).reshape(len(flat), *space.shape) + 1) / 2
+    return (space.low + unit * (space.high - space.low)).astype(space.dtype)
+
+
+def space_to_json(space: gym_spaces.Space) -> dict[str, Any]:
+    """A Gymnasium space as plain JSON, so that an agent can be loaded without its environment."""
+    if isinstance(space, gym_spaces.Dict):
+        return {"dict": {key: space_to_json(part) for key, part in space.spaces.items()}}
+    if isinstance(space, gym_spaces.Tuple):
+        return {"tuple": [space_to_json(part) for part in space.spaces]}
+    if isinstance(space, gym_spaces.Discrete):
+        return {"discrete": int(space.n), "start": int(space.start)}
+    if isinstance(space, gym_spaces.MultiDiscrete):
+        return {"multi_discrete": space.nvec.tolist(), "start": space.start.tolist()}
+    if isinstance(space, gym_spaces.MultiBinary):
+        return {"multi_binary": space.n if isinstance(space.n, int) else list(space.n)}
+    assert isinstance(space, gym_spaces.Box), space
+
+    def bound(values: np.ndarray) -> Any:
+        same = values.size and (values == values.flat[0]).all()
+        numbers = values.astype(float) if not same else np.asarray(values.flat[0], float)
+        # JSON has no infinity: bounds that are not finite are written as text.
+        return np.where(np.isfinite(numbers), numbers.astype(object), numbers.astype(str)).tolist()
+
+    return {
+        "box": [bound(space.low), bound(space.high)],
+        "shape": list(space.shape),
+        "dtype": np.dtype(space.dtype).name,
+    }
+
+
+def space_from_json(saved: dict[str, Any]) -> gym_spaces.Space:
+    if "dict" in saved:
+        return gym_spaces.Dict({key: space_from_json(part) for key, part in saved["dict"].items()})
+    if "tuple" in saved:
+        return gym_spaces.Tuple([space_from_json(part) for part in saved["tuple"]])
+    if "discrete" in saved:
+        return gym_spaces.Discrete(saved["discrete"], start=saved["start"])
+    if "multi_discrete" in saved:
+        return gym_spaces.MultiDiscrete(saved["multi_discrete"], start=saved["start"])
+    if "multi_binary" in saved:
+        return gym_spaces.MultiBinary(saved["multi_binary"])
+    shape, dtype = tuple(saved["shape"]), np.dtype(saved["dtype"])
+    low, high = (np.broadcast_to(np.asarray(b, dtype), shape) for b in saved["box"])
+    return gym_spaces.Box(low, high, shape, dtype.type)

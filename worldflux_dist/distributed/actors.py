@@ -1,0 +1,175 @@
+"""Runner, learner and evaluation as Ray actors: thin shells around the plain roles.
+
+Data goes from runner to shard and from shard to learner as object references; the driver sees
+reports and references only. Runners and shards come back by themselves when their process dies.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import RayActorError
+
+from worldflux_dist import evaluate
+from worldflux_dist.agent import Agent
+from worldflux_dist.config import Config
+from worldflux_dist.data import Batch, Chunk, Spaces
+from worldflux_dist.distributed.shard import ShardReport, shard_name
+from worldflux_dist.distributed.weights import WEIGHTS
+from worldflux_dist.envs import make_envs
+from worldflux_dist.learner import Learner
+from worldflux_dist.runner import EnvRunner, Episode
+
+SHARD_WAIT_S = 60.0  # a shard's process is back after two to ten seconds
+
+
+def make_agent(config: Config, spaces: Spaces) -> Agent:
+    return Agent(config.model, spaces, config.model_options, config.behavior)
+
+
+@dataclass(frozen=True)
+class RunnerReport:
+    """What one collect call brought: counts and times, no data."""
+
+    env_steps: int
+    episodes: list[Episode]
+    version: int
+    shards: dict[int, ShardReport]
+    collect_seconds: float
+    send_seconds: float
+
+
+@ray.remote(max_restarts=-1, max_task_retries=0)
+class EnvRunnerActor:
+    """Collects with the newest weights and sends every environment's steps to its shard."""
+
+    def __init__(self, config: Config, index: int) -> None:
+        torch.set_num_threads(config.scale.runner_threads)
+        # A restarted runner must not replay the episodes of its former life.
+        life = ray.get_runtime_context().was_current_actor_reconstructed * time.time_ns()
+        seed = np.random.SeedSequence([config.seed, index, life]).generate_state(1)[0]
+        torch.manual_seed(int(seed))
+        envs = make_envs(config.env, int(seed) % 2**31)
+        self.agent = make_agent(config, envs.spaces)
+        first = index * envs.num_envs
+        self.runner = EnvRunner(envs, self.agent.act_batch, f"runner-{index}", first)
+        self.runner.version = -1
+        self.store = ray.get_actor(WEIGHTS)
+        self.shards = [ray.get_actor(shard_name(i)) for i in range(config.scale.num_shards)]
+
+    def collect(self, length: int) -> RunnerReport:
+        """`length` steps of every environment, stored in replay when this returns."""
+        start = time.monotonic()
+        self._pull()
+        chunk = self.runner.collect(length)
+        collected = time.monotonic()
+        reports = self._send(chunk)
+        return RunnerReport(
+            chunk.num_steps,
+            self.runner.take_episodes(),
+            chunk.version,
+            reports,
+            collected - start,
+            time.monotonic() - collected,
+        )
+
+    def _pull(self) -> None:
+        """Take the newest weights, if there are newer ones."""
+        found = ray.get(self.store.newer_than.remote(self.runner.version))
+        if found is not None:
+            self.runner.version, (weights,) = found
+            self.agent.load_arrays(ray.get(weights))
+
+    def _send(self, chunk: Chunk) -> dict[int, ShardReport]:
+        """One part to each shard. A part that may be lost is sent again with the same key."""
+        parts = {}
+        for index in np.unique(chunk.streams % len(self.shards)):
+            part = chunk.rows(chunk.streams % len(self.shards) == index)
+            writer, incarnation, seq = chunk.key
+            part.key = (f"{writer}/{index}", incarnation, seq)
+            parts[int(index)] = part
+        reports: dict[int, ShardReport] = {}
+        deadline = time.monotonic() + SHARD_WAIT_S
+        while True:
+            refs = {i: self.shards[i].add.remote(p) for i, p in parts.items() if i not in reports}
+            for index, ref in refs.items():
+                try:
+                    reports[index] = ray.get(ref)
+                except RayActorError:
+                    if time.monotonic() > deadline:
+                        raise
+            if len(reports) == len(parts):
+                return reports
+            time.sleep(0.2)
+
+
+@ray.remote(max_restarts=0)
+class LearnerActor:
+    """The learner's shell: batches come as references and are fetched before a step begins."""
+
+    def __init__(self, config: Config, spaces: Spaces, folder: Path | None) -> None:
+        torch.manual_seed(config.seed)
+        self.learner = Learner(make_agent(config, spaces), config.learner)
+        self.store, self.version = ray.get_actor(WEIGHTS), 0
+        if folder is not None:
+            self.learner.load(folder)
+        self._idle_since = time.monotonic()
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """One gradient step; metrics, with seconds spent stepping and waiting for work."""
+        start = time.monotonic()
+        metrics = self.learner.step(batch)
+        end = time.monotonic()
+        metrics["time/learner_step"] = end - start
+        metrics["time/learner_wait"] = start - self._idle_since
+        self._idle_since = end
+        return metrics
+
+    def publish(self) -> int:
+        """Send the inference weights to the store; gives their version."""
+        self.version += 1
+        ray.get(self.store.publish.remote(self.version, self.learner.agent.inference_state()))
+        return self.version
+
+    def agent_arrays(self) -> dict[str, np.ndarray]:
+        """All weights, for evaluation elsewhere."""
+        state = self.learner.agent.state_dict()
+        return {name: value.cpu().numpy().copy() for name, value in state.items()}
+
+    def save(self, folder: Path) -> None:
+        self.learner.save(folder)
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What to look at, and with which seed."""
+
+    episodes: int
+    seed: int
+    random: bool = False
+    dream: bool = False
+
+
+@ray.remote(num_cpus=0, max_retries=2)
+def evaluate_remotely(
+    config: Config, spaces: Spaces, arrays: dict[str, np.ndarray], request: EvaluationRequest
+) -> dict[str, Any]:
+    """Evaluate weights in a process of its own: returns, and an open loop where asked."""
+    torch.set_num_threads(config.scale.runner_threads)
+    torch.manual_seed(request.seed)
+    agent = make_agent(config, spaces)
+    agent.load_arrays(arrays)
+    found: dict[str, Any] = {
+        "agent": evaluate.evaluate(agent, config.env, request.episodes, request.seed)
+    }
+    if request.random:
+        found["random"] = evaluate.evaluate_random(config.env, request.episodes, request.seed)
+    if request.dream:
+        found["dream"] = evaluate.open_loop(agent, config.env, request.seed)
+    return found

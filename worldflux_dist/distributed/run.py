@@ -1,0 +1,130 @@
+"""The run directory: everything a run leaves behind, the same everywhere.
+
+    config.yaml manifest.json metrics.jsonl scores.jsonl tb/ checkpoints/ video/ curve.png
+
+Opened again with the same configuration it goes on; with another one it is refused.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+from worldflux_dist import checkpoint, config, figures
+from worldflux_dist.evaluate import OpenLoop
+from worldflux_dist.metrics import RunLog, read_lines
+from worldflux_dist.replay.limiter import Limiter
+
+# What may differ when a run goes on: how long and how often to look, not what is learned.
+FREE = ("env_steps", "eval_every", "eval_episodes", "checkpoint_every", "threshold")
+
+
+class RunDirectory:
+    """Owns the files of one run. Use as a context manager; one process at a time."""
+
+    def __init__(self, path: Path, settings: config.Config) -> None:
+        self.path, self.settings = path, settings
+        self.checkpoints = path / "checkpoints"
+        self._check_config()
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.yaml").write_text(config.to_yaml(settings))
+        checkpoint.write_json(path / "manifest.json", _manifest())
+        self.log = RunLog(path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.log.close()
+
+    def resume(self, limiter: Limiter, num_steps: int) -> tuple[Path, dict[str, Any]] | None:
+        """The newest good checkpoint and its counters, the limiter set and later lines dropped.
+
+        `num_steps` is what runners collect at a time.
+        """
+        found = checkpoint.newest(self.checkpoints)
+        if found is None:
+            self.log.truncate_after(-1)
+            return None
+        folder, manifest = found
+        limiter.load_state_dict(manifest["counters"]["limiter"], num_steps)
+        self.log.truncate_after(limiter.env_steps)
+        return folder, manifest["counters"]
+
+    def score(
+        self, env_steps: int, action_repeat: int, returns: Iterable[float], method: str
+    ) -> None:
+        """Append one evaluation to scores.jsonl."""
+        frames, s = env_steps * action_repeat, self.settings
+        self.log.score(env_steps, frames, returns, task=s.env.id, method=method, seed=s.seed)
+
+    def scores(self) -> list[dict[str, Any]]:
+        path = self.path / "scores.jsonl"
+        return read_lines(path) if path.exists() else []
+
+    def methods(self) -> set[str]:
+        """Methods that have been scored."""
+        return {line["method"] for line in self.scores()}
+
+    def draw(self, dream: OpenLoop, threshold: float | None, random: float) -> None:
+        """curve.png and video/open_loop.gif."""
+        scores = [line for line in self.scores() if line["method"] != "random"]
+        title = f"{self.settings.model} on {self.settings.env.id}"
+        figures.learning_curve(scores, self.path / "curve.png", threshold, random, title)
+        (self.path / "video").mkdir(exist_ok=True)
+        figures.open_loop_gif(
+            dream.truth,
+            dream.dream,
+            self.path / "video" / "open_loop.gif",
+            dream.context,
+            frames=dream.frames if dream.truth.dtype != "uint8" else None,
+        )
+
+    def _check_config(self) -> None:
+        """Raise ConfigError where the directory belongs to a run with other settings."""
+        saved = self.path / "config.yaml"
+        if not saved.exists():
+            return
+        before = config.load([saved])
+        kept = {name: getattr(self.settings.train, name) for name in FREE}
+        before = replace(before, train=replace(before.train, **kept))
+        old, new = _flat(config.to_dict(before)), _flat(config.to_dict(self.settings))
+        differing = [key for key in old | new if old.get(key) != new.get(key)]
+        if differing:
+            listed = ", ".join(f"{k} ({old.get(k)} before, {new.get(k)} now)" for k in differing)
+            raise config.ConfigError(
+                f"{self.path} holds a run with other settings: {listed}; choose another run "
+                "directory or remove this one"
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _manifest() -> dict[str, Any]:
+    """Versions that a result depends on."""
+    names = ("worldflux_dist", "torch", "numpy", "ray", "gymnasium", "ale-py", "mujoco")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {platform.system()}",
+        "versions": versions,
+    }

@@ -1,0 +1,49 @@
+"""A replay shard as a Ray actor. Its process loads neither torch nor an environment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from worldflux_dist.data import Batch, Chunk
+from worldflux_dist.replay.buffer import ReplayBuffer, ReplayConfig
+
+
+def shard_name(index: int) -> str:
+    """The name by which runners find a shard, in the namespace of their run."""
+    return f"replay-{index}"
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What a shard holds after an insert."""
+
+    num_steps: int
+    nbytes: int
+    ready: bool
+
+
+@ray.remote(max_restarts=-1, max_task_retries=0)
+class ReplayShardActor:
+    """One shard of the replay. A restarted one continues from the newest checkpoint's copy."""
+
+    def __init__(self, config: ReplayConfig, seed: int, folder: Path | None) -> None:
+        self.buffer = ReplayBuffer(config, seed)
+        if folder is not None:
+            self.buffer.restore(folder)
+
+    def add(self, chunk: Chunk) -> ShardReport:
+        """Store a chunk, once: a re-sent one is acknowledged and not stored again."""
+        self.buffer.add(chunk)
+        return self.report()
+
+    def sample(self) -> Batch:
+        return self.buffer.sample()
+
+    def report(self) -> ShardReport:
+        return ShardReport(self.buffer.num_steps, self.buffer.nbytes, self.buffer.ready)
+
+    def save(self, folder: Path) -> None:
+        self.buffer.save(folder)

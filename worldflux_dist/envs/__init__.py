@@ -1,0 +1,26 @@
+"""Environments, many at once, behind one small interface: `make_envs(config, seed).step(action)`.
+
+Everything that leaves this package obeys the time convention of data.py: one Step per call, the
+last observation of an episode stored, the reset a row of its own. Numpy only, no torch.
+"""
+
+from __future__ import annotations
+
+from worldflux_dist.envs.atari import atari_envs, is_atari
+from worldflux_dist.envs.base import EnvConfig, Envs
+from worldflux_dist.envs.single import single_envs
+
+__all__ = ["EnvConfig", "Envs", "make_envs"]
+
+
+def make_envs(
+    config: EnvConfig, seed: int, num_envs: int | None = None, render: bool = False
+) -> Envs:
+    """Build `num_envs` (default `config.num_envs`) copies of the environment `config.id`.
+
+    Everything random follows from `seed`. `render` asks for frames from `Envs.render`; leave it
+    off while training. Raises ValueError, with a remedy, for an unknown id, a missing package or
+    a space that cannot be carried.
+    """
+    build = atari_envs if is_atari(config.id) else single_envs
+    return build(config, seed, num_envs or config.num_envs, render)

@@ -1,0 +1,149 @@
+"""What every environment looks like to the rest of the system: its settings and its steps.
+
+`Envs` turns any Gymnasium vector environment with next-step autoreset into rows of Steps. What
+must stay true: the row after `is_last` is `is_first`, with a zero action and a zero reward, and
+no array handed out is ever written to again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from gymnasium.vector import VectorEnv
+
+from worldflux_dist.data import Spaces, Step
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """Which environment, how many of them, and the whole Atari protocol.
+
+    `id` is a registered Gymnasium id or `module:factory`; `kwargs` go to gymnasium.make or to the
+    factory. The Atari defaults are those of the Atari 100k benchmark (64x64 RGB, no sticky
+    actions, up to 30 no-ops, whole games). The 57-game benchmark of DreamerV3 asks for
+    image_size 96, grayscale, repeat_action_probability 0.25 and full_action_space.
+    """
+
+    id: str = "CartPole-v1"
+    num_envs: int = 8  # per runner
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    max_episode_steps: int = 0  # 0: the environment's own limit
+    max_failures: int = 5  # failures in a row of one environment before the run stops
+
+    # Atari only
+    image_size: int = 64
+    grayscale: bool = False
+    frame_skip: int = 4
+    repeat_action_probability: float = 0.0
+    noop_max: int = 30
+    terminal_on_life_loss: bool = False
+    reward_clipping: bool = False
+    full_action_space: bool = False
+    use_fire_reset: bool = False
+    max_episode_frames: int = 108_000
+
+    def __post_init__(self) -> None:
+        least = {
+            "num_envs": 1,
+            "max_episode_steps": 0,
+            "max_failures": 1,
+            "image_size": 8,
+            "frame_skip": 1,
+            "noop_max": 0,
+            "max_episode_frames": 1,
+        }
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"env.{name} is {getattr(self, name)}: it must be at least {low}")
+        if not 0 <= self.repeat_action_probability <= 1:
+            raise ValueError(
+                f"env.repeat_action_probability is {self.repeat_action_probability}: "
+                "it must lie between 0 and 1"
+            )
+
+
+class Envs:
+    """N environments of one kind, stepped together. Owns the vector environment.
+
+    `spaces` converts observations and actions, `num_envs` is N, `action_repeat` the frames that
+    one step stands for. The first `step` resets every environment and ignores its action.
+    """
+
+    def __init__(
+        self,
+        vector: VectorEnv,
+        spaces: Spaces,
+        seed: int,
+        action_repeat: int = 1,
+        draw: Callable[[], Any] | None = None,
+    ) -> None:
+        self.spaces, self.num_envs, self.action_repeat = spaces, vector.num_envs, action_repeat
+        self._vector, self._draw = vector, draw
+        # Drawn apart, so that runners with neighbouring seeds do not share environments; 31 bits
+        # because the emulator's seed is a C int.
+        self._seeds = np.random.SeedSequence(seed).generate_state(self.num_envs) >> 1
+        self._done = np.ones(self.num_envs, bool)
+        self._obs: dict[str, np.ndarray] | None = None
+
+    def step(self, action: np.ndarray) -> Step:
+        """Flat actions (N, A) in, one Step with leading shape (N,) out.
+
+        Environments whose episode ended in the step before are reset instead: their action is
+        ignored and stored as zero. Raises RuntimeError when an environment keeps failing.
+        """
+        assert action.shape == (self.num_envs, self.spaces.action_dim), action.shape
+        assert np.isfinite(action).all(), "actions must be finite"
+        is_first = self._done
+        action = np.where(is_first[:, None], 0, action).astype(np.float32)
+        if self._obs is None:
+            raw, _ = self._vector.reset(seed=self._seeds)  # type: ignore[arg-type]
+            reward = np.zeros(self.num_envs)
+            terminated = truncated = np.zeros(self.num_envs, bool)
+        else:
+            raw, reward, terminated, truncated, _ = self._vector.step(
+                self.spaces.decode_action(action)
+            )
+        self._obs = self.spaces.encode_obs(raw)
+        self._done = terminated | truncated
+        return Step(
+            obs=self._obs,
+            action=action,
+            reward=np.where(is_first, 0, reward).astype(np.float32),
+            is_first=is_first,
+            is_last=self._done,
+            is_terminal=terminated,
+        )
+
+    def render(self) -> np.ndarray | None:
+        """An RGB frame (H, W, 3) uint8 of environment 0 for a video.
+
+        The environment's own drawing where `make_envs(render=True)` asked for it, else its image
+        observation, else None.
+        """
+        frame = None
+        if self._draw is not None:
+            try:
+                frame = self._draw()
+            except Exception as error:  # a missing display must not end a training run
+                self._draw = None
+                logger.warning(
+                    "no video frames, the environment cannot draw: %s: %s (without a display set "
+                    "MUJOCO_GL=egl or MUJOCO_GL=osmesa and install that library)",
+                    type(error).__name__,
+                    error,
+                )
+        if frame is not None:
+            return np.asarray(frame)
+        for key, spec in self.spaces.obs.items():
+            if spec.kind == "image" and self._obs is not None:
+                return np.broadcast_to(self._obs[key][0], (*spec.shape[:2], 3))
+        return None
+
+    def close(self) -> None:
+        self._vector.close()

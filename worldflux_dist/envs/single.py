@@ -1,0 +1,220 @@
+"""Any Gymnasium environment, or one's own, stepped one after the other in this process.
+
+Each environment is kept by a Guard, so that one that raises or returns nonsense costs an episode
+and not the run: it is rebuilt and its episode closed as a truncation. One that keeps failing
+stops the run with its name and the error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from copy import deepcopy
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+from worldflux_dist.data import Spaces
+from worldflux_dist.envs.base import EnvConfig, Envs
+
+logger = logging.getLogger(__name__)
+
+GOOD_RUN = 100  # steps without a failure after which earlier failures are forgotten
+
+
+class Guard(gymnasium.Wrapper):
+    """One environment that survives its own failures. Owns the environment and its builder.
+
+    A failure is an exception, a non-finite reward, or an observation that is not finite or not of
+    the space's shape, in step or in reset. In a step the last observation is repeated with zero
+    reward and `truncated`; the next reset builds a new environment. `max_failures` in a row, with
+    no run of GOOD_RUN steps between them, raise RuntimeError.
+    """
+
+    def __init__(
+        self, build: Callable[[], gymnasium.Env], name: str, lane: int, max_failures: int
+    ) -> None:
+        super().__init__(build())
+        self._build, self._name, self._lane = build, name, lane
+        self._max_failures, self._failures, self._good = max_failures, 0, 0
+        self._broken = False
+        self._rng = np.random.default_rng()
+        self._last: Any = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        if seed is not None:
+            seed = int(seed)
+            self._rng = np.random.default_rng(seed)
+        while True:
+            try:
+                if self._broken:
+                    self.env = self._build()
+                    self._broken = False
+                    seed = int(self._rng.integers(2**31))
+                obs, info = self.env.reset(seed=seed, options=options)
+                check_obs(self.observation_space, obs)
+            except Exception as error:
+                self._failed(error)
+            else:
+                self._last = deepcopy(obs)
+                return self._last, info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        try:
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            check_obs(self.observation_space, obs)
+            if not math.isfinite(reward):
+                raise ValueError(f"the reward is {reward}")
+        except Exception as error:
+            self._failed(error)
+            return self._last, 0.0, False, True, {}
+        self._good += 1
+        if self._good >= GOOD_RUN:
+            self._failures = 0
+        # A copy: an environment may write its next observation into the same array, then raise.
+        self._last = deepcopy(obs)
+        return self._last, reward, terminated, truncated, info
+
+    def render(self) -> Any:
+        return None if self._broken else self.env.render()
+
+    def _failed(self, error: Exception) -> None:
+        self._failures += 1
+        self._good, self._broken = 0, True
+        what = f"{type(error).__name__}: {error}"
+        logger.warning(
+            "env %s lane %d failed (%d of at most %d in a row): %s",
+            *(self._name, self._lane, self._failures, self._max_failures, what),
+        )
+        with suppress(Exception):  # what is broken may not close either
+            self.env.close()
+        if self._failures >= self._max_failures:
+            raise RuntimeError(
+                f"env {self._name} lane {self._lane} failed {self._failures} times in a row, "
+                f"last with {what}; repair the environment or raise env.max_failures"
+            ) from error
+
+
+def check_obs(space: gymnasium.Space, obs: Any) -> None:
+    """Raise ValueError where an observation has not the space's shape or is not finite.
+
+    Bounds of a Box are not enforced: many an environment oversteps its own by a rounding.
+    """
+    if isinstance(space, gymnasium.spaces.Dict):
+        for key, part in space.spaces.items():
+            check_obs(part, obs[key])
+    elif isinstance(space, gymnasium.spaces.Tuple):
+        for part, value in zip(space.spaces, obs, strict=True):
+            check_obs(part, value)
+    elif isinstance(space, gymnasium.spaces.Box):
+        value = np.asarray(obs)
+        if value.shape != space.shape:
+            raise ValueError(f"the observation has shape {value.shape}, not {space.shape}")
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise ValueError("the observation is not finite")
+    elif not space.contains(obs):
+        raise ValueError(f"the observation {obs!r} is not in {space}")
+
+
+def single_envs(config: EnvConfig, seed: int, num_envs: int, render: bool) -> Envs:
+    """`num_envs` environments of `config.id`, each behind a Guard."""
+    build = builder(config, render)
+    guards = [Guard(build, config.id, lane, config.max_failures) for lane in range(num_envs)]
+    first = guards[0]
+    try:
+        spaces = Spaces(first.observation_space, first.action_space)
+    except ValueError as error:
+        raise ValueError(f"env {config.id}: {error}") from None
+    vector = SyncVectorEnv(
+        [lambda guard=guard: guard for guard in guards],  # type: ignore[misc]
+        autoreset_mode=AutoresetMode.NEXT_STEP,
+    )
+    repeat = (
+        first.get_wrapper_attr("action_repeat") if first.has_wrapper_attr("action_repeat") else 1
+    )
+    draw = first.render if first.render_mode == "rgb_array" else None
+    return Envs(vector, spaces, seed, action_repeat=repeat, draw=draw)
+
+
+def builder(config: EnvConfig, render: bool) -> Callable[[], gymnasium.Env]:
+    """A function that makes one environment. Raises ValueError when there is none of that id."""
+    module_name, _, name = config.id.rpartition(":")
+    own = getattr(_import(module_name, config.id), name, None) if module_name else None
+    if own is None and name not in gymnasium.registry:
+        raise ValueError(_unknown(config.id, name))
+    kwargs = dict(config.kwargs)
+    if render and (own is None or "render_mode" in inspect.signature(own).parameters):
+        kwargs.setdefault("render_mode", "rgb_array")
+    limit = config.max_episode_steps or None
+    if own is None:
+        make = partial(_make_registered, name, limit, kwargs)
+    else:
+        make = partial(_make_own, own, config.id, limit, kwargs)
+
+    def build() -> gymnasium.Env:
+        try:
+            return make()
+        except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
+            raise ValueError(_missing(config.id, error)) from error
+
+    return build
+
+
+def _make_registered(name: str, limit: int | None, kwargs: dict[str, Any]) -> gymnasium.Env:
+    if "mujoco" in str(gymnasium.registry[name].entry_point):
+        import mujoco
+
+        # Left alone, it writes every warning to stderr and to a file in the current directory.
+        mujoco.set_mju_user_warning(logger.info)
+    return gymnasium.make(name, max_episode_steps=limit, disable_env_checker=True, **kwargs)
+
+
+def _make_own(
+    own: Callable[..., Any], env_id: str, limit: int | None, kwargs: dict[str, Any]
+) -> gymnasium.Env:
+    env = own(**kwargs)
+    if not isinstance(env, gymnasium.Env):
+        raise ValueError(
+            f"{env_id} returned a {type(env).__name__}, it must return a gymnasium.Env"
+        )
+    return gymnasium.wrappers.TimeLimit(env, limit) if limit else env
+
+
+def _import(module_name: str, env_id: str) -> ModuleType:
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(module_name)
+    except ImportError as error:
+        if error.name and f"{module_name}.".startswith(f"{error.name}."):
+            raise ValueError(
+                f"env {env_id}: there is no module {error.name}; it is looked for on the Python "
+                f"path and in {os.getcwd()}"
+            ) from error
+        raise ValueError(_missing(env_id, error)) from error
+
+
+def _unknown(env_id: str, name: str) -> str:
+    near = difflib.get_close_matches(name, gymnasium.registry, n=3, cutoff=0.5)
+    hint = f", did you mean {' or '.join(near)}" if near else ""
+    return f"unknown env {env_id}{hint}? An environment of your own is named module:factory"
+
+
+def _missing(env_id: str, error: Exception) -> str:
+    text = f"env {env_id} needs a package that is not installed: {error}"
+    if "dm_control" in str(error):
+        text += "; run: pip install 'worldflux_dist[dmc]'"
+    return text

@@ -1,0 +1,72 @@
+"""Tiny environments whose answers are known, for tests and demos.
+
+Addressed as `worldflux_dist.envs.toy:EchoEnv`. Each isolates one thing a world model must get
+right: EchoEnv the time convention, BanditEnv memory and delayed, noisy credit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+
+class EchoEnv(gymnasium.Env):
+    """The reward that arrives with obs_t is the action that went in at t; obs is pure noise.
+
+    Box actions [-1, 1]^1 give reward a, Discrete(3) actions give reward a - 1. A model that keeps
+    `state[t] = update(s, action[t], obs[t])` and `reward[t]` together reaches zero reward error;
+    one that is off by a step cannot do better than the rewards' variance. Episodes are truncated
+    after 10 to 20 steps, drawn anew each time.
+    """
+
+    def __init__(self, discrete: bool = False) -> None:
+        self.discrete = discrete
+        self.observation_space = spaces.Box(-1, 1, (2,), np.float32)
+        self.action_space = spaces.Discrete(3) if discrete else spaces.Box(-1, 1, (1,), np.float32)
+
+    def _noise(self) -> np.ndarray:
+        return self.np_random.uniform(-1, 1, 2).astype(np.float32)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self._left = int(self.np_random.integers(10, 21))
+        return self._noise(), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self._left -= 1
+        reward = float(action) - 1 if self.discrete else float(action[0])
+        return self._noise(), reward, False, self._left == 0, {}
+
+
+class BanditEnv(gymnasium.Env):
+    """Two actions in a row must both be right, and only the first observation says which.
+
+    A context c in 0..n-1 is shown at step 0 and hidden afterwards (observation n). Right is c at
+    the first step and (c + 1) mod n at the second, which ends the episode with reward 1 at
+    probability 0.9 when both were right and 0.1 otherwise. The best mean return is `optimum`;
+    random actions reach 0.1 + 0.8 / n^2.
+    """
+
+    optimum = 0.9
+
+    def __init__(self, n: int = 2) -> None:
+        self.n = n
+        self.observation_space = spaces.Discrete(n + 1)
+        self.action_space = spaces.Discrete(n)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[int, dict]:
+        super().reset(seed=seed)
+        self._context = int(self.np_random.integers(self.n))
+        self._actions: list[int] = []
+        return self._context, {}
+
+    def step(self, action: Any) -> tuple[int, float, bool, bool, dict]:
+        self._actions.append(int(action))
+        if len(self._actions) < 2:
+            return self.n, 0.0, False, False, {}
+        right = self._actions == [self._context, (self._context + 1) % self.n]
+        reward = float(self.np_random.random() < (self.optimum if right else 1 - self.optimum))
+        return self.n, reward, True, False, {}

@@ -1,0 +1,263 @@
+"""What a world model is: five verbs, one State, one rollout.
+
+`encode`, `update`, `transition` and `decode` are written by each family; `rollout` is written here
+once. Policies, critics and planners see a model only through these and through `features`. A new
+family is one file in this folder that defines `PRESETS` (name -> frozen config) and `Model`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import Space
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from worldflux_dist.data import Batch, Spaces
+
+Policy = Callable[[Tensor], Tensor]  # features (B, F) -> actions (B, A)
+
+
+@dataclass
+class State:
+    """What the model remembers: named tensors that share their leading axes (B, or H B, or B T)."""
+
+    tensors: dict[str, Tensor]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> State:
+        return State({name: function(value) for name, value in self.tensors.items()})
+
+    def __getitem__(self, index: Any) -> State:
+        return self.map(lambda value: value[index])
+
+    def detach(self) -> State:
+        return self.map(Tensor.detach)
+
+    def flatten(self) -> State:
+        """Merge the two leading axes: (B, T, ...) -> (B * T, ...)."""
+        return self.map(lambda value: value.flatten(0, 1))
+
+    def where(self, mask: Tensor, other: State) -> State:
+        """Rows of this state where mask (B,) is true, else of `other`."""
+
+        def choose(name: str, value: Tensor) -> Tensor:
+            shaped = mask.view(mask.shape + (1,) * (value.ndim - mask.ndim))
+            return torch.where(shaped, value, other.tensors[name])
+
+        return State({name: choose(name, value) for name, value in self.tensors.items()})
+
+    @staticmethod
+    def stack(states: Sequence[State], dim: int = 0) -> State:
+        names = states[0].tensors
+        return State({n: torch.stack([s.tensors[n] for s in states], dim) for n in names})
+
+    def numpy(self) -> dict[str, np.ndarray]:
+        return {name: value.detach().cpu().numpy() for name, value in self.tensors.items()}
+
+    @staticmethod
+    def from_numpy(arrays: dict[str, np.ndarray], device: Any = None) -> State:
+        return State({n: torch.as_tensor(value, device=device) for n, value in arrays.items()})
+
+
+pytree.register_pytree_node(
+    State,
+    lambda state: (list(state.tensors.values()), list(state.tensors)),
+    lambda values, names: State(dict(zip(names, values, strict=True))),
+    serialized_type_name="worldflux_dist.State",
+)
+
+
+@dataclass
+class Prediction:
+    """`preds["obs"]` in the observation's own units (a dict for several), `preds["reward"]` and
+    `preds["continue"]` (a probability that already contains the discount)."""
+
+    preds: dict[str, Any]
+
+
+@dataclass
+class Rollout:
+    """An imagined trajectory, time-major: states (H+1, B, ...) with the start, actions (H, B, A),
+    rewards (H, B) and continues (H, B) of states 1..H, start_continue (B,) of state 0."""
+
+    states: State
+    actions: Tensor
+    rewards: Tensor
+    continues: Tensor
+    start_continue: Tensor
+
+
+@dataclass
+class LossOutput:
+    """Unreduced losses by name, metrics, and the posterior states (B, T, ...) with gradient.
+
+    Behaviors start their imagination from the detached states and may add losses on the attached
+    ones: that is how value gradients reach the model.
+    """
+
+    losses: dict[str, Tensor]
+    metrics: dict[str, Tensor]
+    states: State
+
+
+class WorldModel(nn.Module, ABC):
+    """Base of all families. Owns the networks; invariant: nothing here shifts time.
+
+    Attributes a family sets: `feature_dim` F, `width` (units of its own MLPs, which behaviors
+    copy), `discount` (what `continue` contains), `loss_scales` (weight of each loss).
+    """
+
+    feature_dim: int
+    width: int
+    discount: float
+    loss_scales: dict[str, float]
+
+    def __init__(self, spaces: Spaces) -> None:
+        super().__init__()
+        self.spaces = spaces
+
+    @abstractmethod
+    def initial(self, batch_size: int) -> State:
+        """The state before anything was seen."""
+
+    @abstractmethod
+    def update(
+        self,
+        state: State,
+        action: Tensor,
+        obs: Any,
+        is_first: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> State:
+        """Posterior: acted (action (B, A) went in) and looked (obs came out).
+
+        Rows with is_first (B,) forget state and action. `noise` fixes the family's random draws.
+        """
+
+    @abstractmethod
+    def transition(self, state: State, action: Tensor, noise: Tensor | None = None) -> State:
+        """Prior: acted with (B, A), eyes closed."""
+
+    @abstractmethod
+    def decode(
+        self, state: State, heads: Sequence[str] = ("obs", "reward", "continue")
+    ) -> Prediction:
+        """Predictions of any leading shape: the obs of this state, the reward on arriving in it,
+        the probability of going on from it."""
+
+    @abstractmethod
+    def features(self, state: State) -> Tensor:
+        """(..., F): all that policies and critics see."""
+
+    @abstractmethod
+    def loss(
+        self, batch: Batch, start: State | None = None, noise: Tensor | None = None
+    ) -> LossOutput:
+        """Losses of a (B, T) batch of tensors, from state `start` (default: initial)."""
+
+    @abstractmethod
+    def optimizer(self, params: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """The family's optimizer over its own and the behavior's parameters."""
+
+    @abstractmethod
+    def inference_modules(self) -> tuple[str, ...]:
+        """Names of the submodules that `update` needs: what runners are sent."""
+
+    def encode(self, obs: Any) -> State:
+        """The state of a first look: update(initial, 0, obs, is_first=True)."""
+        obs = self.tensors(obs)
+        num = len(next(iter(obs.values())))
+        state = self.initial(num)
+        like = next(iter(state.tensors.values()))
+        action = torch.zeros(num, self.spaces.action_dim, device=like.device)
+        return self.update(
+            state, action, obs, torch.ones(num, dtype=torch.bool, device=like.device)
+        )
+
+    def rollout(
+        self,
+        state: State,
+        actions: Tensor | Policy,
+        horizon: int | None = None,
+        noise: Tensor | None = None,
+    ) -> Rollout:
+        """Imagine from state (B, ...) with given actions (H, B, A) or `horizon` steps of a policy.
+
+        `noise` (H, ...) fixes the draws of each transition.
+        """
+        if horizon is None:
+            assert isinstance(actions, Tensor), "a policy needs a horizon"
+            horizon = len(actions)
+        states, taken = [state], []
+        for h in range(horizon):
+            action = actions[h] if isinstance(actions, Tensor) else actions(self.features(state))
+            state = self.transition(state, action, None if noise is None else noise[h])
+            states.append(state)
+            taken.append(action)
+        path = State.stack(states)
+        preds = self.decode(path, ("reward", "continue")).preds
+        return Rollout(
+            path,
+            torch.stack(taken),
+            preds["reward"][1:],
+            preds["continue"][1:],
+            preds["continue"][0],
+        )
+
+    def tensors(self, obs: Any) -> dict[str, Tensor]:
+        """Observations as the model wants them: a dict of tensors on its device."""
+        device = next(self.parameters()).device
+        named = obs if isinstance(obs, dict) else {"obs": obs}
+        return {key: torch.as_tensor(value, device=device) for key, value in named.items()}
+
+
+# ------------------------------------------------------------------------------- creation
+
+
+def families() -> list[str]:
+    """Names of all families: the modules beside this one."""
+    folder = importlib.import_module("worldflux_dist.models").__path__
+    return sorted(m.name for m in pkgutil.iter_modules(folder) if m.name != "base")
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The end of a sentence that says what was probably meant."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def create_from_spaces(name: str, spaces: Spaces, **options: Any) -> WorldModel:
+    """As create_world_model, from Spaces already made."""
+    family, _, preset = name.partition(":")
+    if family not in families():
+        raise ValueError(f"no world-model family {family!r}: {nearest(family, families())}")
+    module = importlib.import_module(f"worldflux_dist.models.{family}")
+    names = [f"{family}:{p}" for p in module.PRESETS]
+    if preset not in module.PRESETS:
+        raise ValueError(f"no preset {name!r}: {nearest(name, names)}")
+    config = module.PRESETS[preset]
+    for option in options:
+        if not hasattr(config, option):
+            raise ValueError(
+                f"{name} has no option {option!r}: {nearest(option, list(vars(config)))}"
+            )
+    return module.Model(spaces, replace(config, **options))
+
+
+def create_world_model(
+    name: str, observation_space: Space, action_space: Space, **options: Any
+) -> WorldModel:
+    """Build a world model by `family:preset`, for example "dreamerv3:size12m".
+
+    `options` replace single fields of the preset. Raises ValueError, naming the nearest known
+    name, for an unknown family, preset or option, and for spaces that are not supported.
+    """
+    return create_from_spaces(name, Spaces(observation_space, action_space), **options)

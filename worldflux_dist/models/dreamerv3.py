@@ -1,0 +1,365 @@
+"""DreamerV3 (2025): a block-GRU RSSM with categorical latents, trained by reconstruction.
+
+State: deter (B, D) and stoch (B, G, C), zeros at the start. Features are [deter, stoch].
+
+    deter' = core(deter, stoch, action)                       sequence model
+    prior(deter'), posterior(deter', tokens)                  G categoricals of C classes, 1 % uniform
+    L = sum rec + reward + continue + 1.0 dyn + 0.1 rep       dyn = max(1, KL(sg post || prior))
+                                                              rep = max(1, KL(post || sg prior))
+
+The policy and value losses are behaviors/actor_critic.py's. Deviations from the published
+algorithm, with reasons:
+
+- No replay context: a window sampled in mid-episode starts from the zero state, with its real
+  first action, where the reference seeds it with latents stored by the actor and written back by
+  the learner. Replay then holds no latents (2 to 13 kB a step) and needs no write-back across
+  processes. `loss(start=...)` takes a start state all the same.
+- Discrete observations are one-hot vectors with the squared symlog loss, not a categorical.
+- The block layer of the core stores its weight as (in, D) with the shared inputs' rows last:
+  the same function, as one dense product and one batched one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldflux_dist.data import Batch, Spaces
+from worldflux_dist.models.base import LossOutput, Prediction, State, WorldModel
+from worldflux_dist.nn import distributions as dist
+from worldflux_dist.nn.layers import (
+    MLP,
+    BinHead,
+    BlockLinear,
+    Linear,
+    NormedLinear,
+    RMSNorm,
+    block_product,
+    init_weight,
+)
+from worldflux_dist.nn.optim import LaProp
+from worldflux_dist.nn.vision import ImageDecoder, ImageEncoder
+
+
+@dataclass(frozen=True)
+class DreamerV3Config:
+    """Sizes and constants; the defaults are size1m and the published constants."""
+
+    deter: int = 512
+    hidden: int = 64
+    groups: int = 32
+    classes: int = 4
+    blocks: int = 8
+    units: int = 64
+    depth: int = 4
+    multipliers: tuple[int, ...] = (2, 3, 4, 4)
+    unimix: float = 0.01
+    free_nats: float = 1.0
+    dyn_scale: float = 1.0
+    rep_scale: float = 0.1
+    discount: float = 1 - 1 / 333
+    learning_rate: float = 4e-5
+    agc: float = 0.3
+    warmup: int = 1000
+
+
+def _size(deter: int, hidden: int, depth: int) -> DreamerV3Config:
+    return DreamerV3Config(deter=deter, hidden=hidden, classes=depth, units=hidden, depth=depth)
+
+
+PRESETS = {
+    "size1m": DreamerV3Config(),
+    "size12m": _size(2048, 256, 16),
+    "size25m": _size(3072, 384, 24),
+    "size50m": _size(4096, 512, 32),
+    "size100m": _size(6144, 768, 48),
+    "size200m": _size(8192, 1024, 64),
+    "size400m": _size(12288, 1536, 96),
+    # Learns small tasks in minutes on two cores: narrow, with a higher learning rate.
+    "tiny": replace(
+        DreamerV3Config(), deter=256, groups=16, classes=8, learning_rate=4e-4, warmup=100
+    ),
+}
+
+
+class Core(nn.Module):
+    """The block GRU. Block g of the hidden layer reads its slice of deter and all three inputs."""
+
+    def __init__(self, deter: int, stoch: int, action: int, hidden: int, blocks: int) -> None:
+        super().__init__()
+        self.deter, self.blocks = deter, blocks
+        self.in_deter = NormedLinear(deter, hidden)
+        self.in_stoch = NormedLinear(stoch, hidden)
+        self.in_action = NormedLinear(action, hidden)
+        self.hid_weight = nn.Parameter(torch.empty(deter // blocks + 3 * hidden, deter))
+        self.hid_bias = nn.Parameter(torch.zeros(deter))
+        self.hid_norm = RMSNorm(deter)
+        self.gates = BlockLinear(deter, 3 * deter, blocks)
+        init_weight(self.hid_weight, deter + blocks * 3 * hidden)
+
+    def embed_action(self, action: Tensor) -> Tensor:
+        """a / max(1, |a|) -> (..., hidden); independent of the state, so done for all steps."""
+        return self.in_action(action / action.detach().abs().clamp(min=1))
+
+    def forward(self, deter: Tensor, stoch: Tensor, action: Tensor) -> Tensor:
+        """deter (B, D), stoch (B, G * C), embedded action (B, hidden) -> deter (B, D).
+
+        r, c, u per block; c = tanh(sigmoid(r) * c), u = sigmoid(u - 1), deter' = u c + (1 - u) deter
+        """
+        size = self.deter // self.blocks
+        shared = torch.cat([self.in_deter(deter), self.in_stoch(stoch), action], -1)
+        own = self.hid_weight[:size].view(size, self.blocks, size).transpose(0, 1)
+        x = torch.addmm(self.hid_bias, shared, self.hid_weight[size:])
+        x = x + block_product(deter, own).flatten(-2)
+        x = F.silu(self.hid_norm(x))
+        x = block_product(x, self.gates.weight) + self.gates.bias.view(self.blocks, 3 * size)
+        reset, candidate, update = x.chunk(3, -1)  # (B, blocks, size) each
+        candidate = dist.tanh(torch.sigmoid(reset) * candidate)
+        return torch.lerp(deter, candidate.flatten(-2), torch.sigmoid(update - 1).flatten(-2))
+
+
+class Encoder(nn.Module):
+    """Observations (N, ...) -> tokens (N, size_out): vectors first (keys sorted), then images."""
+
+    def __init__(self, spaces: Spaces, config: DreamerV3Config) -> None:
+        super().__init__()
+        self.vectors, self.images = _keys(spaces)
+        size = sum(spaces.obs[key].shape[0] for key in self.vectors)
+        self.mlp = MLP(size, config.units, 3) if self.vectors else None
+        self.cnns = nn.ModuleList(
+            ImageEncoder(spaces.obs[key].shape, config.depth, config.multipliers)
+            for key in self.images
+        )
+        outs = [cnn.size_out for cnn in self.cnns] + [config.units] * bool(self.vectors)
+        self.size_out = sum(outs)
+
+    def forward(self, obs: dict[str, Tensor]) -> Tensor:
+        tokens = []
+        if self.mlp is not None:
+            tokens.append(self.mlp(dist.symlog(torch.cat([obs[k] for k in self.vectors], -1))))
+        tokens += [cnn(obs[key]) for key, cnn in zip(self.images, self.cnns, strict=True)]
+        return torch.cat(tokens, -1)
+
+
+class Decoder(nn.Module):
+    """(deter (N, D), stoch (N, G * C)) -> observations: symlog vectors and images in [0, 1]."""
+
+    def __init__(self, spaces: Spaces, config: DreamerV3Config) -> None:
+        super().__init__()
+        self.vectors, self.images = _keys(spaces)
+        stoch = config.groups * config.classes
+        self.mlp = MLP(stoch + config.deter, config.units, 3) if self.vectors else None
+        self.outs = nn.ModuleList(
+            Linear(config.units, spaces.obs[key].shape[0]) for key in self.vectors
+        )
+        self.cnns = nn.ModuleList(
+            ImageDecoder(
+                spaces.obs[key].shape,
+                config.deter,
+                stoch,
+                config.units,
+                config.depth,
+                config.multipliers,
+            )
+            for key in self.images
+        )
+
+    def forward(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:
+        decoded = {}
+        if self.mlp is not None:
+            x = self.mlp(torch.cat([stoch, deter], -1))
+            decoded = {key: out(x) for key, out in zip(self.vectors, self.outs, strict=True)}
+        for key, cnn in zip(self.images, self.cnns, strict=True):
+            decoded[key] = cnn(deter, stoch)
+        return decoded
+
+
+def _keys(spaces: Spaces) -> tuple[list[str], list[str]]:
+    kinds = {key: spec.kind for key, spec in sorted(spaces.obs.items())}
+    return [k for k, v in kinds.items() if v == "vector"], [
+        k for k, v in kinds.items() if v == "image"
+    ]
+
+
+class DreamerV3(WorldModel):
+    """The family's world model. Owns encoder, core, posterior, prior, decoder and two heads."""
+
+    bins: Tensor
+
+    def __init__(self, spaces: Spaces, config: DreamerV3Config) -> None:
+        super().__init__(spaces)
+        self.config, self.width, self.discount = config, config.units, config.discount
+        latent = config.groups * config.classes
+        self.feature_dim = config.deter + latent
+        self.encoder = Encoder(spaces, config)
+        self.core = Core(config.deter, latent, spaces.action_dim, config.hidden, config.blocks)
+        self.posterior = MLP(config.deter + self.encoder.size_out, config.hidden, 1, latent)
+        self.prior = MLP(config.deter, config.hidden, 2, latent)
+        self.decoder = Decoder(spaces, config)
+        self.reward = BinHead(self.feature_dim, config.units, 1)
+        self.proceed = MLP(self.feature_dim, config.units, 1, 1)
+        self.register_buffer("bins", dist.symexp_bins(255), persistent=False)
+        self.loss_scales = {"dyn": config.dyn_scale, "rep": config.rep_scale}
+
+    def optimizer(self, params: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        c = self.config
+        return LaProp(params, lr=c.learning_rate, agc=c.agc, warmup=c.warmup)
+
+    def inference_modules(self) -> tuple[str, ...]:
+        return ("encoder", "core", "posterior")
+
+    # ------------------------------------------------------------------------- five verbs
+
+    def initial(self, batch_size: int) -> State:
+        c, like = self.config, self.core.hid_bias
+        return State(
+            {
+                "deter": like.new_zeros(batch_size, c.deter),
+                "stoch": like.new_zeros(batch_size, c.groups, c.classes),
+            }
+        )
+
+    def update(
+        self,
+        state: State,
+        action: Tensor,
+        obs: Any,
+        is_first: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> State:
+        if is_first is None:
+            is_first = torch.zeros(len(action), dtype=torch.bool, device=action.device)
+        tokens = self.encoder(self.tensors(obs))
+        states, _ = self.observe(
+            tokens[:, None],
+            action[:, None],
+            is_first[:, None],
+            state,
+            None if noise is None else noise[:, None],
+        )
+        return states[:, 0]
+
+    def observe(
+        self,
+        tokens: Tensor,
+        action: Tensor,
+        is_first: Tensor,
+        start: State,
+        noise: Tensor | None = None,
+    ) -> tuple[State, Tensor]:
+        """Filter (B, T, ...) tokens and actions -> posterior states (B, T) and logits (B, T, G, C).
+
+        Where is_first, deter, stoch and action are zeroed before the core sees them (a discrete
+        action becomes the zero vector, not class 0). `noise` (B, T, G) is uniform in [0, 1).
+        """
+        c = self.config
+        keep = (~is_first).to(action.dtype).unsqueeze(-1)  # (B, T, 1)
+        acted = self.core.embed_action(action * keep)
+        layer, out = self.posterior[0], self.posterior[1]
+        weight = layer.linear.weight
+        looked = F.linear(tokens, weight[:, c.deter :], layer.linear.bias)  # all steps at once
+        if noise is None:
+            noise = torch.rand(*action.shape[:2], c.groups, device=action.device)
+        deter, stoch = start.tensors["deter"], start.tensors["stoch"].flatten(-2)
+        deters, stochs, logits = [], [], []
+        for t in range(action.shape[1]):
+            deter = self.core(deter * keep[:, t], stoch * keep[:, t], acted[:, t])
+            x = F.linear(deter, weight[:, : c.deter]) + looked[:, t]
+            logit = out(F.silu(layer.norm(x))).unflatten(-1, (c.groups, c.classes))
+            sample = self.sample(logit, noise[:, t])
+            stoch = sample.flatten(-2)
+            deters.append(deter)
+            stochs.append(sample)
+            logits.append(logit)
+        states = State({"deter": torch.stack(deters, 1), "stoch": torch.stack(stochs, 1)})
+        return states, torch.stack(logits, 1)
+
+    def transition(self, state: State, action: Tensor, noise: Tensor | None = None) -> State:
+        stoch = state.tensors["stoch"].flatten(-2)
+        deter = self.core(state.tensors["deter"], stoch, self.core.embed_action(action))
+        logit = self.prior_logits(deter)
+        if noise is None:
+            noise = torch.rand(logit.shape[:-1], device=deter.device)
+        return State({"deter": deter, "stoch": self.sample(logit, noise)})
+
+    def decode(
+        self, state: State, heads: Sequence[str] = ("obs", "reward", "continue")
+    ) -> Prediction:
+        features = self.features(state)
+        preds: dict[str, Any] = {}
+        if "obs" in heads:
+            obs = {
+                key: value * 255 if self.spaces.obs[key].kind == "image" else dist.symexp(value)
+                for key, value in self.reconstruct(state).items()
+            }
+            preds["obs"] = obs["obs"] if set(obs) == {"obs"} else obs
+        if "reward" in heads:
+            preds["reward"] = dist.twohot_predict(self.reward(features), self.bins)
+        if "continue" in heads:
+            preds["continue"] = torch.sigmoid(self.proceed(features).squeeze(-1).float())
+        return Prediction(preds)
+
+    def features(self, state: State) -> Tensor:
+        return torch.cat([state.tensors["deter"], state.tensors["stoch"].flatten(-2)], -1)
+
+    # ------------------------------------------------------------------------------ losses
+
+    def loss(
+        self, batch: Batch, start: State | None = None, noise: Tensor | None = None
+    ) -> LossOutput:
+        """Losses (B, T) each: dyn, rep, reward, continue and one `rec/<key>` per observation.
+
+        The reward loss counts resets too (their reward is 0), as the reference's does.
+        """
+        batch_size, length = batch.reward.shape
+        flat = {key: value.flatten(0, 1) for key, value in batch.obs.items()}
+        tokens = self.encoder(flat).unflatten(0, (batch_size, length))
+        start = self.initial(batch_size) if start is None else start
+        states, logits = self.observe(tokens, batch.action, batch.is_first, start, noise)
+        posterior = dist.unimix(logits, self.config.unimix)
+        prior = dist.unimix(self.prior_logits(states.tensors["deter"]), self.config.unimix)
+        nats = self.config.free_nats
+        features = self.features(states)
+        going = (1 - batch.is_terminal.float()) * self.discount
+        kl = dist.kl_onehot(posterior.detach(), prior)
+        losses = {
+            "dyn": kl.clamp(min=nats),
+            "rep": dist.kl_onehot(posterior, prior.detach()).clamp(min=nats),
+            "reward": dist.twohot_loss(self.reward(features), batch.reward, bins=self.bins),
+            "continue": dist.bernoulli_loss(self.proceed(features).squeeze(-1), going),
+        }
+        for key, decoded in self.reconstruct(states).items():
+            obs = batch.obs[key]
+            image = self.spaces.obs[key].kind == "image"
+            target = obs.float() / 255 if image else dist.symlog(obs)
+            losses[f"rec/{key}"] = (decoded.float() - target).square().flatten(2).sum(-1)
+        metrics = {
+            "kl": kl.mean().detach(),
+            "prior_entropy": -(prior * prior.log()).sum((-1, -2)).mean().detach(),
+            "posterior_entropy": -(posterior * posterior.log()).sum((-1, -2)).mean().detach(),
+        }
+        return LossOutput(losses, metrics, states)
+
+    def reconstruct(self, state: State) -> dict[str, Tensor]:
+        """Decoder means of any leading shape: vectors in symlog space, images in [0, 1]."""
+        deter, stoch = state.tensors["deter"], state.tensors["stoch"].flatten(-2)
+        lead = deter.shape[:-1]
+        decoded = self.decoder(deter.flatten(0, -2), stoch.flatten(0, -2))
+        return {key: value.unflatten(0, lead) for key, value in decoded.items()}
+
+    def prior_logits(self, deter: Tensor) -> Tensor:
+        return self.prior(deter).unflatten(-1, (self.config.groups, self.config.classes))
+
+    def sample(self, logits: Tensor, noise: Tensor) -> Tensor:
+        """Straight-through one-hots (..., G, C) of the mixed probabilities."""
+        probs = dist.unimix(logits, self.config.unimix)
+        onehot = dist.sample_onehot(probs, noise)
+        return dist.straight_through(onehot, probs) if probs.requires_grad else onehot
+
+
+Model = DreamerV3

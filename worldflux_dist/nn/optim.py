@@ -1,0 +1,67 @@
+"""LaProp with adaptive gradient clipping and linear warm-up: DreamerV3's optimizer.
+
+Order matters: clip, divide by the root of the second moment, then momentum. The first warmed-up
+update has learning rate 0 and update i (from 0) has lr * min(1, i / warmup).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class LaProp(torch.optim.Optimizer):
+    """u = agc(g);  n = b2 n + (1-b2) u^2;  m = b1 m + (1-b1) u / (sqrt(n_hat) + eps);  p -= lr m_hat
+
+    agc(g) = g / max(1, |g| / (agc * max(1e-3, |p|))) with one L2 norm per tensor, biases and norm
+    scales included; agc = 0 turns it off. Hats are bias corrections. All tensors of a group step
+    together.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 4e-5,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-20,
+        agc: float = 0.3,
+        warmup: int = 1000,
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, agc=agc, warmup=warmup, steps=0))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._step_group(group, params)
+
+    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        grads = [p.grad for p in params]
+        for p in params:
+            if not self.state[p]:
+                self.state[p] = {"nu": torch.zeros_like(p), "mu": torch.zeros_like(p)}
+        nus = [self.state[p]["nu"] for p in params]
+        mus = [self.state[p]["mu"] for p in params]
+        beta1, beta2 = group["betas"]
+        warm = min(1.0, group["steps"] / group["warmup"]) if group["warmup"] else 1.0
+        group["steps"] += 1
+        if group["agc"]:
+            limit = group["agc"] * torch.stack(torch._foreach_norm(params)).clamp(min=1e-3)
+            excess = (torch.stack(torch._foreach_norm(grads)) / limit).clamp(min=1.0)
+            updates = torch._foreach_div(grads, list(excess.unbind()))
+        else:
+            updates = torch._foreach_clone(grads)
+        torch._foreach_mul_(nus, beta2)
+        torch._foreach_addcmul_(nus, updates, updates, 1 - beta2)
+        roots = torch._foreach_div(nus, 1 - beta2 ** group["steps"])
+        torch._foreach_sqrt_(roots)
+        torch._foreach_add_(roots, group["eps"])
+        torch._foreach_div_(updates, roots)
+        torch._foreach_lerp_(mus, updates, 1 - beta1)
+        rate = group["lr"] * warm / (1 - beta1 ** group["steps"])
+        torch._foreach_add_(params, mus, alpha=-rate)

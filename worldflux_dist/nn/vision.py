@@ -1,0 +1,106 @@
+"""DreamerV3's image encoder and decoder for any height and width, with 1 or 3 channels.
+
+Full-resolution convolutions with pooling down and nearest upsampling up. An image whose sides are
+not multiples of 2 ** stages is padded at its lower right edge by repetition on the way in, and
+the decoder's output is cut back to size. Images are (N, H, W, C) outside, channels-first inside.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldflux_dist.nn.layers import MLP, BlockLinear, Linear, RMSNorm, init_weight
+
+
+class Conv(nn.Conv2d):
+    """Convolution with kernel 5 that keeps height and width."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out, 5, padding=2)
+        self.to(memory_format=torch.channels_last)
+
+    def reset_parameters(self) -> None:
+        init_weight(self.weight, self.weight[0].numel())
+        assert self.bias is not None
+        nn.init.zeros_(self.bias)
+
+
+def _norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
+    """Normalise over channels; a view in the channels-last layout, no copy."""
+    return F.silu(norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+
+def _padded(size: int, stages: int) -> int:
+    return -(-size // 2**stages) * 2**stages
+
+
+class ImageEncoder(nn.Module):
+    """Per stage: conv, 2x2 max-pool, RMSNorm over channels, SiLU; flattened as (h, w, c).
+
+    (N, H, W, C) uint8 -> (N, size_out) float.
+    """
+
+    def __init__(self, shape: tuple[int, ...], depth: int, multipliers: tuple[int, ...]) -> None:
+        super().__init__()
+        height, width, channels = shape
+        sizes = [channels] + [depth * m for m in multipliers]
+        self.convs = nn.ModuleList(Conv(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.norms = nn.ModuleList(RMSNorm(size) for size in sizes[1:])
+        stages = len(multipliers)
+        self.padding = (0, _padded(width, stages) - width, 0, _padded(height, stages) - height)
+        cells = (_padded(height, stages) >> stages) * (_padded(width, stages) >> stages)
+        self.size_out = cells * sizes[-1]
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = image.permute(0, 3, 1, 2).float() / 255 - 0.5  # channels-last in memory
+        if any(self.padding):
+            x = F.pad(x, self.padding, mode="replicate")
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = _norm_silu(norm, F.max_pool2d(conv(x), 2))
+        return x.permute(0, 2, 3, 1).flatten(1)
+
+
+class ImageDecoder(nn.Module):
+    """(deter (N, D), stoch (N, S)) -> image (N, H, W, C) in [0, 1].
+
+    The block-linear branch of deter has no norm of its own: RMSNorm and SiLU follow the sum of
+    the two branches. Channel index = block * (C / blocks) + c.
+    """
+
+    BLOCKS = 8
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        deter: int,
+        stoch: int,
+        units: int,
+        depth: int,
+        multipliers: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        self.height, self.width, channels = shape
+        stages = len(multipliers)
+        self.low = (_padded(self.height, stages) >> stages, _padded(self.width, stages) >> stages)
+        sizes = [depth * m for m in multipliers][::-1]
+        cells = self.low[0] * self.low[1]
+        self.from_deter = BlockLinear(deter, cells * sizes[0], self.BLOCKS)
+        self.from_stoch = nn.Sequential(
+            *MLP(stoch, 2 * units, 1), Linear(2 * units, cells * sizes[0])
+        )
+        self.norm = RMSNorm(sizes[0])
+        self.convs = nn.ModuleList(Conv(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.norms = nn.ModuleList(RMSNorm(size) for size in sizes[1:])
+        self.out = Conv(sizes[-1], channels)
+
+    def forward(self, deter: Tensor, stoch: Tensor) -> Tensor:
+        x = self.from_deter(deter).unflatten(-1, (self.BLOCKS, *self.low, -1))
+        x = x.permute(0, 2, 3, 1, 4).flatten(-2)  # (N, h, w, C)
+        x = x + self.from_stoch(stoch).unflatten(-1, (*self.low, -1))
+        x = F.silu(self.norm(x)).permute(0, 3, 1, 2)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = _norm_silu(norm, conv(F.interpolate(x, scale_factor=2)))
+        x = torch.sigmoid(self.out(F.interpolate(x, scale_factor=2)))
+        return x.permute(0, 2, 3, 1)[:, : self.height, : self.width]

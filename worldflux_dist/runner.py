@@ -1,0 +1,78 @@
+"""The env runner: steps environments with a policy and cuts what came out into chunks.
+
+Plain Python, no Ray and no torch: the policy is any callable, so acting may happen here, in
+another process or at random.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from worldflux_dist.data import Chunk, Step, new_incarnation
+from worldflux_dist.envs import Envs
+from worldflux_dist.envs.acting import Act
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A finished episode: the sum of its rewards and the number of its actions."""
+
+    total_reward: float
+    length: int
+
+
+class EnvRunner:
+    """Owns N environments and the policy's memory. Its chunks follow each other without a gap.
+
+    `writer` names it for good, `first_stream` numbers its environments among all runners'.
+    """
+
+    def __init__(
+        self, envs: Envs, act: Act, writer: str = "runner-0", first_stream: int = 0
+    ) -> None:
+        self.envs, self.act, self.writer = envs, act, writer
+        self.streams = first_stream + np.arange(envs.num_envs)
+        self.incarnation, self.seq = new_incarnation(), 0
+        self.version = 0
+        self._step: Step | None = None
+        self._carry: Any = None
+        self._reward = np.zeros(envs.num_envs)
+        self._length = np.zeros(envs.num_envs, int)
+        self._episodes: list[Episode] = []
+
+    def collect(self, length: int) -> Chunk:
+        """The next `length` steps of every environment: a chunk (N, length)."""
+        columns: dict[str, np.ndarray] = {}
+        for t in range(length):
+            step = self._next()
+            for name, value in step.columns().items():
+                if t == 0:
+                    shape = (len(value), length, *value.shape[1:])
+                    columns[name] = np.empty(shape, value.dtype)
+                columns[name][:, t] = value
+        self.seq += 1
+        key = (self.writer, self.incarnation, self.seq)
+        chunk = Chunk.from_columns(columns, streams=self.streams, version=self.version, key=key)
+        chunk.check()
+        return chunk
+
+    def take_episodes(self) -> list[Episode]:
+        """Episodes that ended since the last call."""
+        taken, self._episodes = self._episodes, []
+        return taken
+
+    def _next(self) -> Step:
+        if self._step is None:
+            action = np.zeros((self.envs.num_envs, self.envs.spaces.action_dim), np.float32)
+        else:
+            action, self._carry = self.act(self._step.obs, self._step.is_first, self._carry)
+        self._step = step = self.envs.step(action)
+        self._reward += step.reward
+        self._length += ~step.is_first
+        for lane in np.flatnonzero(step.is_last):
+            self._episodes.append(Episode(float(self._reward[lane]), int(self._length[lane])))
+            self._reward[lane], self._length[lane] = 0, 0
+        return step
