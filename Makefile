@@ -13,7 +13,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 8
 
 demo: $(INSTALLED)  ## train a world model through Ray in minutes, then judge it: PASSED or FAILED
-	$(BIN)/worldflux-dist train configs/demo.yaml
+	$(BIN)/worldflux-dist train configs/demo.yaml --run-dir runs/demo
 
 test: lint  ## everything: format, lint, types, import rules and all tests
 	$(BIN)/pytest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shutil
@@ -158,7 +159,7 @@ def _check_ray() -> str:
         num_cpus=1,
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="error",
+        logging_level=logging.ERROR,
         object_store_memory=100 * 2**20,
     )
     try:
@@ -183,20 +184,17 @@ _CHECKS: dict[str, Callable[[], str]] = {
 
 def main() -> None:
     """Run the command line; known errors become one sentence on stderr and exit code 2."""
-    from worldflux_dist.checkpoint import CheckpointError
-
     try:
         app()
-    except (ValueError, FileNotFoundError, CheckpointError) as error:
-        _fail(error)
-    except RuntimeError as error:
-        cause = getattr(error, "cause", error)  # of an error raised in another process
-        _fail(cause if isinstance(cause, Exception) else error)
-
-
-def _fail(error: Exception) -> None:
-    print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (ValueError, RuntimeError, OSError) as error:
+        # An error raised in another process comes with its traceback; its cause is the sentence.
+        print(f"error: {getattr(error, 'cause', None) or error}", file=sys.stderr)
+        if os.environ.get("WORLDFLUX_TRACEBACK"):
+            raise
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

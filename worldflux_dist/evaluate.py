@@ -99,7 +99,7 @@ def open_loop(
 ) -> OpenLoop:
     """Play an episode greedily, then dream it again from its first `context` observations."""
     envs = make_envs(config, seed, num_envs=1, render=True)
-    steps, frames, actions = [], [], []
+    steps, frames = [], []
     carry: Any = None
     step = envs.step(np.zeros((1, envs.spaces.action_dim), np.float32))
     while True:
@@ -108,18 +108,17 @@ def open_loop(
         if len(steps) == context + horizon or step.is_last[0]:
             break
         action, carry = agent.act_batch(step.obs, step.is_first, carry, greedy=True)
-        actions.append(action)
         step = envs.step(action)
     envs.close()
     context = min(context, max(1, len(steps) // 2))
     model = agent.world_model
     states = [model.encode(steps[0].obs)]
     for t in range(1, len(steps)):
-        action = torch.as_tensor(steps[t].action, device=agent.device)
+        went_in = torch.as_tensor(steps[t].action, device=agent.device)
         if t < context:
-            states.append(model.update(states[-1], action, steps[t].obs))
+            states.append(model.update(states[-1], went_in, steps[t].obs))
         else:
-            states.append(model.transition(states[-1], action))
+            states.append(model.transition(states[-1], went_in))
     key = next((k for k, s in agent.spaces.obs.items() if s.kind == "image"), None)
     key = key or next(iter(agent.spaces.obs))
     decoded = model.decode(State.stack(states), ("obs",)).preds["obs"]

@@ -1,7 +1,7 @@
 """Runner, learner and evaluation as Ray actors: thin shells around the plain roles.
 
 Data goes from runner to shard and from shard to learner as object references; the driver sees
-reports and references only. Runners and shards come back by themselves when their process dies.
+reports and references only. The trainer makes actors of them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from ray import ObjectRef
 from ray.exceptions import RayActorError
 
 from worldflux_dist import evaluate
@@ -45,7 +46,6 @@ class RunnerReport:
     send_seconds: float
 
 
-@ray.remote(max_restarts=-1, max_task_retries=0)
 class EnvRunnerActor:
     """Collects with the newest weights and sends every environment's steps to its shard."""
 
@@ -81,7 +81,7 @@ class EnvRunnerActor:
 
     def _pull(self) -> None:
         """Take the newest weights, if there are newer ones."""
-        found = ray.get(self.store.newer_than.remote(self.runner.version))
+        found: Any = ray.get(self.store.newer_than.remote(self.runner.version))
         if found is not None:
             self.runner.version, (weights,) = found
             self.agent.load_arrays(ray.get(weights))
@@ -97,10 +97,12 @@ class EnvRunnerActor:
         reports: dict[int, ShardReport] = {}
         deadline = time.monotonic() + SHARD_WAIT_S
         while True:
-            refs = {i: self.shards[i].add.remote(p) for i, p in parts.items() if i not in reports}
+            missing = parts.keys() - reports.keys()
+            refs: dict[int, ObjectRef] = {i: self.shards[i].add.remote(parts[i]) for i in missing}
             for index, ref in refs.items():
                 try:
-                    reports[index] = ray.get(ref)
+                    report: ShardReport = ray.get(ref)
+                    reports[index] = report
                 except RayActorError:
                     if time.monotonic() > deadline:
                         raise
@@ -109,7 +111,6 @@ class EnvRunnerActor:
             time.sleep(0.2)
 
 
-@ray.remote(max_restarts=0)
 class LearnerActor:
     """The learner's shell: batches come as references and are fetched before a step begins."""
 

@@ -23,15 +23,16 @@ class Report(Protocol):
 
 
 R = TypeVar("R", bound=Report)
+R_co = TypeVar("R_co", bound=Report, covariant=True)
 
 
-class Ports(Protocol[R]):
+class Ports(Protocol[R_co]):
     """What a training system offers the flow."""
 
     def start_collect(self) -> None:
         """Give every idle runner work; does not wait."""
 
-    def finished_collects(self, wait: bool) -> Sequence[R]:
+    def finished_collects(self, wait: bool) -> Sequence[R_co]:
         """Reports that have come in; with `wait`, at least one."""
 
     def update(self, num: int) -> list[dict[str, float]]:

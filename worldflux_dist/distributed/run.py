@@ -7,6 +7,7 @@ Opened again with the same configuration it goes on; with another one it is refu
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import platform
 import time
@@ -30,8 +31,15 @@ class RunDirectory:
     def __init__(self, path: Path, settings: config.Config) -> None:
         self.path, self.settings = path, settings
         self.checkpoints = path / "checkpoints"
-        self._check_config()
         path.mkdir(parents=True, exist_ok=True)
+        self._lock = (path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise config.ConfigError(
+                f"another process is training in {path}: stop it or choose another run directory"
+            ) from None
+        self._check_config()
         (path / "config.yaml").write_text(config.to_yaml(settings))
         checkpoint.write_json(path / "manifest.json", _manifest())
         self.log = RunLog(path)
@@ -41,6 +49,18 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         self.log.close()
+        self._lock.close()
+
+    def explain(self, error: OSError) -> Exception:
+        """A full disk as the sentence that says what is safe; any other error as it is."""
+        if not checkpoint.disk_full(error):
+            return error
+        found = checkpoint.newest(self.checkpoints)
+        safe = f"{found[0]} is safe on disk" if found else "no checkpoint had been written"
+        return checkpoint.CheckpointError(
+            f"the disk of {self.path} is full; {safe}: free some space and run the same command "
+            "again"
+        )
 
     def resume(self, limiter: Limiter, num_steps: int) -> tuple[Path, dict[str, Any]] | None:
         """The newest good checkpoint and its counters, the limiter set and later lines dropped.

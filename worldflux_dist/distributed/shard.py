@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import ray
-
 from worldflux_dist.data import Batch, Chunk
 from worldflux_dist.replay.buffer import ReplayBuffer, ReplayConfig
 
@@ -25,7 +23,6 @@ class ShardReport:
     ready: bool
 
 
-@ray.remote(max_restarts=-1, max_task_retries=0)
 class ReplayShardActor:
     """One shard of the replay. A restarted one continues from the newest checkpoint's copy."""
 

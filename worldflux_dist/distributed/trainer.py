@@ -57,7 +57,8 @@ class StopSignals:
     """Ctrl-C or SIGTERM once: save and stop; a second time: stop at once."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self.stopping, self._say, self._previous = False, say, {}
+        self.stopping, self._say = False, say
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -105,19 +106,7 @@ class Trainer:
                 f"resumed from {folder}: {self.limiter.env_steps:,} env steps, "
                 f"{self.limiter.gradient_steps:,} gradient steps"
             )
-        self._store = WeightStore.options(name=WEIGHTS).remote()
-        shards = [
-            ReplayShardActor.options(name=shard_name(i), num_cpus=0).remote(
-                shard_config(config), config.seed * 1000 + i, folder and folder / shard_name(i)
-            )
-            for i in range(config.scale.num_shards)
-        ]
-        learner = LearnerActor.options(num_cpus=1).remote(config, self.task.spaces, folder)
-        runners = [
-            EnvRunnerActor.options(num_cpus=1).remote(config, i)
-            for i in range(config.scale.num_runners)
-        ]
-        self.ports = RayPorts(config, learner, shards, runners, lambda: stop.stopping)
+        self.ports = self._start_roles(folder, stop)
         flow: Flow[RunnerReport] = Flow(self.limiter, self.ports, steps)
         total = config.train.env_steps
         while not stop.stopping:
@@ -137,6 +126,32 @@ class Trainer:
         if stop.stopping:
             return None
         return self._finish()
+
+    def _start_roles(self, folder: Path | None, stop: StopSignals) -> RayPorts:
+        """Start every role's processes; `folder` is the checkpoint to go on from.
+
+        Names come first: runners and the learner look the others up.
+        """
+        config, scale = self.config, self.config.scale
+        store = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(WeightStore)
+        self._store = store.options(name=WEIGHTS).remote()  # named actors live by their handle
+        shard = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(ReplayShardActor)
+        shards = [
+            shard.options(name=shard_name(i)).remote(
+                shard_config(config), config.seed * 1000 + i, folder and folder / shard_name(i)
+            )
+            for i in range(scale.num_shards)
+        ]
+        gpu = config.learner.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1
+        learner = ray.remote(num_cpus=1, num_gpus=int(gpu))(LearnerActor)
+        runner = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=0)(EnvRunnerActor)
+        return RayPorts(
+            config,
+            learner.remote(config, self.task.spaces, folder),
+            shards,
+            [runner.remote(config, i) for i in range(scale.num_runners)],
+            lambda: stop.stopping,
+        )
 
     def save(self) -> None:
         """A checkpoint of everything, taken while nothing moves."""
@@ -303,11 +318,13 @@ def train(config: Config, run_dir: Path, plain: bool | None = None) -> Outcome |
     with (
         RunDirectory(run_dir, config) as run,
         Progress(config.train.env_steps, plain) as progress,
-        StopSignals(progress.print) as stop,
     ):
         progress.phase("start")
         start_ray(plan)
         try:
-            return Trainer(config, run, progress, task).train(stop)
+            with StopSignals(progress.print) as stop:  # Ray sets handlers of its own when it starts
+                return Trainer(config, run, progress, task).train(stop)
+        except OSError as error:
+            raise run.explain(error) from error
         finally:
             ray.shutdown()

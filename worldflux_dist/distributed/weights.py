@@ -14,7 +14,10 @@ from ray import ObjectRef
 WEIGHTS = "weights"  # the store's name in the namespace of its run
 
 
-@ray.remote(num_cpus=0, max_restarts=-1)
+# A version and, in a list so that Ray passes it on unread, the reference of its weights.
+Publication = tuple[int, list[ObjectRef]]
+
+
 class WeightStore:
     """Holds the newest version. Versions only grow: an older publication is refused."""
 
@@ -29,8 +32,8 @@ class WeightStore:
         self._version, self._weights = version, ray.put(weights)
         return True
 
-    def newer_than(self, version: int) -> tuple[int, list[ObjectRef]] | None:
-        """The newest version and, in a list, its reference; None where it is not newer."""
+    def newer_than(self, version: int) -> Publication | None:
+        """The newest version; None where it is not newer than `version`."""
         if self._weights is None or self._version <= version:
             return None
         return self._version, [self._weights]

@@ -3,7 +3,7 @@
 State: deter (B, D) and stoch (B, G, C), zeros at the start. Features are [deter, stoch].
 
     deter' = core(deter, stoch, action)                       sequence model
-    prior(deter'), posterior(deter', tokens)                  G categoricals of C classes, 1 % uniform
+    prior(deter'), posterior(deter', tokens)                  G categoricals, 1 % uniform
     L = sum rec + reward + continue + 1.0 dyn + 0.1 rep       dyn = max(1, KL(sg post || prior))
                                                               rep = max(1, KL(post || sg prior))
 
@@ -109,7 +109,8 @@ class Core(nn.Module):
     def forward(self, deter: Tensor, stoch: Tensor, action: Tensor) -> Tensor:
         """deter (B, D), stoch (B, G * C), embedded action (B, hidden) -> deter (B, D).
 
-        r, c, u per block; c = tanh(sigmoid(r) * c), u = sigmoid(u - 1), deter' = u c + (1 - u) deter
+        r, c, u per block; c = tanh(sigmoid(r) * c), u = sigmoid(u - 1),
+        deter' = u c + (1 - u) deter
         """
         size = self.deter // self.blocks
         shared = torch.cat([self.in_deter(deter), self.in_stoch(stoch), action], -1)
@@ -131,12 +132,12 @@ class Encoder(nn.Module):
         self.vectors, self.images = _keys(spaces)
         size = sum(spaces.obs[key].shape[0] for key in self.vectors)
         self.mlp = MLP(size, config.units, 3) if self.vectors else None
-        self.cnns = nn.ModuleList(
+        cnns = [
             ImageEncoder(spaces.obs[key].shape, config.depth, config.multipliers)
             for key in self.images
-        )
-        outs = [cnn.size_out for cnn in self.cnns] + [config.units] * bool(self.vectors)
-        self.size_out = sum(outs)
+        ]
+        self.cnns = nn.ModuleList(cnns)
+        self.size_out = sum(cnn.size_out for cnn in cnns) + config.units * bool(self.vectors)
 
     def forward(self, obs: dict[str, Tensor]) -> Tensor:
         tokens = []
@@ -260,7 +261,8 @@ class DreamerV3(WorldModel):
         c = self.config
         keep = (~is_first).to(action.dtype).unsqueeze(-1)  # (B, T, 1)
         acted = self.core.embed_action(action * keep)
-        layer, out = self.posterior[0], self.posterior[1]
+        layer, out = self.posterior
+        assert isinstance(layer, NormedLinear)
         weight = layer.linear.weight
         looked = F.linear(tokens, weight[:, c.deter :], layer.linear.bias)  # all steps at once
         if noise is None:

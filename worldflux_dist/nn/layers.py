@@ -117,6 +117,7 @@ class BinHead(MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         *layers, out = self
+        assert isinstance(out, Linear)
         for layer in layers:
             x = layer(x)
         return F.linear(x, F.pad(out.weight, (0, 0, 0, 1)), F.pad(out.bias, (0, 1), value=-1e9))

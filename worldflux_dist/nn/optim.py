@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class LaProp(torch.optim.Optimizer):
-    """u = agc(g);  n = b2 n + (1-b2) u^2;  m = b1 m + (1-b1) u / (sqrt(n_hat) + eps);  p -= lr m_hat
+    """u = agc(g), n = b2 n + (1-b2) u^2, m = b1 m + (1-b1) u / (sqrt(n_hat) + eps), p -= lr m_hat
 
     agc(g) = g / max(1, |g| / (agc * max(1e-3, |p|))) with one L2 norm per tensor, biases and norm
     scales included; agc = 0 turns it off. Hats are bias corrections. All tensors of a group step
@@ -41,7 +41,7 @@ class LaProp(torch.optim.Optimizer):
                 self._step_group(group, params)
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        grads = [p.grad for p in params]
+        grads = [p.grad for p in params if p.grad is not None]
         for p in params:
             if not self.state[p]:
                 self.state[p] = {"nu": torch.zeros_like(p), "mu": torch.zeros_like(p)}

@@ -19,7 +19,7 @@ class Conv(nn.Conv2d):
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(channels_in, channels_out, 5, padding=2)
-        self.to(memory_format=torch.channels_last)
+        self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
 
     def reset_parameters(self) -> None:
         init_weight(self.weight, self.weight[0].numel())
