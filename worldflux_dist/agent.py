@@ -6,7 +6,6 @@ Checkpoints are safetensors and JSON, never pickle.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -135,6 +134,19 @@ class Agent(nn.Module):
         for name, value in arrays.items():
             state[name].copy_(torch.as_tensor(value))
 
+    def load_file(self, path: Path) -> None:
+        """Take over all weights from agent.safetensors. Raises CheckpointError if they differ."""
+        arrays, _ = checkpoint.load_arrays(path)
+        ours = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        found = {name: value.shape for name, value in arrays.items()}
+        wrong = sorted(n for n in ours.keys() | found.keys() if ours.get(n) != found.get(n))
+        if wrong:
+            raise checkpoint.CheckpointError(
+                f"{path} holds another agent's weights ({len(wrong)} tensors differ, first "
+                f"{wrong[0]}: {found.get(wrong[0])} there, {ours.get(wrong[0])} here)"
+            )
+        self.load_arrays(arrays)
+
     def save(self, folder: Path | str) -> None:
         """Write agent.safetensors and agent.json."""
         folder = Path(folder)
@@ -157,8 +169,8 @@ class Agent(nn.Module):
                     f"no agent in {folder}: expected agent.json or a run directory with checkpoints"
                 )
             folder = found[0]
-        agent = cls.from_recipe(json.loads((folder / "agent.json").read_text()))
-        agent.load_arrays(checkpoint.load_arrays(folder / "agent.safetensors")[0])
+        agent = cls.from_recipe(checkpoint.read_json(folder / "agent.json"))
+        agent.load_file(folder / "agent.safetensors")
         return agent
 
     @classmethod

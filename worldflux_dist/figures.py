@@ -159,7 +159,7 @@ def _image_picture(panels: dict[str, np.ndarray], t: int, total: int, context: i
 
 
 def _phase(t: int, context: int) -> str:
-    return "eyes open" if t < context else f"eyes closed: step {t - context + 1} of the dream"
+    return "eyes open" if t < context else f"eyes closed: dream step {t - context + 1}"
 
 
 # ------------------------------------------------------------------------------------ vectors
@@ -175,45 +175,45 @@ def _vector_pictures(
     """Lines that grow with time; only what moves is drawn anew for each frame."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
-    shown = min(truth.shape[1], MAX_DIMS)
-    labels = list(names[:shown]) if names else [f"obs[{i}]" for i in range(shown)]
-    figure = Figure(figsize=(9.6 if frames is not None else 6.2, 4.6), dpi=100)
+    wide = frames is not None
+    labels = list(names) if names else [f"obs[{i}]" for i in range(truth.shape[1])]
+    figure = Figure(figsize=(9.6 if wide else 7, 4.6), dpi=100)
     canvas = FigureCanvasAgg(figure)
+    left = 0.025 if wide else 0.13
     sides = figure.add_gridspec(
         1,
-        2 if frames is not None else 1,
-        width_ratios=(1, 1.35) if frames is not None else (1,),
-        left=0.02 if frames is not None else 0.11,
+        2 if wide else 1,
+        width_ratios=(1, 1.35) if wide else (1,),
+        left=left,
         right=0.985,
         top=0.86,
         bottom=0.1,
-        wspace=0.2,
+        wspace=0.28,
     )
-    tracks = _Tracks(figure, sides[0, -1], truth[:, :shown], dream[:, :shown], labels, context)
-    moving: list[Any] = list(tracks.lines)
-    caption = figure.text(
-        0.03 if frames is not None else 0.11, 0.93, "", fontsize=13, fontweight="bold", va="center"
-    )
-    moving.append(caption)
-    image = None
+    tracks = _Tracks(figure, sides[0, -1], truth, dream, labels[:MAX_DIMS], context)
+    caption = figure.text(left, 0.93, "", fontsize=13, fontweight="bold", va="center")
+    moving = [*tracks.lines, caption]
     if frames is not None:
         axes = figure.add_subplot(sides[0, 0])
         axes.axis("off")
         image = axes.imshow(frames[0])
-        moving.append(image)
+        border = Rectangle((0, 0), 1, 1, fill=False, lw=5, clip_on=False, transform=axes.transAxes)
+        moving += [axes.add_patch(border), image]
     for artist in moving:
         artist.set_animated(True)
     canvas.draw()
     background = canvas.copy_from_bbox(figure.bbox)
     pictures = []
     for t in range(len(truth)):
+        color = OPEN if t < context else CLOSED
         canvas.restore_region(background)
         tracks.show(t)
-        caption.set_text(_phase(t, context))
-        caption.set_color(OPEN if t < context else CLOSED)
-        if image is not None and frames is not None:
+        caption.set(text=_phase(t, context), color=color)
+        if frames is not None:
             image.set_data(frames[t])
+            border.set_edgecolor(color)
         for artist in moving:
             figure.draw_artist(artist)
         pictures.append(np.asarray(canvas.buffer_rgba())[..., :3].copy())
@@ -221,7 +221,7 @@ def _vector_pictures(
 
 
 class _Tracks:
-    """The dims as stacked small axes, truth over dream, with their mean absolute error below."""
+    """Dims in stacked small axes, truth over dream; below, the mean absolute error of all dims."""
 
     def __init__(
         self,
@@ -247,11 +247,13 @@ class _Tracks:
             axes.axvspan(0, context - 0.5, color=OPEN, alpha=0.12, linewidth=0)
             axes.set_xlim(0, max(len(truth) - 1, 1))
             axes.set_ylim(*_limits([values for values, _, _ in curves], from_zero=label == "error"))
-            axes.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9, color=INK)
+            axes.set_ylabel(
+                label.replace(" ", "\n"), rotation=0, ha="right", va="center", fontsize=9, color=INK
+            )
             axes.set_yticks([])
             axes.grid(visible=False)
             if row < len(labels):
-                axes.set_xticklabels([])
+                axes.tick_params(labelbottom=False, length=0)
             for values, color, name in curves:
                 width = 3.2 if name == "dream" else 1.5
                 (line,) = axes.plot([], [], color=color, linewidth=width, label=name)
@@ -299,10 +301,16 @@ def _plain(axes: Any) -> None:
 
 def _write_gif(frames: list[np.ndarray], path: Path, fps: int) -> None:
     """One palette for all frames and no dithering, so that what stands still costs nothing."""
-    from PIL import Image
+    from PIL import Image, ImageColor
 
     sample = np.concatenate([frame.reshape(-1, 3) for frame in frames[:: len(frames) // 12 or 1]])
-    palette = Image.fromarray(sample[None, :: len(sample) // 500_000 + 1]).quantize(256)
+    found = Image.fromarray(sample[None, :: len(sample) // 500_000 + 1]).quantize(248)
+    levels = np.reshape(found.getpalette() or [], (-1, 3)).astype(int)
+    own = np.array([ImageColor.getrgb(name) for name in (PAPER, INK, FAINT, OPEN, CLOSED, TRUTH)])
+    # Pillow looks colours up coarsely: what is near one of ours would take its place.
+    near = (np.abs(levels[:, None] - own).max(-1) < 8).any(1)
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([*own.flat, *levels[~near].flat])
     pictures = [
         Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE)
         for frame in frames

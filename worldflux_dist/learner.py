@@ -110,7 +110,7 @@ class Learner:
 
     def load(self, folder: Path) -> None:
         """Continue from what `save` wrote."""
-        self.agent.load_arrays(checkpoint.load_arrays(folder / "agent.safetensors")[0])
+        self.agent.load_file(folder / "agent.safetensors")
         arrays, _ = checkpoint.load_arrays(folder / "learner.safetensors")
         saved = checkpoint.read_json(folder / "learner.json")
         self.gradient_steps = saved["gradient_steps"]

@@ -237,8 +237,7 @@ class Progress:
             changed, self._phase = name != self._phase, name
             if changed:
                 self._samples.clear()
-                self._sample()
-        if changed and self._live is None:
+        if changed and self._plain:
             self.print(self.line())
 
     def update(self, **fields: Any) -> None:

@@ -51,8 +51,9 @@ class ReturnNormalizer(nn.Module):
         """Take in returns of any shape; gives the scale ()."""
         q = torch.tensor(self.percentiles, device=returns.device) / 100
         low, high = torch.quantile(returns.float().flatten(), q)
-        self.low.lerp_(low, self.rate)
-        self.high.lerp_(high, self.rate)
+        # A broken batch stops the run; it must not break the average that is saved.
+        self.low.lerp_(torch.where(low.isfinite(), low, self.low), self.rate)
+        self.high.lerp_(torch.where(high.isfinite(), high, self.high), self.rate)
         return self.scale
 
     @property

@@ -117,7 +117,7 @@ class Trainer:
             self.progress.phase("prefill" if filling else "train")
             done = flow.round(collect)
             self._take_in(done.reports, done.updates)
-            if collect:
+            if self.limiter.env_steps < total:
                 self._maybe_evaluate()
             self._maybe_log()
             if time.monotonic() - self._saved > config.train.checkpoint_every:

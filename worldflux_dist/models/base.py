@@ -249,7 +249,8 @@ def create_from_spaces(name: str, spaces: Spaces, **options: Any) -> WorldModel:
             raise ValueError(
                 f"{name} has no option {option!r}: {nearest(option, list(vars(config)))}"
             )
-    return module.Model(spaces, replace(config, **options))
+    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}  # from JSON
+    return module.Model(spaces, replace(config, **lists))
 
 
 def create_world_model(

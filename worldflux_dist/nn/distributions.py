@@ -79,7 +79,7 @@ def unimix(logits: Tensor, mix: float = 0.01) -> Tensor:
 
 def tanh(x: Tensor) -> Tensor:
     """2 sigmoid(2 x) - 1, three times faster than torch.tanh on a CPU."""
-    return 2 * torch.sigmoid(2 * x) - 1
+    return 2 * torch.sigmoid(2 * x.float()) - 1
 
 
 def sample_onehot(probs: Tensor, noise: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.scale.shape, self.scale, 1e-4)
+        return F.rms_norm(x, self.scale.shape, self.scale.to(x.dtype), 1e-4)
 
 
 class NormedLinear(nn.Module):
