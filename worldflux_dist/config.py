@@ -8,6 +8,7 @@ back equal.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -40,6 +41,10 @@ class TrainConfig:
     checkpoint_every: float = 600.0
     threshold: float | None = None
 
+    def __post_init__(self) -> None:
+        _check_least("train", self, env_steps=1, train_ratio=0, prefill=0, checkpoint_every=0)
+        _check_least("train", self, eval_every=1, eval_episodes=1)
+
 
 @dataclass(frozen=True)
 class ScaleConfig:
@@ -49,6 +54,9 @@ class ScaleConfig:
     num_shards: int = 2
     chunk_length: int = 64
     runner_threads: int = 1
+
+    def __post_init__(self) -> None:
+        _check_least("scale", self, num_runners=1, num_shards=1, chunk_length=1, runner_threads=1)
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,10 @@ class Config:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}: it must be at least 0")
 
 
 class ConfigError(ValueError):
@@ -85,7 +97,10 @@ def load(overlays: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> 
         name, equals, value = override.partition("=")
         if not equals:
             raise ConfigError(f"override {override!r} is not of the form key.subkey=value")
-        nested: Any = yaml.safe_load(value)
+        try:
+            nested: Any = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"override {override!r}: {value!r} is not valid YAML") from None
         for key in reversed(name.split(".")):
             nested = {key: nested}
         _merge(merged, nested)
@@ -97,9 +112,11 @@ def from_dict(values: dict[str, Any]) -> Config:
     _check_keys(Config, values, "")
     try:
         # JSON's strictness is the wanted one: lists for tuples and 1 for 1.0, but no "1" for 1.
-        return _PARSER.validate_json(json.dumps(values), strict=True)
+        return _PARSER.validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "value_error":  # a part's own check, which names its key
+            raise ConfigError(str(first["ctx"]["error"])) from None
         where = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{where} = {first['input']!r}: {first['msg']}") from None
 
@@ -112,6 +129,13 @@ def to_dict(config: Config) -> dict[str, Any]:
     return asdict(config)
 
 
+def _check_least(section: str, part: Any, **least: int) -> None:
+    for name, low in least.items():
+        value = getattr(part, name)
+        if not low <= value < math.inf:
+            raise ValueError(f"{section}.{name} is {value}: it must be at least {low} and finite")
+
+
 def _read(path: Path) -> dict[str, Any]:
     if not path.exists():
         names = [str(p) for p in sorted(path.parent.glob("*.yaml"))]
@@ -119,7 +143,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of keys, not a {type(values).__name__}")
     return values

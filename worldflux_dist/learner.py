@@ -6,6 +6,7 @@ Plain Python, no Ray. Tensors begin here: batches come in as numpy.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,18 @@ class LearnerConfig:
     threads: int = 1
 
 
+def _keep_freed_memory() -> None:
+    """Ask glibc, where it is the allocator, not to give freed memory back to the system.
+
+    A step frees and takes gigabytes of large tensors; mapping their pages anew each time is a
+    fifth of a CPU learner's time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: and the heap is never trimmed
+
+
 class Learner:
     """Owns the agent's weights, the optimizers and the count of gradient steps."""
 
@@ -44,6 +57,8 @@ class Learner:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
+        if self.device.type == "cpu":
+            _keep_freed_memory()
         self.agent = agent.to(self.device)
         self.optimizers = agent.optimizers()
         self.gradient_steps = 0

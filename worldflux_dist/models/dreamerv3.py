@@ -82,7 +82,7 @@ PRESETS = {
     "size400m": _size(12288, 1536, 96),
     # Learns small tasks in minutes on two cores: narrow, with a higher learning rate.
     "tiny": replace(
-        DreamerV3Config(), deter=256, groups=16, classes=8, learning_rate=4e-4, warmup=100
+        DreamerV3Config(), deter=256, groups=16, classes=8, learning_rate=1e-3, warmup=100
     ),
 }
 
@@ -112,16 +112,18 @@ class Core(nn.Module):
         r, c, u per block; c = tanh(sigmoid(r) * c), u = sigmoid(u - 1),
         deter' = u c + (1 - u) deter
         """
-        size = self.deter // self.blocks
+        blocks, size = self.blocks, self.deter // self.blocks
         shared = torch.cat([self.in_deter(deter), self.in_stoch(stoch), action], -1)
-        own = self.hid_weight[:size].view(size, self.blocks, size).transpose(0, 1)
-        x = torch.addmm(self.hid_bias, shared, self.hid_weight[size:])
-        x = x + block_product(deter, own).flatten(-2)
-        x = F.silu(self.hid_norm(x))
-        x = block_product(x, self.gates.weight) + self.gates.bias.view(self.blocks, 3 * size)
-        reset, candidate, update = x.chunk(3, -1)  # (B, blocks, size) each
+        own = self.hid_weight[:size].view(size, blocks, size).transpose(0, 1)
+        old = deter.view(-1, blocks, size).transpose(0, 1)  # (blocks, B, size)
+        x = torch.baddbmm(self.hid_bias.view(blocks, 1, size), old, own)
+        x = torch.addmm(x.transpose(0, 1).flatten(-2), shared, self.hid_weight[size:])
+        x = F.silu(self.hid_norm(x)).view(-1, blocks, size).transpose(0, 1)
+        x = torch.baddbmm(self.gates.bias.view(blocks, 1, 3 * size), x, self.gates.weight)
+        reset, candidate, update = x.chunk(3, -1)  # (blocks, B, size) each
         candidate = dist.tanh(torch.sigmoid(reset) * candidate)
-        return torch.lerp(deter, candidate.flatten(-2), torch.sigmoid(update - 1).flatten(-2))
+        new = torch.lerp(old, candidate.to(old.dtype), torch.sigmoid(update - 1).to(old.dtype))
+        return new.transpose(0, 1).flatten(-2)
 
 
 class Encoder(nn.Module):
