@@ -82,7 +82,7 @@ PRESETS = {
     "size400m": _size(12288, 1536, 96),
     # Learns small tasks in minutes on two cores: narrow, with a higher learning rate.
     "tiny": replace(
-        DreamerV3Config(), deter=256, groups=16, classes=8, learning_rate=1e-3, warmup=100
+        DreamerV3Config(), deter=128, groups=16, classes=8, learning_rate=8e-4, warmup=100
     ),
 }
 

@@ -27,6 +27,31 @@ class Conv(nn.Conv2d):
         nn.init.zeros_(self.bias)
 
 
+class UpConv(Conv):
+    """Nearest 2x upsampling, then the convolution, at a third of the cost.
+
+    Of the 5 taps that an output pixel reads in each direction, the upsampled image shows only 3
+    different pixels: the taps are summed per phase (even, odd) into a kernel of 3, and one
+    convolution of the small image gives all four phases. The zero padding is the same too.
+    """
+
+    taps: Tensor
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out)
+        taps = torch.zeros(2, 3, 5)
+        for phase in range(2):
+            for tap in range(5):
+                taps[phase, (phase + tap) // 2, tap] = 1
+        self.register_buffer("taps", taps, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.einsum("pra,qsb,oiab->opqirs", self.taps, self.taps, self.weight)
+        assert self.bias is not None
+        bias = self.bias.repeat_interleave(4)
+        return F.pixel_shuffle(F.conv2d(x, weight.flatten(0, 2), bias, padding=1), 2)
+
+
 def _norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
     """Normalise over channels; a view in the channels-last layout, no copy."""
     return F.silu(norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
@@ -91,9 +116,9 @@ class ImageDecoder(nn.Module):
             *MLP(stoch, 2 * units, 1), Linear(2 * units, cells * sizes[0])
         )
         self.norm = RMSNorm(sizes[0])
-        self.convs = nn.ModuleList(Conv(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.convs = nn.ModuleList(UpConv(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
         self.norms = nn.ModuleList(RMSNorm(size) for size in sizes[1:])
-        self.out = Conv(sizes[-1], channels)
+        self.out = UpConv(sizes[-1], channels)
 
     def forward(self, deter: Tensor, stoch: Tensor) -> Tensor:
         x = self.from_deter(deter).unflatten(-1, (self.BLOCKS, *self.low, -1))
@@ -101,6 +126,6 @@ class ImageDecoder(nn.Module):
         x = x + self.from_stoch(stoch).unflatten(-1, (*self.low, -1))
         x = F.silu(self.norm(x)).permute(0, 3, 1, 2)
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = _norm_silu(norm, conv(F.interpolate(x, scale_factor=2)))
-        x = torch.sigmoid(self.out(F.interpolate(x, scale_factor=2)))
+            x = _norm_silu(norm, conv(x))
+        x = torch.sigmoid(self.out(x))
         return x.permute(0, 2, 3, 1)[:, : self.height, : self.width]
