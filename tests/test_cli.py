@@ -79,7 +79,7 @@ def test_a_run_directory_of_other_settings_is_refused_untouched(
     settings = ["seed=1", "train.env_steps=5"]
     assert call(monkeypatch, "train", "--run-dir", tmp_path, *settings) == 2
     assert capfd.readouterr().err == f"error: {tmp_path} {OTHER}\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert [path.name for path in tmp_path.glob("[!.]*")] == ["config.yaml"]
     assert (tmp_path / "config.yaml").read_text() == before
 
 

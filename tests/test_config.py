@@ -1,4 +1,4 @@
-"""Configurations: how overlays merge, what a mistake says, and that a saved one loads back equal."""
+"""Configurations: how overlays merge, what a mistake says; a saved one loads back equal."""
 
 from __future__ import annotations
 

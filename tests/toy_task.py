@@ -9,6 +9,7 @@ the context.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ behavior: {{horizon: 3, entropy_scale: 0.1}}
 env: {{id: "worldflux_dist.envs.toy:BanditEnv", num_envs: 4}}
 replay: {{batch_size: 32, batch_length: 6, capacity: 20000}}
 train:
-  env_steps: 2304
+  env_steps: 3072
   train_ratio: 40
   prefill: 1024
   eval_every: 1000
@@ -95,3 +96,11 @@ class TextEnv(RaisingEnv):
     """Shows text, which no encoder can read."""
 
     observation_space = spaces.Text(8)
+
+
+class DriverOnlyEnv(RaisingEnv):
+    """Cannot be made in any process but the one of the given id."""
+
+    def __init__(self, pid: int) -> None:
+        if os.getpid() != pid:
+            raise OSError("no licence for this process")

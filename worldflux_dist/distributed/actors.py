@@ -15,7 +15,7 @@ import numpy as np
 import ray
 import torch
 from ray import ObjectRef
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError
 
 from worldflux_dist import evaluate
 from worldflux_dist.agent import Agent
@@ -103,7 +103,7 @@ class EnvRunnerActor:
                 try:
                     report: ShardReport = ray.get(ref)
                     reports[index] = report
-                except RayActorError:
+                except ActorUnavailableError:
                     if time.monotonic() > deadline:
                         raise
             if len(reports) == len(parts):
@@ -122,8 +122,13 @@ class LearnerActor:
             self.learner.load(folder)
         self._idle_since = time.monotonic()
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        """One gradient step; metrics, with seconds spent stepping and waiting for work."""
+    def step(self, batch: Batch | None) -> dict[str, float] | None:
+        """One gradient step; metrics, with seconds spent stepping and waiting for work.
+
+        None without a batch: its shard had nothing to give.
+        """
+        if batch is None:
+            return None
         start = time.monotonic()
         metrics = self.learner.step(batch)
         end = time.monotonic()

@@ -14,17 +14,13 @@ from typing import Any
 import numpy as np
 import ray
 from ray import ObjectRef
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError
 
 from worldflux_dist.config import Config
 from worldflux_dist.distributed.actors import RunnerReport
 from worldflux_dist.distributed.shard import ShardReport
 
 STEPS_IN_FLIGHT = 3  # batches on their way: one in work, the others being gathered
-
-
-class LearnerLostError(RuntimeError):
-    """The learner's process died."""
 
 
 @dataclass
@@ -45,8 +41,12 @@ class RayPorts:
     def __post_init__(self) -> None:
         self._rng = np.random.default_rng(self.config.seed)
         self.version = ray.get(self.learner.publish.remote())
-        for index, report in enumerate(ray.get([s.report.remote() for s in self.shards])):
-            self.sizes[index] = report
+        self.ask_sizes()
+
+    def ask_sizes(self) -> None:
+        """What every shard holds now; in between, runners' reports keep it roughly up to date."""
+        reports: list[ShardReport] = ray.get([shard.report.remote() for shard in self.shards])
+        self.sizes = dict(enumerate(reports))
 
     @property
     def num_collects(self) -> int:
@@ -70,7 +70,7 @@ class RayPorts:
                 del self._collects[ref]
                 try:
                     reports.append(ray.get(ref))
-                except RayActorError:
+                except ActorUnavailableError:
                     self.restarts["runner"] += 1
                 else:
                     self.sizes |= reports[-1].shards
@@ -101,12 +101,14 @@ class RayPorts:
                 break
             shard, ref = under_way.popleft()
             try:
-                taken.append(ray.get(ref))
-            except RayActorError as error:
-                if error.actor_id == self.learner._actor_id.hex():
-                    raise LearnerLostError("the learner's process died") from error
+                metrics: dict[str, float] | None = ray.get(ref)
+            except ActorUnavailableError:
                 self.restarts["shard"] += 1
+                metrics = None
+            if metrics is None:
                 self.sizes.pop(shard, None)  # until a runner reports it alive and filled
+            else:
+                taken.append(metrics)
         return taken
 
     def publish(self) -> None:

@@ -6,6 +6,7 @@ and numbers. Running the same command again resumes from the newest good checkpo
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 import time
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import ray
 from ray import ObjectRef
+from ray.exceptions import ActorDiedError
 
 from worldflux_dist import checkpoint
 from worldflux_dist.config import Config
@@ -51,6 +53,19 @@ class Outcome:
     evaluation: Evaluation
     random: Evaluation
     passed: bool | None
+
+
+class RoleLostError(RuntimeError):
+    """A process died for good; the message says which and why."""
+
+    def __init__(self, error: ActorDiedError) -> None:
+        text = str(error).strip()
+        found = re.search(r"(?:ray::|class_name: )(\w+)", text)
+        role = found[1] if found else "an actor"
+        why = "it was killed, perhaps for want of memory, or crashed"
+        if "creation task" in text:
+            why = f"it could not start: {text.splitlines()[-1].strip()}"
+        super().__init__(f"{role} is lost, {why}; run the same command again to go on")
 
 
 class StopSignals:
@@ -138,7 +153,7 @@ class Trainer:
         shard = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(ReplayShardActor)
         shards = [
             shard.options(name=shard_name(i)).remote(
-                shard_config(config), config.seed * 1000 + i, folder and folder / shard_name(i)
+                shard_config(config), config.seed * 1000 + i, self.run.checkpoints, shard_name(i)
             )
             for i in range(scale.num_shards)
         ]
@@ -159,6 +174,7 @@ class Trainer:
         reports = self.ports.drain()
         self.limiter.inserted(sum(report.env_steps for report in reports))
         self._take_in(reports, [])
+        self.ports.ask_sizes()
         self._log()
         counters = {"limiter": self.limiter.state_dict(), "episodes": self.episodes}
         root = self.run.checkpoints
@@ -308,8 +324,9 @@ def probe(config: Config) -> Task:
 def train(config: Config, run_dir: Path, plain: bool | None = None) -> Outcome | None:
     """Train, or go on training, in `run_dir`; None where it was stopped on the way.
 
-    Raises ConfigError before anything starts, EnvError, NonFiniteLossError or CheckpointError with
-    the reason it could not go on; what is in the run directory stays good.
+    Raises ConfigError before anything starts; RuntimeError (of an environment), NonFiniteLossError,
+    RoleLostError or CheckpointError with the reason it could not go on; what is in the run
+    directory stays good.
     """
     task = probe(config)
     plan = make_plan(config, task.spaces)
@@ -326,5 +343,7 @@ def train(config: Config, run_dir: Path, plain: bool | None = None) -> Outcome |
                 return Trainer(config, run, progress, task).train(stop)
         except OSError as error:
             raise run.explain(error) from error
+        except ActorDiedError as error:
+            raise RoleLostError(error) from error
         finally:
             ray.shutdown()

@@ -39,7 +39,6 @@ from worldflux_dist.nn.layers import (
     Linear,
     NormedLinear,
     RMSNorm,
-    block_product,
     init_weight,
 )
 from worldflux_dist.nn.optim import LaProp

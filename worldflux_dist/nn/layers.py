@@ -52,14 +52,9 @@ class BlockLinear(nn.Module):
         init_weight(self.weight, size_in)
 
     def forward(self, x: Tensor) -> Tensor:
-        return block_product(x, self.weight).flatten(-2) + self.bias
-
-
-def block_product(x: Tensor, weight: Tensor) -> Tensor:
-    """(..., G * I) times (G, I, O) -> (..., G, O), block by block."""
-    blocks, size_in, _ = weight.shape
-    flat = x.reshape(-1, blocks, size_in).transpose(0, 1)  # (G, N, I)
-    return torch.bmm(flat, weight).transpose(0, 1).unflatten(0, x.shape[:-1])
+        inputs = x.reshape(-1, self.blocks, self.weight.shape[1]).transpose(0, 1)  # (G, N, I)
+        outputs = torch.bmm(inputs, self.weight).transpose(0, 1).flatten(-2)
+        return outputs.unflatten(0, x.shape[:-1]) + self.bias
 
 
 class RMSNorm(nn.Module):

@@ -1,0 +1,81 @@
+"""Stopping and going on: Ctrl-C, a driver killed outright, and a checkpoint cut short."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from toy_run import ToyRun, read_metrics, replay_in
+
+from worldflux_dist import checkpoint
+
+pytestmark = pytest.mark.ray
+
+OFTEN = "train.checkpoint_every=4"
+
+
+def check_complete(folder: Path) -> int:
+    """The env steps of a checkpoint whose replay holds exactly those."""
+    steps = replay_in(folder).steps
+    assert steps == checkpoint.verify(folder)["counters"]["limiter"]["env_steps"]
+    return steps
+
+
+def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    """Three lives: stopped by Ctrl-C, killed outright, and one that begins with a newest
+    checkpoint cut short and passes in the end."""
+    with ToyRun(tmp_path, OFTEN) as run:
+        run.wait_for("train ")
+        time.sleep(4)
+        run.interrupt()
+        assert run.wait() == 130, run.output
+    assert "stopping: saving a checkpoint first" in run.output
+    assert f"stopped; everything is saved in {run.run_dir}" in run.output
+    stopped_at = run.checkpoint_steps()[-1]
+    env_steps = check_complete(run.checkpoint_path(stopped_at))
+    last = read_metrics(run.run_dir)[-1]
+    assert (last["env_steps"], last["gradient_steps"]) == (env_steps, stopped_at)
+
+    with ToyRun(tmp_path, OFTEN) as run:
+        run.wait_for(f"{env_steps:,} env steps, {stopped_at:,} gradient steps")
+        killed_after = run.wait_for_checkpoint(stopped_at)
+        roles = ("EnvRunnerActor", "ReplayShardActor", "LearnerActor", "WeightStore")
+        actors = [process for role in roles for process in run.processes(f"ray::{role}")]
+        assert len(actors) == 6
+        run.kill()
+        _, alive = psutil.wait_procs(actors, timeout=15)
+        assert not alive
+    before, newest = run.checkpoint_steps()[-2:]
+    assert newest >= killed_after
+    for step in (before, newest):
+        # Had replay not been restored, it would hold fewer steps than were counted.
+        assert check_complete(run.checkpoint_path(step)) >= env_steps
+
+    weights = run.checkpoint_path(newest) / "agent.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with ToyRun(tmp_path, OFTEN) as run:
+        assert run.wait() == 0, run.output
+    assert f"{weights} has 1000 bytes instead of" in run.output
+    assert f"resumed from {run.checkpoint_path(before)}" in run.output
+    assert "PASSED" in run.output
+    check_complete(run.checkpoint_path(run.checkpoint_steps()[-1]))
+    lines = read_metrics(run.run_dir)
+    for name in ("env_steps", "gradient_steps", "episodes"):
+        values = [line[name] for line in lines]
+        assert values == sorted(values), name
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    with ToyRun(tmp_path) as run:
+        run.wait_for("train ")
+        run.interrupt()
+        run.wait_for("once more to stop at once")
+        run.interrupt()
+        began = time.monotonic()
+        assert run.wait() == 130, run.output
+        assert time.monotonic() - began < 20
+    assert "Traceback" not in run.output
+    assert "everything is saved" not in run.output
+    assert not run.checkpoint_steps()
