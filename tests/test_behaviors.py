@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -326,3 +327,18 @@ def test_bfloat16_reaches_every_parameter() -> None:
     lost = [name for name, p in agent.named_parameters() if p.requires_grad and p.grad is None]
     assert not lost
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in agent.parameters())
+
+
+def test_policy_loss_of_a_rollout_is_the_part_of_forward() -> None:
+    """What a policy learner computes elsewhere is what the fused loss contains."""
+    agent = perturbed(make_agent("disc"))
+    batch = tensors(random_batch(agent.spaces))
+    states = agent.world_model.loss(batch).states
+    rollout = agent.behavior.imagine(agent.world_model, states.flatten())
+    fused, _ = copy.deepcopy(agent.behavior).loss(agent.world_model, states, batch, rollout)
+    total, metrics = agent.policy_loss(rollout)
+    want = fused["policy"].mean() + fused["value"].mean()
+    torch.testing.assert_close(total, want)
+    torch.testing.assert_close(metrics["loss/policy"], fused["policy"].mean())
+    total.backward()
+    assert all(p.grad is None for p in agent.world_model.parameters())

@@ -76,7 +76,7 @@ def test_a_run_directory_of_other_settings_is_refused_untouched(
     before = config.to_yaml(config.Config())
     (tmp_path / "config.yaml").write_text(before)
     # How long a run goes on is free to change, what it learns is not.
-    settings = ["seed=1", "train.env_steps=5"]
+    settings = ["seed=1", "train.env_steps=5000"]
     assert call(monkeypatch, "train", "--run-dir", tmp_path, *settings) == 2
     assert capfd.readouterr().err == f"error: {tmp_path} {OTHER}\n"
     assert [path.name for path in tmp_path.glob("[!.]*")] == ["config.yaml"]

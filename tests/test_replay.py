@@ -66,7 +66,7 @@ def assert_windows_hold_together(batch):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    length=st.integers(1, 9),
+    length=st.integers(2, 9),
     blocks=st.integers(8, 20),
     online=st.booleans(),
     chunks=st.lists(

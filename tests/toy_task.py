@@ -77,7 +77,7 @@ def check_ratio(settings: config.Config, env_steps: int, gradient_steps: int) ->
 class RaisingEnv(gymnasium.Env):
     """Its third step always fails."""
 
-    observation_space = spaces.Box(-1, 1, (2,))
+    observation_space: gymnasium.Space = spaces.Box(-1, 1, (2,))
     action_space = spaces.Discrete(2)
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:

@@ -66,6 +66,14 @@ class Agent(nn.Module):
         logged = {f"loss/{name}": mean.detach() for name, mean in means.items()}
         return total, logged | {"loss": total.detach()} | output.metrics | metrics
 
+    def policy_loss(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        """The behavior's loss alone, on an imagined trajectory; the model gets no gradient."""
+        features = self.world_model.features(rollout.states).detach()
+        losses, metrics, _ = self.behavior.imagination_loss(rollout, features)
+        means = {name: loss.mean() for name, loss in losses.items()}
+        logged = {f"loss/{name}": mean.detach() for name, mean in means.items()}
+        return torch.stack(list(means.values())).sum(), logged | metrics
+
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """One optimizer for all losses, by the family's recipe."""
         params = [p for p in self.parameters() if p.requires_grad]

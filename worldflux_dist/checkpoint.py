@@ -70,13 +70,14 @@ def writing(
     _prune(root, step, keep)
 
 
-def newest(root: Path) -> tuple[Path, dict[str, Any]] | None:
+def newest(root: Path, part: str = "") -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that verifies and its manifest, or None where there is none yet.
 
+    With `part` only the files whose names begin with it are read.
     Logs one sentence about each broken one passed over. Raises CheckpointError if checkpoints
     exist and all are broken: starting over unasked would overwrite the run.
     """
-    good, broken = _scan(root)
+    good, broken = _scan(root, part)
     if broken and good is None:
         raise CheckpointError(
             f"no checkpoint in {root} can be used ({'; '.join(map(str, broken))}): move the "
@@ -88,8 +89,8 @@ def newest(root: Path) -> tuple[Path, dict[str, Any]] | None:
     return good
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """Check every file against the manifest and return it (format, step, counters, files).
+def verify(folder: Path, part: str = "") -> dict[str, Any]:
+    """Check every file, or those of one part, against the manifest and return it.
 
     Raises CheckpointError naming the first file that is missing, changed or outside the folder.
     """
@@ -103,6 +104,8 @@ def verify(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder / MANIFEST} is corrupt: its own SHA-256 differs")
     for name, expected in manifest["files"].items():
         path = folder / name
+        if not name.startswith(part):
+            continue
         if not path.resolve().is_relative_to(folder.resolve()):
             raise CheckpointError(f"{folder / MANIFEST} names {name!r}, outside of its folder")
         if not path.is_file():
@@ -235,13 +238,17 @@ def _folders(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: (path.name[:10], not path.suffix), reverse=True)
 
 
-def _scan(root: Path) -> tuple[tuple[Path, dict[str, Any]] | None, list[CheckpointError]]:
+def _scan(
+    root: Path, part: str = ""
+) -> tuple[tuple[Path, dict[str, Any]] | None, list[CheckpointError]]:
     broken: list[CheckpointError] = []
     for folder in _folders(root):
         try:
-            return (folder, verify(folder)), broken
+            return (folder, verify(folder, part)), broken
         except CheckpointError as error:
             broken.append(error)
+        except FileNotFoundError:
+            continue  # removed meanwhile, since newer ones exist
     return None, broken
 
 

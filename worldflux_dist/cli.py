@@ -63,7 +63,7 @@ def train(
 @app.command("eval")
 def evaluate_run(
     run_dir: Annotated[Path, typer.Argument(help="A run directory.")],
-    episodes: Annotated[int, typer.Option(help="How many episodes.")] = 10,
+    episodes: Annotated[int, typer.Option(min=1, help="How many episodes.")] = 10,
     seed: Annotated[int, typer.Option(help="Seed of the environments.")] = 1000,
     video: Annotated[
         Path | None, typer.Option(help="Also write an episode, as .gif or .mp4.")
@@ -186,9 +186,6 @@ def main() -> None:
     """Run the command line; known errors become one sentence on stderr and exit code 2."""
     try:
         app()
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        raise SystemExit(130) from None
     except (ValueError, RuntimeError, OSError) as error:
         # An error raised in another process comes with its traceback; its cause is the sentence.
         print(f"error: {getattr(error, 'cause', None) or error}", file=sys.stderr)

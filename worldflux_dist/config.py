@@ -44,6 +44,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_least("train", self, env_steps=1, train_ratio=0, prefill=0, checkpoint_every=0)
         _check_least("train", self, eval_every=1, eval_episodes=1)
+        if self.prefill >= self.env_steps:
+            raise ValueError(
+                f"train.prefill is {self.prefill}: nothing would be learned in env_steps "
+                f"{self.env_steps}, so it must be less"
+            )
 
 
 @dataclass(frozen=True)

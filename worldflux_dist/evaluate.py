@@ -17,6 +17,8 @@ from worldflux_dist.envs import EnvConfig, Envs, make_envs
 from worldflux_dist.envs.acting import Act, random_act
 from worldflux_dist.models.base import State
 
+EPISODE_LIMIT = 50_000  # steps; the longest Atari game has 27,000
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -33,7 +35,7 @@ class Evaluation:
         return float(np.std(self.returns))
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f} +- {self.std:.1f} over {len(self.returns)} episodes"
+        return f"{self.mean:.4g} +- {self.std:.3g} over {len(self.returns)} episodes"
 
 
 def greedy(agent: Agent) -> Act:
@@ -49,7 +51,9 @@ def run_episodes(act: Act, envs: Envs, episodes: int) -> Evaluation:
     returns: list[float] = []
     step = envs.step(np.zeros((envs.num_envs, envs.spaces.action_dim), np.float32))
     carry: Any = None
-    while (counts < each).any():
+    for _ in range(EPISODE_LIMIT * each):
+        if (counts >= each).all():
+            return Evaluation(tuple(returns))
         action, carry = act(step.obs, step.is_first, carry)
         step = envs.step(action)
         sums += step.reward
@@ -58,7 +62,10 @@ def run_episodes(act: Act, envs: Envs, episodes: int) -> Evaluation:
                 returns.append(float(sums[lane]))
             counts[lane] += 1
             sums[lane] = 0
-    return Evaluation(tuple(returns))
+    raise RuntimeError(
+        f"evaluation saw an episode of more than {EPISODE_LIMIT:,} steps: give the environment an "
+        "end with env.max_episode_steps"
+    )
 
 
 def evaluate(agent: Agent, config: EnvConfig, episodes: int, seed: int) -> Evaluation:

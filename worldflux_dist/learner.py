@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,12 @@ class LearnerConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
     threads: int = 1
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"learner.device is {self.device!r}: use auto, cpu, cuda or cuda:N")
+        if self.threads < 0:
+            raise ValueError(f"learner.threads is {self.threads}: it must be at least 0")
 
 
 def _keep_freed_memory() -> None:
@@ -105,7 +112,16 @@ class Learner:
     # --------------------------------------------------------------------------------- saving
 
     def save(self, folder: Path) -> None:
-        """Write agent, optimizers, counters and random state."""
+        """Write agent, optimizers, counters and random state.
+
+        Raises NonFiniteLossError instead where a weight is broken: what is saved is good.
+        """
+        for name, value in self.agent.named_parameters():
+            if not value.isfinite().all():
+                raise NonFiniteLossError(
+                    f"the weights {name} are not finite after gradient step {self.gradient_steps}: "
+                    "lower the learning rate; the last checkpoint is kept"
+                )
         self.agent.save(folder)
         tensors, scalars = {}, {}
         for name, optimizer in self.optimizers.items():

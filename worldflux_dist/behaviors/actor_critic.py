@@ -33,6 +33,13 @@ class ActorCriticConfig:
     return_rate: float = 0.01
     replay_value_scale: float = 0.3
 
+    def __post_init__(self) -> None:
+        if min(self.horizon, self.layers) < 1 or not 0 <= self.lambda_ <= 1:
+            raise ValueError(
+                f"behavior.horizon {self.horizon} and layers {self.layers} must be at least 1 and "
+                f"lambda_ {self.lambda_} between 0 and 1"
+            )
+
 
 class Actor(nn.Module):
     """Features (..., F) -> a distribution over flat actions: categoricals for one-hot parts,

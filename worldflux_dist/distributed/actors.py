@@ -42,6 +42,7 @@ class RunnerReport:
     episodes: list[Episode]
     version: int
     shards: dict[int, ShardReport]
+    env_failures: int
     collect_seconds: float
     send_seconds: float
 
@@ -49,11 +50,11 @@ class RunnerReport:
 class EnvRunnerActor:
     """Collects with the newest weights and sends every environment's steps to its shard."""
 
-    def __init__(self, config: Config, index: int) -> None:
+    def __init__(self, config: Config, index: int, env_steps: int) -> None:
         torch.set_num_threads(config.scale.runner_threads)
-        # A restarted runner must not replay the episodes of its former life.
+        # Neither a resumed run nor a restarted runner plays the episodes of its former life again.
         life = ray.get_runtime_context().was_current_actor_reconstructed * time.time_ns()
-        seed = np.random.SeedSequence([config.seed, index, life]).generate_state(1)[0]
+        seed = np.random.SeedSequence([config.seed, index, env_steps, life]).generate_state(1)[0]
         torch.manual_seed(int(seed))
         envs = make_envs(config.env, int(seed) % 2**31)
         self.agent = make_agent(config, envs.spaces)
@@ -75,6 +76,7 @@ class EnvRunnerActor:
             self.runner.take_episodes(),
             chunk.version,
             reports,
+            self.runner.envs.take_failures(),
             collected - start,
             time.monotonic() - collected,
         )

@@ -63,6 +63,8 @@ class Flow(Generic[R]):
         if collect and self.limiter.may_collect(self.collect_steps):
             self.ports.start_collect()
         updates = self.ports.update(min(self.limiter.owed, UPDATES_PER_ROUND))
+        if collect and not updates:
+            self.ports.start_collect()  # replay has no window yet, whatever is owed
         self.limiter.sampled(len(updates))
         if updates:
             self.ports.publish()

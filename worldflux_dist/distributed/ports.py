@@ -20,6 +20,7 @@ from worldflux_dist.config import Config
 from worldflux_dist.distributed.actors import RunnerReport
 from worldflux_dist.distributed.shard import ShardReport
 
+MAX_LOSSES = 20
 STEPS_IN_FLIGHT = 3  # batches on their way: one in work, the others being gathered
 
 
@@ -33,20 +34,32 @@ class RayPorts:
     shards: list[Any]
     runners: list[Any]
     stopping: Callable[[], bool]
+    gradient_steps: int = 0  # where the run goes on
     restarts: dict[str, int] = field(default_factory=lambda: {"runner": 0, "shard": 0})
     sizes: dict[int, ShardReport] = field(default_factory=dict)
     version: int = 0
     _collects: dict[ObjectRef, int] = field(default_factory=dict)
+    _losses_in_a_row: int = 0
 
     def __post_init__(self) -> None:
-        self._rng = np.random.default_rng(self.config.seed)
+        self._rng = np.random.default_rng([self.config.seed, self.gradient_steps])
         self.version = ray.get(self.learner.publish.remote())
         self.ask_sizes()
 
     def ask_sizes(self) -> None:
         """What every shard holds now; in between, runners' reports keep it roughly up to date."""
-        reports: list[ShardReport] = ray.get([shard.report.remote() for shard in self.shards])
-        self.sizes = dict(enumerate(reports))
+        refs = [shard.report.remote() for shard in self.shards]
+        for index, ref in enumerate(refs):
+            try:
+                report: ShardReport = ray.get(ref)
+                self.sizes[index] = report
+            except ActorUnavailableError:
+                self.sizes.pop(index, None)
+
+    @property
+    def ready(self) -> bool:
+        """Whether any shard is known to have something to sample."""
+        return any(report.ready for report in self.sizes.values())
 
     @property
     def num_collects(self) -> int:
@@ -70,10 +83,17 @@ class RayPorts:
                 del self._collects[ref]
                 try:
                     reports.append(ray.get(ref))
-                except ActorUnavailableError:
+                except ActorUnavailableError as error:
                     self.restarts["runner"] += 1
+                    self._losses_in_a_row += 1
+                    if self._losses_in_a_row > MAX_LOSSES:
+                        raise RuntimeError(
+                            f"env runners died {MAX_LOSSES} times without bringing a chunk: look "
+                            "for an environment that crashes its process or for want of memory"
+                        ) from error
                 else:
                     self.sizes |= reports[-1].shards
+                    self._losses_in_a_row = 0
             if timeout == 0 or self.stopping():
                 break
         return reports
@@ -86,6 +106,8 @@ class RayPorts:
         return reports
 
     def update(self, num: int) -> list[dict[str, float]]:
+        if num and not self.ready:
+            self.ask_sizes()  # a shard may have come back
         taken: list[dict[str, float]] = []
         under_way: deque[tuple[int, ObjectRef]] = deque()
         started = 0

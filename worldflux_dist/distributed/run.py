@@ -40,7 +40,10 @@ class RunDirectory:
                 f"another process is training in {path}: stop it or choose another run directory"
             ) from None
         self._check_config()
-        (path / "config.yaml").write_text(config.to_yaml(settings))
+        text, saved = config.to_yaml(settings), path / "config.yaml"
+        if not saved.exists() or saved.read_text() != text:
+            (path / "config.yaml.tmp").write_text(text)
+            (path / "config.yaml.tmp").replace(saved)
         checkpoint.write_json(path / "manifest.json", _manifest())
         self.log = RunLog(path)
 
@@ -86,6 +89,10 @@ class RunDirectory:
     def scores(self) -> list[dict[str, Any]]:
         path = self.path / "scores.jsonl"
         return read_lines(path) if path.exists() else []
+
+    def last_score(self) -> int:
+        """Env steps at the newest evaluation of the agent; -1 where there is none."""
+        return max((s["env_steps"] for s in self.scores() if s["method"] != "random"), default=-1)
 
     def methods(self) -> set[str]:
         """Methods that have been scored."""

@@ -29,7 +29,7 @@ class ReplayShardActor:
 
     def __init__(self, config: ReplayConfig, seed: int, checkpoints: Path, name: str) -> None:
         self.buffer = ReplayBuffer(config, seed)
-        found = checkpoint.newest(checkpoints)
+        found = checkpoint.newest(checkpoints, name)
         if found is not None:
             self.buffer.restore(found[0] / name)
 

@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import ray
 from ray import ObjectRef
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from worldflux_dist import checkpoint
 from worldflux_dist.config import Config
 from worldflux_dist.data import Spaces
 from worldflux_dist.distributed.actors import (
+    SHARD_WAIT_S,
     EnvRunnerActor,
     EvaluationRequest,
     LearnerActor,
@@ -58,11 +59,11 @@ class Outcome:
 class RoleLostError(RuntimeError):
     """A process died for good; the message says which and why."""
 
-    def __init__(self, error: ActorDiedError) -> None:
-        text = str(error).strip()
-        found = re.search(r"(?:ray::|class_name: )(\w+)", text)
-        role = found[1] if found else "an actor"
-        why = "it was killed, perhaps for want of memory, or crashed"
+    def __init__(self, error: RayError) -> None:
+        text = str(getattr(error, "cause", None) or error).strip()
+        found = re.search(r"class_name: (\w+)", text) or re.search(r"ray::(\w+)", text)
+        role = found[1] if found else "a process"
+        why = f"it was killed, perhaps for want of memory, or crashed ({type(error).__name__})"
         if "creation task" in text:
             why = f"it could not start: {text.splitlines()[-1].strip()}"
         super().__init__(f"{role} is lost, {why}; run the same command again to go on")
@@ -106,6 +107,8 @@ class Trainer:
         self._logged = self._saved = time.monotonic()
         self._busy = {"runner": 0.0, "replay": 0.0, "learner": 0.0}
         self._evaluated_at = -1
+        self._said = {"runner": 0, "shard": 0}
+        self.env_failures = 0
 
     def train(self, stop: StopSignals) -> Outcome | None:
         """Run to the end, or until stopped: then None, and everything is in a checkpoint."""
@@ -116,7 +119,7 @@ class Trainer:
         folder = found[0] if found else None
         if found:
             self.episodes = found[1]["episodes"]
-            self._evaluated_at = self.limiter.env_steps // config.train.eval_every
+            self._evaluated_at = self.run.last_score() // config.train.eval_every
             self.progress.print(
                 f"resumed from {folder}: {self.limiter.env_steps:,} env steps, "
                 f"{self.limiter.gradient_steps:,} gradient steps"
@@ -132,6 +135,8 @@ class Trainer:
             self.progress.phase("prefill" if filling else "train")
             done = flow.round(collect)
             self._take_in(done.reports, done.updates)
+            if not (collect or self.ports.num_collects or self.ports.ready):
+                raise RuntimeError("replay was lost: run the same command again to go on")
             if self.limiter.env_steps < total:
                 self._maybe_evaluate()
             self._maybe_log()
@@ -140,6 +145,7 @@ class Trainer:
         self.save()
         if stop.stopping:
             return None
+        stop.stopping = True  # all is saved: from here on one Ctrl-C stops at once
         return self._finish()
 
     def _start_roles(self, folder: Path | None, stop: StopSignals) -> RayPorts:
@@ -164,12 +170,25 @@ class Trainer:
             config,
             learner.remote(config, self.task.spaces, folder),
             shards,
-            [runner.remote(config, i) for i in range(scale.num_runners)],
+            [runner.remote(config, i, self.limiter.env_steps) for i in range(scale.num_runners)],
             lambda: stop.stopping,
+            self.limiter.gradient_steps,
         )
 
     def save(self) -> None:
-        """A checkpoint of everything, taken while nothing moves."""
+        """A checkpoint of everything; tried again where a shard dies on the way."""
+        deadline = time.monotonic() + SHARD_WAIT_S
+        while True:
+            try:
+                return self._write_checkpoint()
+            except ActorUnavailableError:
+                if time.monotonic() > deadline:
+                    raise
+                self.ports.restarts["shard"] += 1
+                time.sleep(0.5)
+
+    def _write_checkpoint(self) -> None:
+        """Taken while nothing moves, so that what is counted, stored and learned agrees."""
         self.progress.phase("save")
         reports = self.ports.drain()
         self.limiter.inserted(sum(report.env_steps for report in reports))
@@ -193,7 +212,12 @@ class Trainer:
         self, reports: Sequence[RunnerReport], updates: Sequence[dict[str, float]]
     ) -> None:
         """Add a round's reports and metrics to the averages and the display."""
+        for role, num in self.ports.restarts.items():
+            if num > self._said[role]:
+                self._said[role] = num
+                self.progress.print(f"a {role}'s process died; it is started again")
         for report in reports:
+            self.env_failures += report.env_failures
             self._busy["runner"] += report.collect_seconds / self.config.scale.num_runners
             self._busy["replay"] += report.send_seconds / self.config.scale.num_runners
             self.averages.mean("staleness", self.ports.version - report.version)
@@ -239,6 +263,7 @@ class Trainer:
             "frames": self.limiter.env_steps * self.task.action_repeat,
             "gradient_steps": self.limiter.gradient_steps,
             "episodes": self.episodes,
+            "env_failures": self.env_failures,
             "train_ratio/achieved": self.limiter.achieved,
             "train_ratio/asked": self.config.train.train_ratio,
             "weights_version": self.ports.version,
@@ -328,6 +353,7 @@ def train(config: Config, run_dir: Path, plain: bool | None = None) -> Outcome |
     RoleLostError or CheckpointError with the reason it could not go on; what is in the run
     directory stays good.
     """
+    run_dir = run_dir.resolve()  # other processes write there too
     task = probe(config)
     plan = make_plan(config, task.spaces)
     print("\n".join(plan.lines()), flush=True)
@@ -343,7 +369,9 @@ def train(config: Config, run_dir: Path, plain: bool | None = None) -> Outcome |
                 return Trainer(config, run, progress, task).train(stop)
         except OSError as error:
             raise run.explain(error) from error
-        except ActorDiedError as error:
+        except RayError as error:
+            if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError):
+                raise  # an error of ours, from another process
             raise RoleLostError(error) from error
         finally:
             ray.shutdown()

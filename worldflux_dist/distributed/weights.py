@@ -29,6 +29,7 @@ class WeightStore:
         """Take in weights; False where the version is not newer than the one held."""
         if version <= self._version:
             return False
+        # Put again, although the argument came through the object store: the learner owns that one.
         self._version, self._weights = version, ray.put(weights)
         return True
 

@@ -90,6 +90,7 @@ class Envs:
         self._seeds = np.random.SeedSequence(seed).generate_state(self.num_envs) >> 1
         self._done = np.ones(self.num_envs, bool)
         self._obs: dict[str, np.ndarray] | None = None
+        self._failures = 0
 
     def step(self, action: np.ndarray) -> Step:
         """Flat actions (N, A) in, one Step with leading shape (N,) out.
@@ -119,6 +120,12 @@ class Envs:
             is_last=self._done,
             is_terminal=terminated,
         )
+
+    def take_failures(self) -> int:
+        """How often an environment raised and was rebuilt since the last call."""
+        total = sum(getattr(env, "num_failures", 0) for env in getattr(self._vector, "envs", ()))
+        new, self._failures = total - self._failures, total
+        return new
 
     def render(self) -> np.ndarray | None:
         """An RGB frame (H, W, 3) uint8 of environment 0 for a video.

@@ -48,7 +48,7 @@ class Guard(gymnasium.Wrapper):
         super().__init__(build())
         self._build, self._name, self._lane = build, name, lane
         self._max_failures, self._failures, self._good = max_failures, 0, 0
-        self._broken = False
+        self.num_failures, self._broken = 0, False
         self._rng = np.random.default_rng()
         self._last: Any = None
 
@@ -76,7 +76,7 @@ class Guard(gymnasium.Wrapper):
         try:
             obs, reward, terminated, truncated, info = self.env.step(action)
             check_obs(self.observation_space, obs)
-            if not math.isfinite(reward):
+            if not math.isfinite(np.float32(reward)):
                 raise ValueError(f"the reward is {reward}")
         except Exception as error:
             self._failed(error)
@@ -93,6 +93,7 @@ class Guard(gymnasium.Wrapper):
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
+        self.num_failures += 1
         self._good, self._broken = 0, True
         what = f"{type(error).__name__}: {error}"
         logger.warning(
@@ -123,7 +124,7 @@ def check_obs(space: gymnasium.Space, obs: Any) -> None:
         value = np.asarray(obs)
         if value.shape != space.shape:
             raise ValueError(f"the observation has shape {value.shape}, not {space.shape}")
-        if value.dtype.kind == "f" and not np.isfinite(value).all():
+        if value.dtype.kind == "f" and not np.isfinite(value.astype(np.float32)).all():
             raise ValueError("the observation is not finite")
     elif not space.contains(obs):
         raise ValueError(f"the observation {obs!r} is not in {space}")
@@ -169,6 +170,9 @@ def builder(config: EnvConfig, render: bool) -> Callable[[], gymnasium.Env]:
             return make()
         except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
             raise ValueError(_missing(config.id, error)) from error
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"env {config.id} could not be made: {what}") from error
 
     return build
 

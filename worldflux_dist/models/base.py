@@ -213,10 +213,14 @@ class WorldModel(nn.Module, ABC):
         )
 
     def tensors(self, obs: Any) -> dict[str, Tensor]:
-        """Observations as the model wants them: a dict of tensors on its device."""
+        """Converted observations (see `Spaces.encode_obs`) as tensors on the model's device."""
         device = next(self.parameters()).device
         named = obs if isinstance(obs, dict) else {"obs": obs}
-        return {key: torch.as_tensor(value, device=device) for key, value in named.items()}
+        kinds = {"image": torch.uint8, "vector": torch.float32}
+        return {
+            key: torch.as_tensor(value, dtype=kinds[self.spaces.obs[key].kind], device=device)
+            for key, value in named.items()
+        }
 
 
 # ------------------------------------------------------------------------------- creation
@@ -244,11 +248,14 @@ def create_from_spaces(name: str, spaces: Spaces, **options: Any) -> WorldModel:
     if preset not in module.PRESETS:
         raise ValueError(f"no preset {name!r}: {nearest(name, names)}")
     config = module.PRESETS[preset]
-    for option in options:
+    for option, value in options.items():
         if not hasattr(config, option):
             raise ValueError(
                 f"{name} has no option {option!r}: {nearest(option, list(vars(config)))}"
             )
+        kind = type(getattr(config, option))
+        if not isinstance(value, {float: (int, float), tuple: (list, tuple)}.get(kind, kind)):
+            raise ValueError(f"option {option} of {name} is {value!r}, not of type {kind.__name__}")
     lists = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}  # from JSON
     return module.Model(spaces, replace(config, **lists))
 

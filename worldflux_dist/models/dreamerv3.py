@@ -66,6 +66,14 @@ class DreamerV3Config:
     agc: float = 0.3
     warmup: int = 1000
 
+    def __post_init__(self) -> None:
+        sizes = (self.deter, self.hidden, self.groups, self.classes - 1, self.blocks, self.units)
+        if min(*sizes, self.depth, *self.multipliers) < 1 or self.deter % self.blocks:
+            raise ValueError(
+                f"model sizes must be positive, classes at least 2 and deter {self.deter} a "
+                f"multiple of blocks {self.blocks}"
+            )
+
 
 def _size(deter: int, hidden: int, depth: int) -> DreamerV3Config:
     return DreamerV3Config(deter=deter, hidden=hidden, classes=depth, units=hidden, depth=depth)

@@ -49,7 +49,7 @@ class ReplayConfig:
     online: bool = True
 
     def __post_init__(self) -> None:
-        least = {"batch_size": 1, "batch_length": 1, "capacity_bytes": 0}
+        least = {"batch_size": 1, "batch_length": 2, "capacity_bytes": 0}
         for name, limit in (least | {"capacity": 2 * self.batch_length}).items():
             if getattr(self, name) < limit:
                 raise ValueError(
