@@ -3,14 +3,15 @@
     python benchmarks/systems/learner_step.py
     python benchmarks/systems/learner_step.py --task image --dtype bfloat16 --profile 20
 
-Batches are 16 x 64, the horizon is 15. Rates are medians of 5 windows; the windows of all
-learners alternate in one process, so whatever else the machine does slows them alike. RLlib has
-no reduced precision: every ratio is against its float32. A profile of our step follows.
+Batches are 16 x 64, the horizon is 15. Rates are medians of 5 windows, one learner after the other,
+each in a process of its own. RLlib has no reduced precision: every ratio is against its float32.
+A profile of our step comes first.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import statistics
 import time
@@ -70,17 +71,15 @@ def our_step(
     return lambda: learner.step(batch), trained
 
 
-def alternating_rates(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median calls per second of each function, over windows that take turns."""
-    windows: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(-1, repeats):  # the first round warms up
-        for name, step in steps.items():
-            start = time.perf_counter()
-            for _ in range(STEPS_PER_WINDOW):
-                step()
-            if repeat >= 0:
-                windows[name].append(STEPS_PER_WINDOW / (time.perf_counter() - start))
-    return {name: statistics.median(rates) for name, rates in windows.items()}
+def median_rate(step: Callable[[], object], repeats: int) -> float:
+    """Median calls per second of a function over windows, after one to warm up."""
+    rates = []
+    for _ in range(1 + repeats):
+        start = time.perf_counter()
+        for _ in range(STEPS_PER_WINDOW):
+            step()
+        rates.append(STEPS_PER_WINDOW / (time.perf_counter() - start))
+    return statistics.median(rates[1:])
 
 
 def print_profile(step: Callable[[], object], rows: int) -> None:
@@ -103,24 +102,40 @@ def print_profile(step: Callable[[], object], rows: int) -> None:
         print(f"   {share:6.1%}  {event.count:6d} calls  {event.key}")
 
 
-def run(task: str, size: str, dtypes: list[Precision], args: argparse.Namespace) -> None:
+def measure(side: str, task: str, size: str, args: argparse.Namespace) -> tuple[float, int]:
+    """Updates per second and parameters of one learner, in this process; prints its profile."""
+    torch.set_num_threads(args.threads)
     observation, action = TASKS[task]
-    batch = random_batch(observation, action)
-    ours = {f"ours {d}": our_step(size, d, observation, action, args.threads) for d in dtypes}
-    sides = ours | {"RLlib float32": rllib_step(size, observation, action, batch, HORIZON)}
-    rates = alternating_rates({name: step for name, (step, _) in sides.items()}, args.repeats)
-    for name, (_, parameters) in sides.items():
-        ratio = rates[name] / rates["RLlib float32"]
-        goal = GOALS.get((task, name.removeprefix("ours "))) if size == "size1m" else None
-        verdict = f"  goal {goal}x {'met' if ratio >= goal else 'missed'}" if goal else ""
+    if side == "RLlib float32":
+        step, parameters = rllib_step(
+            size, observation, action, random_batch(*TASKS[task]), HORIZON
+        )
+        return median_rate(step, args.repeats), parameters
+    precision: Precision = "bfloat16" if side.endswith("bfloat16") else "float32"
+    step, parameters = our_step(size, precision, observation, action, args.threads)
+    rate = median_rate(step, args.repeats)
+    if args.profile:
+        print(f"   -- {task} {side}")
+        print_profile(step, args.profile)
+    return rate, parameters
+
+
+def run(task: str, size: str, dtypes: list[Precision], args: argparse.Namespace) -> None:
+    found = {}
+    for side in ["RLlib float32", *(f"ours {dtype}" for dtype in dtypes)]:
+        # A process of its own: each learner with the allocator and threads its users get.
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found[side] = pool.apply(measure, (side, task, size, args))
+    base = found["RLlib float32"][0]
+    for side, (rate, parameters) in found.items():
+        goal = GOALS.get((task, side.removeprefix("ours "))) if size == "size1m" else None
+        goal = None if side.startswith("RLlib") else goal
+        verdict = f"  goal {goal}x {'met' if rate >= goal * base else 'missed'}" if goal else ""
         print(
-            f"{task:7}{size:8}{name:15}{rates[name]:8.3f} updates/s {parameters:12,d} parameters"
-            f"{ratio:7.2f}x RLlib{'' if name.startswith('RLlib') else verdict}",
+            f"{task:7}{size:8}{side:15}{rate:8.3f} updates/s {parameters:12,d} parameters"
+            f"{rate / base:7.2f}x RLlib{verdict}",
             flush=True,
         )
-    for name in ours if args.profile else ():
-        print(f"   -- {task} {name}")
-        print_profile(ours[name][0], args.profile)
 
 
 def main() -> None:

@@ -266,7 +266,19 @@ class DreamerV3(WorldModel):
 
         Where is_first, deter, stoch and action are zeroed before the core sees them (a discrete
         action becomes the zero vector, not class 0). `noise` (B, T, G) is uniform in [0, 1).
+        Always in float32: its many small products gain less from bfloat16 than the casts cost.
         """
+        with torch.autocast(tokens.device.type, enabled=False):
+            return self._observe(tokens.float(), action, is_first, start, noise)
+
+    def _observe(
+        self,
+        tokens: Tensor,
+        action: Tensor,
+        is_first: Tensor,
+        start: State,
+        noise: Tensor | None,
+    ) -> tuple[State, Tensor]:
         c = self.config
         keep = (~is_first).to(action.dtype).unsqueeze(-1)  # (B, T, 1)
         acted = self.core.embed_action(action * keep)
