@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench clean
+.PHONY: help demo test check fast lint bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 8
@@ -18,7 +18,10 @@ demo: $(INSTALLED)  ## train a world model through Ray in minutes, then judge it
 test: lint  ## everything: format, lint, types, import rules and all tests
 	$(BIN)/pytest
 
-check: lint  ## under a minute: all of lint and the fast tests
+check: $(INSTALLED)  ## under a minute: all of lint beside the fast tests
+	@$(MAKE) --no-print-directory -j2 lint fast
+
+fast: $(INSTALLED)  ## the fast tests
 	$(BIN)/pytest -q -m "not ray and not learning"
 
 lint: $(INSTALLED)  ## format, lint, types and import rules
