@@ -18,7 +18,7 @@ import torch
 
 from worldflux_dist.agent import Agent
 from worldflux_dist.config import Config, ConfigError
-from worldflux_dist.data import Spaces
+from worldflux_dist.data import Batch, Spaces
 from worldflux_dist.replay.buffer import ReplayConfig
 
 MB = 1024**2
@@ -85,9 +85,12 @@ class Plan:
 
 def make_plan(config: Config, spaces: Spaces) -> Plan:
     """Count what the roles of `config` need; nothing is allocated."""
+    shard_config(config)  # refuses a share that is too small
     with torch.device("meta"):
         agent = Agent(config.model, spaces, config.model_options, config.behavior)
     weights = 4 * sum(p.numel() for p in agent.parameters())
+    on_gpu = config.learner.device != "cpu" and torch.cuda.is_available()
+    activations = 0 if on_gpu else activation_bytes(agent, config.replay)
     per_step = step_bytes(spaces)
     steps = config.replay.capacity
     if config.replay.capacity_bytes:
@@ -114,7 +117,7 @@ def make_plan(config: Config, spaces: Spaces) -> Plan:
                 "learner",
                 1,
                 config.learner.threads or torch.get_num_threads(),
-                PROCESS_BYTES + 4 * weights,
+                PROCESS_BYTES + 4 * weights + activations,
                 f"{config.model}, {size}",
             ),
             Role("weight store", 1, 1, PROCESS_BYTES // 4, "the newest weights"),
@@ -128,6 +131,33 @@ def make_plan(config: Config, spaces: Spaces) -> Plan:
     )
 
 
+def activation_bytes(agent: Agent, replay: ReplayConfig) -> int:
+    """What the world model's loss keeps for its backward pass, counted on the meta device."""
+    lead, total = (replay.batch_size, replay.batch_length), 0
+
+    def count(value: torch.Tensor) -> torch.Tensor:
+        nonlocal total
+        total += value.nbytes
+        return value
+
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        kinds = {"image": torch.uint8, "vector": torch.float32}
+        flag = torch.zeros(lead, dtype=torch.bool)
+        batch = Batch(
+            {
+                k: torch.zeros(*lead, *s.shape, dtype=kinds[s.kind])
+                for k, s in agent.spaces.obs.items()
+            },
+            torch.zeros(*lead, agent.spaces.action_dim),
+            torch.zeros(lead),
+            flag,
+            flag,
+            flag,
+        )
+        agent.world_model.loss(batch)
+    return total
+
+
 def step_bytes(spaces: Spaces) -> int:
     """Bytes of one step in replay."""
     obs = sum(int(np.prod(s.shape)) * np.dtype(s.dtype).itemsize for s in spaces.obs.values())
@@ -137,7 +167,7 @@ def step_bytes(spaces: Spaces) -> int:
 def shard_config(config: Config) -> ReplayConfig:
     """The config of one shard: its share of the capacity, which is meant for all together."""
     num, r = config.scale.num_shards, config.replay
-    return replace(r, capacity=r.capacity // num, capacity_bytes=r.capacity_bytes // num)
+    return replace(r, capacity=r.capacity // num, capacity_bytes=-(-r.capacity_bytes // num))
 
 
 def start_ray(plan: Plan) -> None:

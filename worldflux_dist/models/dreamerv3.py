@@ -268,7 +268,9 @@ class DreamerV3(WorldModel):
         action becomes the zero vector, not class 0). `noise` (B, T, G) is uniform in [0, 1).
         Always in float32: its many small products gain less from bfloat16 than the casts cost.
         """
-        with torch.autocast(tokens.device.type, enabled=False):
+        # Autocast does not know the meta device, on which plans are made.
+        device = "cpu" if tokens.is_meta else tokens.device.type
+        with torch.autocast(device, enabled=False):
             return self._observe(tokens.float(), action, is_first, start, noise)
 
     def _observe(
