@@ -157,6 +157,8 @@ def builder(config: EnvConfig, render: bool) -> Callable[[], gymnasium.Env]:
     if own is None and name not in gymnasium.registry:
         raise ValueError(_unknown(config.id, name))
     kwargs = dict(config.kwargs)
+    if render:
+        os.environ.setdefault("SDL_AUDIODRIVER", "dummy")  # pygame would open the sound card
     if render and (own is None or "render_mode" in inspect.signature(own).parameters):
         kwargs.setdefault("render_mode", "rgb_array")
     limit = config.max_episode_steps or None
