@@ -259,3 +259,13 @@ def test_read_only_arrays_can_be_learned_from() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch warns when it is handed memory it may not write to
         assert np.isfinite(learner.step(batch)["loss"])
+
+
+def test_broken_weights_are_never_saved(tmp_path: Path) -> None:
+    """A loss may still be finite when a weight no longer is."""
+    learner = Learner(make_agent("cont"))
+    with torch.no_grad():
+        next(learner.agent.parameters()).view(-1)[0] = torch.inf
+    with pytest.raises(NonFiniteLossError, match="not finite after gradient step 0"):
+        learner.save(tmp_path)
+    assert not list(tmp_path.iterdir())
