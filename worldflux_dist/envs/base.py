@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from gymnasium.vector import VectorEnv
@@ -22,12 +22,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EnvConfig:
-    """Which environment, how many of them, and the whole Atari protocol.
+    """Which environment, how many of them, and the protocols of Atari and DeepMind Control.
 
-    `id` is a registered Gymnasium id or `module:factory`; `kwargs` go to gymnasium.make or to the
-    factory. The Atari defaults are those of the Atari 100k benchmark (64x64 RGB, no sticky
-    actions, up to 30 no-ops, whole games). The 57-game benchmark of DreamerV3 asks for
-    image_size 96, grayscale, repeat_action_probability 0.25 and full_action_space.
+    `id` is a registered Gymnasium id, `dmc/<domain>-<task>` for DeepMind Control, or
+    `module:factory`; `kwargs` go to gymnasium.make, to the task or to the factory. With
+    `dmc_action_repeat` 2 an episode of DeepMind Control has 500 steps. The Atari defaults are
+    those of the Atari 100k benchmark (64x64 RGB, no sticky actions, up to 30 no-ops, whole
+    games). The 57-game benchmark of DreamerV3 asks for image_size 96, grayscale,
+    repeat_action_probability 0.25 and full_action_space.
     """
 
     id: str = "CartPole-v1"
@@ -36,8 +38,13 @@ class EnvConfig:
     max_episode_steps: int = 0  # 0: the environment's own limit
     max_failures: int = 5  # failures in a row of one environment before the run stops
 
+    image_size: int = 64  # height and width, of Atari and of DeepMind Control's pixels
+
+    # DeepMind Control only
+    dmc_obs: Literal["proprio", "pixels"] = "proprio"
+    dmc_action_repeat: int = 2  # control steps per step, rewards summed
+
     # Atari only
-    image_size: int = 64
     grayscale: bool = False
     frame_skip: int = 4
     repeat_action_probability: float = 0.0
@@ -54,6 +61,7 @@ class EnvConfig:
             "max_episode_steps": 0,
             "max_failures": 1,
             "image_size": 8,
+            "dmc_action_repeat": 1,
             "frame_skip": 1,
             "noop_max": 0,
             "max_episode_frames": 1,
@@ -61,6 +69,8 @@ class EnvConfig:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"env.{name} is {getattr(self, name)}: it must be at least {low}")
+        if self.dmc_obs not in ("proprio", "pixels"):
+            raise ValueError(f"env.dmc_obs is {self.dmc_obs!r}: it must be proprio or pixels")
         if not 0 <= self.repeat_action_probability <= 1:
             raise ValueError(
                 f"env.repeat_action_probability is {self.repeat_action_probability}: "

@@ -1,4 +1,4 @@
-"""Any Gymnasium environment, or one's own, stepped one after the other in this process.
+"""Any environment of Gymnasium or DeepMind Control, or one's own, stepped in this process.
 
 Each environment is kept by a Guard, so that one that raises or returns nonsense costs an episode
 and not the run: it is rebuilt and its episode closed as a truncation. One that keeps failing
@@ -27,6 +27,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from worldflux_dist.data import Spaces
 from worldflux_dist.envs.base import EnvConfig, Envs
+from worldflux_dist.envs.dmc import dmc_task, is_dmc
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,11 @@ def single_envs(config: EnvConfig, seed: int, num_envs: int, render: bool) -> En
 def builder(config: EnvConfig, render: bool) -> Callable[[], gymnasium.Env]:
     """A function that makes one environment. Raises ValueError when there is none of that id."""
     module_name, _, name = config.id.rpartition(":")
-    own = getattr(_import(module_name, config.id), name, None) if module_name else None
+    own: Callable[..., Any] | None = None
+    if is_dmc(config.id):
+        own = dmc_task(config)
+    elif module_name:
+        own = getattr(_import(module_name, config.id), name, None)
     if own is None and name not in gymnasium.registry:
         raise ValueError(_unknown(config.id, name))
     kwargs = dict(config.kwargs)
