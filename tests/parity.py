@@ -1,4 +1,5 @@
-"""How values recorded from the reference DreamerV3 are read, and how its names map to ours.
+"""How values recorded from reference implementations are read, and how DreamerV3's names map to
+ours; parity_tdmpc2.py has TD-MPC2's.
 
 What must stay true: every key that is read is remembered (`Values.read`), so that a test can name
 those nobody looks at; and one table of names serves parameters, gradients and layer outputs.
@@ -51,16 +52,15 @@ class Values:
 
 @cache
 def open_values(path: Path) -> Values:
+    """The recorded values in a file; skips where it is absent."""
+    if not path.exists():
+        pytest.skip(f"no recorded values at {path}")
     return Values(np.load(path))
 
 
 @pytest.fixture(scope="session")
 def recorded(shared: Path) -> Values:
-    """The recorded values; skips where they are absent."""
-    path = shared / "parity" / "dreamerv3.npz"
-    if not path.exists():
-        pytest.skip(f"no recorded values at {path}")
-    return open_values(path)
+    return open_values(shared / "parity" / "dreamerv3.npz")
 
 
 def close(got: Any, want: Any, tolerance: float = 1e-5, what: str = "") -> None:
@@ -71,7 +71,9 @@ def close(got: Any, want: Any, tolerance: float = 1e-5, what: str = "") -> None:
     assert error.max() <= tolerance, f"{what}: error {error.max():.2e} exceeds {tolerance}"
 
 
-def close_to_norm(got: Tensor, want: Tensor, norm: Tensor, tolerance: float, what: str) -> None:
+def close_to_norm(
+    got: Tensor, want: Tensor, norm: Tensor | float, tolerance: float, what: str
+) -> None:
     """Assert max |got - want| <= tolerance * norm."""
     assert got.shape == want.shape, (what, got.shape, want.shape)
     error = (got - want).abs().max()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from gymnasium import spaces as gym_spaces
 
 from worldflux_dist.agent import Agent
-from worldflux_dist.behaviors.actor_critic import ActorCriticConfig
 from worldflux_dist.data import Batch, Spaces
+from worldflux_dist.models.base import families
 
 SIZES: dict[str, Any] = {"deter": 64, "hidden": 16, "groups": 8, "classes": 4}
 SIZES |= {"units": 16, "depth": 4}
@@ -18,6 +20,48 @@ SIZES |= {"units": 16, "depth": 4}
 
 def vector(size: int) -> gym_spaces.Box:
     return gym_spaces.Box(-np.inf, np.inf, (size,))
+
+
+IMAGE = gym_spaces.Box(0, 255, (16, 16, 3), np.uint8)
+OBSERVATIONS: dict[str, gym_spaces.Space] = {
+    "vector": vector(5),
+    "image": IMAGE,
+    "dict": gym_spaces.Dict({"image": IMAGE, "vector": vector(4)}),
+}
+BOX = gym_spaces.Box(-1, 1, (2,))
+ACTIONS: dict[str, gym_spaces.Space] = {
+    "continuous": BOX,
+    "discrete": gym_spaces.Discrete(3),
+    "mixed": gym_spaces.Dict({"kind": gym_spaces.Discrete(3), "move": BOX}),
+}
+# A new family adds its preset, sizes and behavior here: every test of test_families.py is then its.
+FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "dreamerv3": ("size1m", SIZES | {"multipliers": (2, 4), "warmup": 2}, {"horizon": 5}),
+    "tdmpc2": (
+        "5m",
+        {"encoder_units": 16, "units": 16, "latent": 16, "channels": 4, "num_q": 3}
+        | {"plan_samples": 32, "plan_iterations": 2},
+        {},
+    ),
+}
+
+
+def make_small(
+    family: str,
+    obs: str | gym_spaces.Space = "vector",
+    action: str | gym_spaces.Space = "continuous",
+    behavior: dict[str, Any] | None = None,
+    planner: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """A fresh small agent of any family; spaces are kinds of OBSERVATIONS and ACTIONS, or any."""
+    preset, sizes, native = FAMILIES[family]
+    spaces = Spaces(
+        OBSERVATIONS[obs] if isinstance(obs, str) else obs,
+        ACTIONS[action] if isinstance(action, str) else action,
+    )
+    name, behavior = f"{family}:{preset}", native if behavior is None else behavior
+    return Agent(name, spaces, sizes | options, behavior, planner)
 
 
 def make_agent(kind: str, **options: Any) -> Agent:
@@ -33,8 +77,29 @@ def make_agent(kind: str, **options: Any) -> Agent:
         image = gym_spaces.Box(0, 255, (size, size, 3), np.uint8)
         obs = gym_spaces.Dict({"image": image, "vector": vector(5)})
         options = ({} if kind == "img64" else {"multipliers": (2, 4)}) | options
-    config = ActorCriticConfig(horizon=5)
-    return Agent("dreamerv3:size1m", Spaces(obs, action), SIZES | options, config)
+    return Agent("dreamerv3:size1m", Spaces(obs, action), SIZES | options, {"horizon": 5})
+
+
+EVERY = list(itertools.product(families(), ["vector", "image", "dict"], ["continuous", "discrete"]))
+CASES = pytest.mark.parametrize("case", EVERY, ids=["-".join(case) for case in EVERY])
+FAMILY = pytest.mark.parametrize("family", families())
+LENGTH = 12  # a multiple of every family's window
+
+
+def make_case(case: tuple[str, str, str]) -> Any:
+    """The small agent of a case, the same each time, of which no output is zero."""
+    torch.manual_seed(0)
+    return perturbed(make_small(*case))
+
+
+def family_batch(agent: Any, seed: int = 0) -> Batch:
+    """A (3, LENGTH) batch of arrays."""
+    return random_batch(agent.spaces, length=LENGTH, seed=seed)
+
+
+def look(agent: Any, time: int = 0) -> dict[str, np.ndarray]:
+    """The observations (3, ...) of one time of `family_batch`."""
+    return {key: value[:, time] for key, value in family_batch(agent).obs.items()}
 
 
 def perturbed(agent: Any, seed: int = 0, scale: float = 0.1) -> Any:

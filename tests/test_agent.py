@@ -49,11 +49,11 @@ def test_save_load_and_act_in_native_spaces(
     observation: gym_spaces.Space, action: gym_spaces.Space, tmp_path: Path
 ) -> None:
     options = SIZES | {"multipliers": (2, 4)}
-    config = ActorCriticConfig(horizon=7)
-    agent = perturbed(Agent("dreamerv3:size1m", Spaces(observation, action), options, config))
+    spaces = Spaces(observation, action)
+    agent = perturbed(Agent("dreamerv3:size1m", spaces, options, {"horizon": 7}))
     agent.save(tmp_path / "saved")
     loaded: Any = Agent.load(tmp_path / "saved")
-    assert loaded.behavior.config == config
+    assert loaded.behavior.config == ActorCriticConfig(horizon=7)
     assert loaded.world_model.config == agent.world_model.config
     for name, value in agent.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
@@ -92,7 +92,7 @@ def test_rows_of_a_batch_reset_on_their_own() -> None:
     _, mixed = agent.act_batch(obs, np.array([True, False, False]), carry)
     torch.manual_seed(0)
     _, fresh = agent.act_batch(obs, np.ones(3, bool))
-    same_rows = [torch.allclose(mixed["deter"][i], fresh["deter"][i]) for i in range(3)]
+    same_rows = [torch.allclose(mixed["state/deter"][i], fresh["state/deter"][i]) for i in range(3)]
     assert same_rows == [True, False, False]
     assert mixed["action"].shape == (3, 3)
 
@@ -121,7 +121,7 @@ def test_runners_are_sent_only_what_acting_needs() -> None:
 
 def test_loss_is_the_weighted_sum_of_all_means() -> None:
     agent = perturbed(make_agent("disc"))
-    loss, logged = agent(tensors(random_batch(agent.spaces)))
+    loss, logged, _ = agent(tensors(random_batch(agent.spaces)))
     scales = {"rep": 0.1, "replay_value": 0.3}
     names = ["dyn", "rep", "reward", "continue", "rec/image", "rec/vector"]
     names += ["policy", "value", "replay_value"]

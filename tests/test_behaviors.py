@@ -266,11 +266,12 @@ def test_which_losses_reach_the_world_model(kind: str) -> None:
     agent: Any = perturbed(make_agent(kind))
     batch = tensors(random_batch(agent.spaces))
     model, behavior = agent.world_model, agent.behavior
-    states = model.loss(batch).states
+    output = model.loss(batch)
+    states = output.states
     with torch.no_grad():
         actions = model.rollout(states.flatten(), behavior.act, 5).actions
     attached = model.rollout(states.flatten(), actions)  # its gradient is cut all the same
-    losses, _ = behavior.loss(model, states, batch, rollout=attached)
+    losses = behavior.loss(model, output, rollout=attached).losses
     assert losses["policy"].shape == losses["value"].shape == (5, 18)
     for name in ("policy", "value"):
         assert not gradients(losses[name].sum(), model), name
@@ -304,7 +305,7 @@ def test_bfloat16_keeps_the_gradients(kind: str) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             output = model.loss(batch)
             behavior.imagine(model, output.states.flatten())
-            losses, _ = behavior.loss(model, output.states, batch, rollout=rollout)
+            losses = behavior.loss(model, output, rollout=rollout).losses
         found.append(
             {
                 "actor": flat(gradients(losses["policy"].sum(), behavior.actor)),
@@ -322,7 +323,7 @@ def test_bfloat16_reaches_every_parameter() -> None:
     agent: Any = perturbed(make_agent("disc"))
     batch = tensors(random_batch(agent.spaces))
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = agent(batch)
+        loss, _, _ = agent(batch)
     loss.backward()
     lost = [name for name, p in agent.named_parameters() if p.requires_grad and p.grad is None]
     assert not lost
@@ -331,11 +332,11 @@ def test_bfloat16_reaches_every_parameter() -> None:
 
 def test_policy_loss_of_a_rollout_is_the_part_of_forward() -> None:
     """What a policy learner computes elsewhere is what the fused loss contains."""
-    agent = perturbed(make_agent("disc"))
+    agent: Any = perturbed(make_agent("disc"))
     batch = tensors(random_batch(agent.spaces))
-    states = agent.world_model.loss(batch).states
-    rollout = agent.behavior.imagine(agent.world_model, states.flatten())
-    fused, _ = copy.deepcopy(agent.behavior).loss(agent.world_model, states, batch, rollout)
+    output = agent.world_model.loss(batch)
+    rollout = agent.behavior.imagine(agent.world_model, output.states.flatten())
+    fused = copy.deepcopy(agent.behavior).loss(agent.world_model, output, rollout).losses
     total, metrics = agent.policy_loss(rollout)
     want = fused["policy"].mean() + fused["value"].mean()
     torch.testing.assert_close(total, want)

@@ -218,8 +218,10 @@ def test_decode_nested_actions() -> None:
 @pytest.mark.parametrize(
     ("action", "words"),
     [
-        (gym.Box(-np.inf, np.inf, (2,)), "RescaleAction"),
-        (gym.MultiBinary(3), "not supported: use Discrete"),
+        (gym.Box(-np.inf, np.inf, (2,)), "TransformAction"),
+        (gym.Box(np.array([0, -1]), np.array([np.inf, 1])), "no finite bounds"),
+        (gym.Box(-np.inf, np.inf, (2,), np.int64), "no finite bounds"),
+        (gym.Text(4), "not supported: use Discrete"),
     ],
 )
 def test_unsupported_actions(action: gym.Space, words: str) -> None:
@@ -232,12 +234,17 @@ def leaf_spaces() -> st.SearchStrategy[gym.Space]:
     bounds = st.tuples(st.integers(-9, 0), st.integers(1, 9))
     return st.one_of(
         st.builds(lambda n, s: gym.Discrete(n, start=s), sizes, st.integers(-3, 3)),
-        st.builds(gym.MultiDiscrete, st.lists(sizes, min_size=1, max_size=3)),
+        st.builds(
+            lambda nvec, kind: gym.MultiDiscrete(nvec, dtype=kind),
+            st.lists(sizes, min_size=1, max_size=3),
+            st.sampled_from([np.int64, np.uint8]),
+        ),
+        st.builds(gym.MultiBinary, st.lists(sizes, min_size=1, max_size=2)),
         st.builds(
             lambda b, shape, kind: gym.Box(b[0], b[1], tuple(shape), kind),
             bounds,
             st.lists(sizes, max_size=2),
-            st.sampled_from([np.float32, np.float64]),
+            st.sampled_from([np.float32, np.float64, np.int32]),
         ),
     )
 

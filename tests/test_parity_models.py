@@ -100,7 +100,7 @@ def trained(ref: Values, kind: str) -> Trained:
         rollout = model.rollout(
             output.states.flatten().detach(), actions, noise=draws.transpose(0, 1)
         )
-    losses, _ = behavior.loss(model, output.states, batch, rollout=rollout)
+    losses = behavior.loss(model, output, rollout).losses
     return Trained(agent, layers, output, logits, rollout, losses, batch)
 
 
@@ -110,7 +110,7 @@ def test_constants(ref: Values) -> None:
         want = json.loads(str(ref.raw(f"meta/config_{kind}")))
         agent: Any = make_agent(kind)
         model, behavior = agent.world_model, agent.behavior
-        config, group = model.config, agent.optimizers()["all"].param_groups[0]
+        config, group = model.config, agent.optimizers()["model"].param_groups[0]
         assert group["lr"] == want["opt.lr"]
         assert group["agc"] == want["opt.agc"]
         assert group["eps"] == want["opt.eps"]

@@ -16,35 +16,63 @@ from torch import Tensor, nn
 
 from worldflux_dist import checkpoint
 from worldflux_dist.behaviors.actor_critic import ActorCritic, ActorCriticConfig
+from worldflux_dist.behaviors.base import Behavior
+from worldflux_dist.behaviors.latent_td import LatentTD, LatentTDConfig
+from worldflux_dist.behaviors.planner import Planner, PlannerConfig
 from worldflux_dist.data import Batch, Spaces
-from worldflux_dist.models.base import Rollout, State, create_from_spaces
+from worldflux_dist.models.base import (
+    Rollout,
+    State,
+    WorldModel,
+    create_from_spaces,
+    nearest,
+    with_options,
+)
 
 Carry = dict[str, Tensor]
+BEHAVIORS: dict[str, tuple[Any, type[Behavior]]] = {
+    "actor_critic": (ActorCriticConfig(), ActorCritic),
+    "latent_td": (LatentTDConfig(), LatentTD),
+}
 
 
 class Agent(nn.Module):
-    """Owns the world model and the behavior. What it was made from travels with it (`recipe`)."""
+    """Owns the world model, the behavior and, where there is one, the planner. What it was made
+    from travels with it (`recipe`).
+
+    `behavior` and `planner` replace values of the ones that the family was published with; a
+    behavior of another `kind` starts from its own defaults.
+    """
 
     def __init__(
         self,
         model: str,
         spaces: Spaces,
         model_options: dict[str, Any] | None = None,
-        behavior: ActorCriticConfig | None = None,
+        behavior: dict[str, Any] | None = None,
+        planner: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.spaces = spaces
-        config = behavior or ActorCriticConfig()
+        self.world_model = create_from_spaces(model, spaces, **(model_options or {}))
+        kind, config = _behavior_config(self.world_model, behavior or {})
+        planning = with_options(
+            PlannerConfig(), self.world_model.native["planner"] | (planner or {}), "planner"
+        )
         self.recipe = {
             "model": model,
             "model_options": dict(model_options or {}),
-            "behavior": asdict(config),
+            "behavior": {"kind": kind, **asdict(config)},
+            "planner": asdict(planning),
             "spaces": spaces.to_json(),
         }
-        self.world_model = create_from_spaces(model, spaces, **(model_options or {}))
-        self.behavior = ActorCritic(
-            self.world_model.feature_dim, self.world_model.width, spaces.action_parts, config
-        )
+        make = BEHAVIORS[kind][1]
+        sizes = (self.world_model.feature_dim, self.world_model.width)
+        self.behavior: Behavior = make(*sizes, spaces.action_parts, config)
+        self.planner: Planner | None = None
+        if planning.method != "none":
+            self.planner = Planner(planning, spaces.action_parts, self.world_model)
+        self._goal = self._flat_goal(planning.goal) if planning.goal else None
         self._carry: Carry | None = None
 
     @property
@@ -53,21 +81,35 @@ class Agent(nn.Module):
 
     # ------------------------------------------------------------------------------- learning
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a (B, T) batch of tensors: weighted sum of the means of all losses.
+    def forward(
+        self, batch: Batch, stage: str = "model", features: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """The loss of a (B, T) batch of tensors, for one of the `optimizers`.
 
-        Also gives each loss (`loss/<name>`, detached) and metrics, as scalar tensors.
+        "model": weighted sum of the means of all losses; also gives the features from which the
+        stage "policy" starts, where there is one. Metrics are scalar tensors, with each loss
+        (`loss/<name>`, detached) among them.
         """
+        if stage == "policy":
+            assert features is not None
+            loss, metrics = self.behavior.policy_loss(features)
+            return loss, {"loss/policy": loss.detach()} | metrics, None
         output = self.world_model.loss(batch)
-        losses, metrics = self.behavior.loss(self.world_model, output.states, batch)
+        more = self.behavior.loss(self.world_model, output)
         scales = self.world_model.loss_scales | self.behavior.loss_scales
-        means = {name: loss.mean() for name, loss in (output.losses | losses).items()}
+        means = {name: loss.mean() for name, loss in (output.losses | more.losses).items()}
         total = torch.stack([scales.get(name, 1.0) * mean for name, mean in means.items()]).sum()
         logged = {f"loss/{name}": mean.detach() for name, mean in means.items()}
-        return total, logged | {"loss": total.detach()} | output.metrics | metrics
+        logged |= {"loss": total.detach()} | output.metrics | more.metrics
+        return total, logged, more.features
 
     def policy_loss(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """The behavior's loss alone, on an imagined trajectory; the model gets no gradient."""
+        """The behavior's loss alone, on an imagined trajectory; the model gets no gradient.
+
+        Raises ValueError for a behavior that does not learn in imagination.
+        """
+        if not isinstance(self.behavior, ActorCritic):
+            raise ValueError("only behavior.kind actor_critic learns in imagination")
         features = self.world_model.features(rollout.states).detach()
         losses, metrics, _ = self.behavior.imagination_loss(rollout, features)
         means = {name: loss.mean() for name, loss in losses.items()}
@@ -75,9 +117,13 @@ class Agent(nn.Module):
         return torch.stack(list(means.values())).sum(), logged | metrics
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """One optimizer for all losses, by the family's recipe."""
-        params = [p for p in self.parameters() if p.requires_grad]
-        return {"all": self.world_model.optimizer(params)}
+        """By stage, in order: "model", by the family's recipe, for all but a policy that learns
+        apart, and "policy" for that one."""
+        policy = self.behavior.policy_optimizer()
+        apart = {id(p) for g in policy.param_groups for p in g["params"]} if policy else set()
+        params = [p for p in self.parameters() if p.requires_grad and id(p) not in apart]
+        first = {"model": self.world_model.optimizer(params)}
+        return first | {"policy": policy} if policy else first
 
     def update_targets(self) -> None:
         """After every gradient step."""
@@ -98,13 +144,58 @@ class Agent(nn.Module):
         `carry` is what the last call gave (None before the first); is_first (N,) rows forget it.
         """
         first = torch.as_tensor(is_first, device=self.device)
-        if carry is None:
-            state = self.world_model.initial(len(first))
-            carry = {**state.tensors, "action": torch.zeros(len(first), self.spaces.action_dim)}
-        state = State({name: value for name, value in carry.items() if name != "action"})
-        state = self.world_model.update(state, carry["action"].to(self.device), obs, first)
-        action = self.behavior.act(self.world_model.features(state), greedy)
-        return action.cpu().numpy(), {**state.tensors, "action": action}
+        carry = self.initial_carry(len(first)) if carry is None else carry
+        remembered = {n[6:]: value for n, value in carry.items() if n.startswith("state/")}
+        action = carry["action"].to(self.device)
+        state = self.world_model.update(State(remembered), action, obs, first)
+        found = {f"state/{name}": value for name, value in state.tensors.items()}
+        if self.planner is None:
+            action = self.behavior.act(self.world_model.features(state), greedy)
+        else:
+            fresh = self.planner.initial(len(first), self.device)
+            mean = torch.where(first[:, None, None], fresh, carry["plan"])
+            action, found["plan"] = self.planner.plan(
+                self.world_model, self.behavior, state, mean, greedy, self._goal_features()
+            )
+        return action.cpu().numpy(), found | {"action": action}
+
+    def initial_carry(self, num: int) -> Carry:
+        """What `act_batch` remembers of N = `num` environments it has not seen yet."""
+        state = self.world_model.initial(num)
+        carry = {f"state/{name}": value for name, value in state.tensors.items()}
+        carry["action"] = torch.zeros(num, self.spaces.action_dim, device=self.device)
+        if self.planner is not None:
+            carry["plan"] = self.planner.initial(num, self.device)
+        return carry
+
+    def _goal_features(self) -> Tensor | None:
+        """Features (1, F) of the goal, where plans have one."""
+        if self.planner is None or self.planner.config.objective != "goal":
+            return None
+        if self._goal is None:
+            raise ValueError(
+                "planner.objective is goal and there is none: set planner.goal or call "
+                "Agent.set_goal(obs)"
+            )
+        return self.world_model.features(self.world_model.encode(self._goal))
+
+    def set_goal(self, obs: Any) -> None:
+        """Plan from now on to where `obs`, one observation of the environment's own, is seen.
+
+        Raises ValueError where planner.objective is not goal.
+        """
+        if self.planner is None or self.planner.config.objective != "goal":
+            raise ValueError("a goal needs planner.objective goal and a planner.method")
+        self._goal = self.spaces.encode_obs(_add_axis(obs))
+
+    def _flat_goal(self, goal: tuple[float, ...]) -> dict[str, np.ndarray]:
+        (key, spec), *more = self.spaces.obs.items()
+        if more or spec.shape != (len(goal),):
+            raise ValueError(
+                f"planner.goal has {len(goal)} numbers, which is no observation of this "
+                "environment: give one vector of its length, or call Agent.set_goal(obs)"
+            )
+        return {key: np.asarray(goal, np.float32)[None]}
 
     def act(self, obs: Any, greedy: bool = True) -> Any:
         """The action for one observation, both in the environment's own spaces.
@@ -120,16 +211,18 @@ class Agent(nn.Module):
         """Forget: the next observation is the first of an episode."""
         self._carry = None
 
-    def imagine(self, obs: Any, horizon: int | None = None) -> Rollout:
+    @torch.no_grad()
+    def imagine(self, obs: Any, horizon: int = 15) -> Rollout:
         """Roll the policy in the model from a first look at a batch of observations."""
-        return self.behavior.imagine(self.world_model, self.world_model.encode(obs), horizon)
+        return self.world_model.rollout(self.world_model.encode(obs), self.behavior.act, horizon)
 
     # --------------------------------------------------------------------------------- saving
 
     def inference_state(self) -> dict[str, np.ndarray]:
         """Copies of the parameters that acting needs: what runners are sent."""
-        wanted = [f"world_model.{name}." for name in self.world_model.inference_modules()]
-        wanted += [f"behavior.{name}." for name in self.behavior.inference_modules()]
+        planning = self.planner is not None
+        wanted = [f"world_model.{name}." for name in self.world_model.inference_modules(planning)]
+        wanted += [f"behavior.{name}." for name in self.behavior.inference_modules(planning)]
         return {
             name: value.detach().cpu().numpy().copy()
             for name, value in self.state_dict().items()
@@ -183,12 +276,20 @@ class Agent(nn.Module):
 
     @classmethod
     def from_recipe(cls, recipe: dict[str, Any]) -> Agent:
-        return cls(
-            recipe["model"],
-            Spaces.from_json(recipe["spaces"]),
-            recipe["model_options"],
-            ActorCriticConfig(**recipe["behavior"]),
-        )
+        spaces = Spaces.from_json(recipe["spaces"])
+        parts = (recipe["model_options"], recipe["behavior"], recipe["planner"])
+        return cls(recipe["model"], spaces, *parts)
+
+
+def _behavior_config(world_model: WorldModel, options: dict[str, Any]) -> tuple[str, Any]:
+    """The kind and the config of the behavior: the native one's values, or another kind's."""
+    native = world_model.native["behavior"]
+    kind = options.get("kind", native["kind"])
+    if kind not in BEHAVIORS:
+        raise ValueError(f"no behavior.kind {kind!r}: {nearest(str(kind), list(BEHAVIORS))}")
+    values = (native if kind == native["kind"] else {}) | options
+    values = {name: value for name, value in values.items() if name != "kind"}
+    return kind, with_options(BEHAVIORS[kind][0], values, "behavior")
 
 
 def _add_axis(value: Any) -> Any:

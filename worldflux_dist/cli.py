@@ -8,6 +8,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+envs_app = typer.Typer(help="Look at environments.", no_args_is_help=True)
+app.add_typer(envs_app, name="envs")
 
 Settings = Annotated[
     list[str] | None,
@@ -55,7 +59,8 @@ def train(
     if outcome is None:
         print(f"stopped; everything is saved in {run_dir}, and the same command goes on")
         raise typer.Exit(130)
-    print(f"curve: {run_dir}/curve.png   dream: {run_dir}/video/open_loop.gif")
+    pictures = [run_dir / "curve.png", *sorted((run_dir / "video").glob("*.gif"))]
+    print("pictures: " + "   ".join(map(str, pictures)))
     if outcome.passed is False:
         raise typer.Exit(1)
 
@@ -86,6 +91,26 @@ def evaluate_run(
     if video is not None:
         figures.video(evaluate.episode_frames(agent, settings.env, seed), video, fps=30)
         print(f"video:  {video}")
+
+
+@envs_app.command("check")
+def check_env(
+    env_id: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID_OR_FACTORY",
+            help="A Gymnasium id, dmc/<domain>-<task>, or module:factory of your own.",
+        ),
+    ],
+    settings: Settings = None,
+) -> None:
+    """Say how an environment is read, how fast it steps, and what is wrong with it."""
+    from worldflux_dist.envs import report
+
+    found = report.check(replace(_load(settings).env, id=env_id))
+    print(*found.lines(), sep="\n")
+    if not found.usable:
+        raise typer.Exit(1)
 
 
 @app.command("config")

@@ -13,12 +13,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from worldflux_dist.behaviors.actor_critic import ActorCriticConfig
+from worldflux_dist.agent import Agent
+from worldflux_dist.data import Spaces
 from worldflux_dist.envs import EnvConfig
 from worldflux_dist.learner import LearnerConfig
 from worldflux_dist.models.base import nearest
@@ -53,12 +54,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ScaleConfig:
-    """How many processes of each role, and how many steps a chunk holds."""
+    """How many processes of each role, and how many steps a chunk holds.
+
+    `acting` actor: one more process, with the GPU where there is one, acts for all runners.
+    """
 
     num_runners: int = 2
     num_shards: int = 2
     chunk_length: int = 64
     runner_threads: int = 1
+    acting: Literal["runner", "actor"] = "runner"
 
     def __post_init__(self) -> None:
         _check_least("scale", self, num_runners=1, num_shards=1, chunk_length=1, runner_threads=1)
@@ -66,12 +71,17 @@ class ScaleConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run needs; saved as config.yaml in its run directory."""
+    """Everything a run needs; saved as config.yaml in its run directory.
+
+    `model_options` replace single fields of the preset; `behavior` (its `kind` and fields) and
+    `planner` those of the ones the family was published with.
+    """
 
     seed: int = 0
     model: str = "dreamerv3:size12m"
     model_options: dict[str, Any] = field(default_factory=dict)
-    behavior: ActorCriticConfig = field(default_factory=ActorCriticConfig)
+    behavior: dict[str, Any] = field(default_factory=dict)
+    planner: dict[str, Any] = field(default_factory=dict)
     env: EnvConfig = field(default_factory=EnvConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
@@ -81,6 +91,10 @@ class Config:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}: it must be at least 0")
+
+    def make_agent(self, spaces: Spaces) -> Agent:
+        """A fresh agent. Raises ValueError for options that do not exist or do not fit."""
+        return Agent(self.model, spaces, self.model_options, self.behavior, self.planner)
 
 
 class ConfigError(ValueError):

@@ -20,6 +20,10 @@ from worldflux_dist.models.base import State
 EPISODE_LIMIT = 50_000  # steps; the longest Atari game has 27,000
 
 
+class NoPicturesError(ValueError):
+    """The environment cannot draw itself, or the model cannot show what it imagines."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Returns of all episodes."""
@@ -104,7 +108,15 @@ class OpenLoop:
 def open_loop(
     agent: Agent, config: EnvConfig, seed: int, context: int = 5, horizon: int = 45
 ) -> OpenLoop:
-    """Play an episode greedily, then dream it again from its first `context` observations."""
+    """Play an episode greedily, then dream it again from its first `context` observations.
+
+    Raises NoPicturesError for a family that does not decode observations.
+    """
+    if not agent.world_model.decodes_obs:
+        raise NoPicturesError(
+            f"{agent.recipe['model']} does not decode observations, so there is no dream to draw; "
+            "look at an episode instead"
+        )
     envs = make_envs(config, seed, num_envs=1, render=True)
     steps, frames = [], []
     carry: Any = None
@@ -140,7 +152,7 @@ def open_loop(
 def episode_frames(agent: Agent, config: EnvConfig, seed: int, limit: int = 1000) -> np.ndarray:
     """Pictures (T, h, w, 3) of one greedy episode of at most `limit` steps.
 
-    Raises ValueError where the environment cannot draw itself.
+    Raises NoPicturesError where the environment cannot draw itself.
     """
     envs = make_envs(config, seed, num_envs=1, render=True)
     step = envs.step(np.zeros((1, envs.spaces.action_dim), np.float32))
@@ -148,7 +160,9 @@ def episode_frames(agent: Agent, config: EnvConfig, seed: int, limit: int = 1000
     while True:
         frame = envs.render()
         if frame is None:
-            raise ValueError(f"{config.id} has no rgb_array rendering, so there is no video of it")
+            raise NoPicturesError(
+                f"{config.id} has no rgb_array rendering, so there is no video of it"
+            )
         frames.append(frame)
         if step.is_last[0] or len(frames) == limit:
             envs.close()

@@ -73,17 +73,20 @@ class Learner:
     def step(self, batch: Batch) -> dict[str, float]:
         """One gradient step on a (B, T) batch of arrays; gives the losses and metrics.
 
-        Raises NonFiniteLossError before any weight is changed.
+        A policy that learns apart has a stage of its own, after all else has stepped. Raises
+        NonFiniteLossError before the weights of its stage are changed.
         """
         tensors = batch.map(self._tensor)
-        with self._autocast():
-            loss, metrics = self.agent(tensors)
-        values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
-        self._check(values)
-        for optimizer in self.optimizers.values():
+        values: dict[str, float] = {}
+        features = None
+        for stage, optimizer in self.optimizers.items():
+            with self._autocast():
+                loss, metrics, features = self.agent(tensors, stage, features)
+            found = torch.stack(list(metrics.values())).tolist()
+            values |= dict(zip(metrics, found, strict=True))
+            self._check(values)
             optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        for optimizer in self.optimizers.values():
+            loss.backward(inputs=[p for g in optimizer.param_groups for p in g["params"]])
             optimizer.step()
         self.agent.update_targets()
         self.gradient_steps += 1

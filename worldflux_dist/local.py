@@ -14,6 +14,7 @@ import torch
 from worldflux_dist.agent import Agent
 from worldflux_dist.config import Config
 from worldflux_dist.envs import make_envs
+from worldflux_dist.envs.acting import random_act
 from worldflux_dist.evaluate import Evaluation, evaluate, evaluate_random
 from worldflux_dist.learner import Learner
 from worldflux_dist.replay.buffer import ReplayBuffer
@@ -37,10 +38,10 @@ def train(
     """Collect, store, learn; `log(env_steps, metrics)` is called after every gradient step."""
     torch.manual_seed(config.seed)
     envs = make_envs(config.env, config.seed)
-    agent = Agent(config.model, envs.spaces, config.model_options, config.behavior)
+    agent = config.make_agent(envs.spaces)
     learner = Learner(agent, config.learner)
     replay = ReplayBuffer(config.replay, config.seed)
-    runner = EnvRunner(envs, agent.act_batch)
+    runner = EnvRunner(envs, random_act(envs.spaces, config.seed))
     batch_steps = config.replay.batch_size * config.replay.batch_length
     limiter = Limiter(config.train.train_ratio, batch_steps, config.train.prefill)
 
@@ -51,6 +52,7 @@ def train(
         while limiter.owed and replay.ready:
             metrics = learner.step(replay.sample())
             limiter.sampled()
+            runner.act = agent.act_batch
             log(limiter.env_steps, metrics)
 
     envs.close()

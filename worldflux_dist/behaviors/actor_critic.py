@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldflux_dist.behaviors import returns
+from worldflux_dist.behaviors.base import Behavior, BehaviorLoss
 from worldflux_dist.data import ActionPart, Batch
-from worldflux_dist.models.base import Rollout, State, WorldModel
+from worldflux_dist.models.base import LossOutput, Rollout, State, WorldModel
 from worldflux_dist.nn import distributions as dist
 from worldflux_dist.nn.layers import MLP, BinHead, Linear
 
@@ -49,7 +51,7 @@ class Actor(nn.Module):
         self, size_in: int, units: int, layers: int, parts: tuple[ActionPart, ...]
     ) -> None:
         super().__init__()
-        self.parts = parts
+        self.parts, self.sizes = parts, [part.size for part in parts]
         self.mlp = MLP(size_in, units, layers)
         self.heads = nn.ModuleList(
             Linear(units, part.size, outscale=0.01)
@@ -68,19 +70,28 @@ class Actor(nn.Module):
             for part in self.parts
         ]
 
-    def sample(self, policy: list[tuple[Tensor, ...]], greedy: bool = False) -> Tensor:
-        """Flat actions (..., A); `greedy` takes the most probable one."""
+    def sample(
+        self,
+        policy: list[tuple[Tensor, ...]],
+        greedy: bool = False,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Flat actions (..., A); `greedy` takes the most probable one, `noise` (..., A) fixes the
+        draws (see `dist.action_noise`)."""
         chosen = []
-        for params in policy:
+        draws = [None] * len(self.parts) if noise is None else noise.split(self.sizes, -1)
+        for params, draw in zip(policy, draws, strict=True):
             if len(params) == 2:
                 mean, std = params
-                chosen.append(mean if greedy else mean + std * torch.randn_like(std))
+                normal = torch.randn_like(std) if draw is None else draw
+                chosen.append(mean if greedy else mean + std * normal)
             elif greedy:
                 best = params[0].argmax(-1)
                 chosen.append(F.one_hot(best, params[0].shape[-1]).to(params[0].dtype))
             else:
-                noise = torch.rand(params[0].shape[:-1], device=params[0].device)
-                chosen.append(dist.sample_onehot(params[0].softmax(-1), noise))
+                shape, device = params[0].shape[:-1], params[0].device
+                uniform = torch.rand(shape, device=device) if draw is None else draw[..., 0]
+                chosen.append(dist.sample_onehot(params[0].softmax(-1), uniform))
         return torch.cat(chosen, -1)
 
     def log_prob_and_entropy(
@@ -89,7 +100,7 @@ class Actor(nn.Module):
         """ln pi(a) and entropy (...), summed over the parts of flat actions (..., A)."""
         log_prob = torch.zeros(action.shape[:-1], device=action.device)
         entropy = torch.zeros_like(log_prob)
-        pieces = action.split([part.size for part in self.parts], -1)
+        pieces = action.split(self.sizes, -1)
         for params, piece in zip(policy, pieces, strict=True):
             if len(params) == 2:
                 log_prob = log_prob + dist.normal_log_prob(piece, *params)
@@ -101,7 +112,7 @@ class Actor(nn.Module):
         return log_prob, entropy
 
 
-class ActorCritic(nn.Module):
+class ActorCritic(Behavior):
     """Policy, critic, slow critic and return normaliser. The slow critic has no gradient."""
 
     bins: Tensor
@@ -118,16 +129,14 @@ class ActorCritic(nn.Module):
         self.register_buffer("bins", dist.symexp_bins(255), persistent=False)
         self.loss_scales = {"replay_value": config.replay_value_scale}
 
-    def act(self, features: Tensor, greedy: bool = False) -> Tensor:
-        """Features (..., F) -> flat actions (..., A)."""
-        return self.actor.sample(self.actor(features), greedy)
+    def act(self, features: Tensor, greedy: bool = False, noise: Tensor | None = None) -> Tensor:
+        return self.actor.sample(self.actor(features), greedy, noise)
 
-    def value(self, features: Tensor) -> Tensor:
-        """Features (..., F) -> expected return (...)."""
+    def value(self, features: Tensor, noise: Any = None) -> Tensor:
         return dist.twohot_predict(self.critic(features), self.bins)
 
-    def inference_modules(self) -> tuple[str, ...]:
-        return ("actor",)
+    def inference_modules(self, planning: bool = False) -> tuple[str, ...]:
+        return ("actor", "critic") if planning else ("actor",)
 
     @torch.no_grad()
     def imagine(self, world_model: WorldModel, start: State, horizon: int | None = None) -> Rollout:
@@ -140,19 +149,20 @@ class ActorCritic(nn.Module):
         return rollout
 
     def loss(
-        self, world_model: WorldModel, states: State, batch: Batch, rollout: Rollout | None = None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Losses from posteriors (B, T, ...) with gradient: policy and value (H, B * T), imagined
-        from every state, and replay_value (T - 1, B) on the states themselves."""
+        self, world_model: WorldModel, output: LossOutput, rollout: Rollout | None = None
+    ) -> BehaviorLoss:
+        """Policy and value (H, B * T), imagined from every posterior, and replay_value (T - 1, B)
+        on the steps' own states, with gradient into the model."""
+        batch = output.batch
         if rollout is None:
-            rollout = self.imagine(world_model, states.flatten())
+            rollout = self.imagine(world_model, output.states.flatten())
         features = world_model.features(rollout.states).detach()  # (H + 1, N, F)
         losses, metrics, imagined = self.imagination_loss(rollout, features)
         start_returns = imagined[0].unflatten(0, batch.reward.shape)  # (B, T)
         losses["replay_value"] = self.replay_value_loss(
-            world_model.features(states), batch, start_returns, world_model.discount
+            world_model.features(output.path), batch, start_returns, world_model.discount
         )
-        return losses, metrics
+        return BehaviorLoss(losses, metrics)
 
     def imagination_loss(
         self, rollout: Rollout, features: Tensor

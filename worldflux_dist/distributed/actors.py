@@ -7,6 +7,7 @@ reports and references only. The trainer makes actors of them.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,18 @@ from ray import ObjectRef
 from ray.exceptions import ActorUnavailableError
 
 from worldflux_dist import evaluate
-from worldflux_dist.agent import Agent
 from worldflux_dist.config import Config
 from worldflux_dist.data import Batch, Chunk, Spaces
+from worldflux_dist.distributed.acting import RemoteAct
 from worldflux_dist.distributed.shard import ShardReport, shard_name
 from worldflux_dist.distributed.weights import WEIGHTS
 from worldflux_dist.envs import make_envs
+from worldflux_dist.envs.acting import random_act
 from worldflux_dist.learner import Learner
 from worldflux_dist.runner import EnvRunner, Episode
 
 SHARD_WAIT_S = 60.0  # a shard's process is back after two to ten seconds
-
-
-def make_agent(config: Config, spaces: Spaces) -> Agent:
-    return Agent(config.model, spaces, config.model_options, config.behavior)
+ACTING_WAIT_S = 60.0  # so is the one that acts
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,15 @@ class EnvRunnerActor:
         seed = np.random.SeedSequence([config.seed, index, env_steps, life]).generate_state(1)[0]
         torch.manual_seed(int(seed))
         envs = make_envs(config.env, int(seed) % 2**31)
-        self.agent = make_agent(config, envs.spaces)
+        self.agent, self.remote = None, None
+        if config.scale.acting == "actor":
+            self.remote = RemoteAct(ACTING_WAIT_S)
+        else:
+            self.agent = config.make_agent(envs.spaces)
         first = index * envs.num_envs
-        self.runner = EnvRunner(envs, self.agent.act_batch, f"runner-{index}", first)
-        self.runner.version = -1
+        act = random_act(envs.spaces, int(seed))  # until weights come that have learned something
+        self.runner = EnvRunner(envs, act, f"runner-{index}", first)
+        self.runner.version, self.published = 0, -1
         self.store = ray.get_actor(WEIGHTS)
         self.shards = [ray.get_actor(shard_name(i)) for i in range(config.scale.num_shards)]
 
@@ -69,6 +73,8 @@ class EnvRunnerActor:
         start = time.monotonic()
         self._pull()
         chunk = self.runner.collect(length)
+        if self.remote is not None:
+            chunk.version = max(self.remote.version, 0)
         collected = time.monotonic()
         reports = self._send(chunk)
         return RunnerReport(
@@ -83,10 +89,18 @@ class EnvRunnerActor:
 
     def _pull(self) -> None:
         """Take the newest weights, if there are newer ones."""
-        found: Any = ray.get(self.store.newer_than.remote(self.runner.version))
-        if found is not None:
-            self.runner.version, (weights,) = found
+        found: Any = ray.get(self.store.newer_than.remote(self.published))
+        if found is None:
+            return
+        self.published, (weights,) = found
+        if self.published == 0:
+            return  # nothing has been learned: random actions explore better
+        if self.remote is not None:
+            self.runner.act = self.remote
+        else:
+            assert self.agent is not None
             self.agent.load_arrays(ray.get(weights))
+            self.runner.act, self.runner.version = self.agent.act_batch, self.published
 
     def _send(self, chunk: Chunk) -> dict[int, ShardReport]:
         """One part to each shard. A part that may be lost is sent again with the same key."""
@@ -118,8 +132,8 @@ class LearnerActor:
 
     def __init__(self, config: Config, spaces: Spaces, folder: Path | None) -> None:
         torch.manual_seed(config.seed)
-        self.learner = Learner(make_agent(config, spaces), config.learner)
-        self.store, self.version = ray.get_actor(WEIGHTS), 0
+        self.learner = Learner(config.make_agent(spaces), config.learner)
+        self.store = ray.get_actor(WEIGHTS)
         if folder is not None:
             self.learner.load(folder)
         self._idle_since = time.monotonic()
@@ -140,10 +154,10 @@ class LearnerActor:
         return metrics
 
     def publish(self) -> int:
-        """Send the inference weights to the store; gives their version."""
-        self.version += 1
-        ray.get(self.store.publish.remote(self.version, self.learner.agent.inference_state()))
-        return self.version
+        """Send the inference weights to the store; gives their version, the gradient steps."""
+        version = self.learner.gradient_steps
+        ray.get(self.store.publish.remote(version, self.learner.agent.inference_state()))
+        return version
 
     def agent_arrays(self) -> dict[str, np.ndarray]:
         """All weights, for evaluation elsewhere."""
@@ -156,28 +170,32 @@ class LearnerActor:
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What to look at, and with which seed."""
+    """What to look at, and with which seed. `pictures` are a dream, where the family can show what
+    it imagines, or else an episode, where the environment can draw itself."""
 
     episodes: int
     seed: int
     random: bool = False
-    dream: bool = False
+    pictures: bool = False
 
 
 @ray.remote(num_cpus=0, max_retries=2)
 def evaluate_remotely(
     config: Config, spaces: Spaces, arrays: dict[str, np.ndarray], request: EvaluationRequest
 ) -> dict[str, Any]:
-    """Evaluate weights in a process of its own: returns, and an open loop where asked."""
+    """Evaluate weights in a process of its own: returns, and pictures where asked."""
     torch.set_num_threads(config.scale.runner_threads)
     torch.manual_seed(request.seed)
-    agent = make_agent(config, spaces)
+    agent = config.make_agent(spaces)
     agent.load_arrays(arrays)
     found: dict[str, Any] = {
         "agent": evaluate.evaluate(agent, config.env, request.episodes, request.seed)
     }
     if request.random:
         found["random"] = evaluate.evaluate_random(config.env, request.episodes, request.seed)
-    if request.dream:
+    if request.pictures and agent.world_model.decodes_obs:
         found["dream"] = evaluate.open_loop(agent, config.env, request.seed)
+    elif request.pictures:
+        with suppress(evaluate.NoPicturesError):
+            found["frames"] = evaluate.episode_frames(agent, config.env, request.seed, limit=200)
     return found

@@ -87,7 +87,7 @@ def make_plan(config: Config, spaces: Spaces) -> Plan:
     """Count what the roles of `config` need; nothing is allocated."""
     shard_config(config)  # refuses a share that is too small
     with torch.device("meta"):
-        agent = Agent(config.model, spaces, config.model_options, config.behavior)
+        agent = config.make_agent(spaces)
     weights = 4 * sum(p.numel() for p in agent.parameters())
     on_gpu = config.learner.device != "cpu" and torch.cuda.is_available()
     activations = 0 if on_gpu else activation_bytes(agent, config.replay)
@@ -97,6 +97,10 @@ def make_plan(config: Config, spaces: Spaces) -> Plan:
         steps = min(steps, config.replay.capacity_bytes // per_step)
     batch = config.replay.batch_size * config.replay.batch_length * per_step
     scale, size = config.scale, f"{weights / 4e6:.2f} M parameters"
+    acting = []
+    if scale.acting == "actor":
+        nbytes = PROCESS_BYTES + weights
+        acting.append(Role("acting", 1, scale.runner_threads, nbytes, "acts for all runners"))
     return Plan(
         roles=(
             Role(
@@ -121,6 +125,7 @@ def make_plan(config: Config, spaces: Spaces) -> Plan:
                 f"{config.model}, {size}",
             ),
             Role("weight store", 1, 1, PROCESS_BYTES // 4, "the newest weights"),
+            *acting,
             Role(
                 "evaluator", 1, scale.runner_threads, PROCESS_BYTES + weights, "only now and then"
             ),

@@ -34,7 +34,7 @@ class RayPorts:
     shards: list[Any]
     runners: list[Any]
     stopping: Callable[[], bool]
-    gradient_steps: int = 0  # where the run goes on
+    gradient_steps: int = 0
     restarts: dict[str, int] = field(default_factory=lambda: {"runner": 0, "shard": 0})
     sizes: dict[int, ShardReport] = field(default_factory=dict)
     version: int = 0
@@ -131,11 +131,12 @@ class RayPorts:
                 self.sizes.pop(shard, None)  # until a runner reports it alive and filled
             else:
                 taken.append(metrics)
+        self.gradient_steps += len(taken)
         return taken
 
     def publish(self) -> None:
         self.learner.publish.remote()
-        self.version += 1
+        self.version = self.gradient_steps
 
     def _choose_shard(self) -> int | None:
         """A shard with data, in proportion to what it holds: all steps are equally likely."""

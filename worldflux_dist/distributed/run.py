@@ -16,6 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 from worldflux_dist import checkpoint, config, figures
 from worldflux_dist.evaluate import OpenLoop
 from worldflux_dist.metrics import RunLog, read_lines
@@ -98,19 +100,28 @@ class RunDirectory:
         """Methods that have been scored."""
         return {line["method"] for line in self.scores()}
 
-    def draw(self, dream: OpenLoop, threshold: float | None, random: float) -> None:
-        """curve.png and video/open_loop.gif."""
+    def draw(
+        self,
+        dream: OpenLoop | None,
+        frames: np.ndarray | None,
+        threshold: float | None,
+        random: float,
+    ) -> None:
+        """curve.png, and video/open_loop.gif of a dream or video/episode.gif of frames."""
         scores = [line for line in self.scores() if line["method"] != "random"]
         title = f"{self.settings.model} on {self.settings.env.id}"
         figures.learning_curve(scores, self.path / "curve.png", threshold, random, title)
         (self.path / "video").mkdir(exist_ok=True)
-        figures.open_loop_gif(
-            dream.truth,
-            dream.dream,
-            self.path / "video" / "open_loop.gif",
-            dream.context,
-            frames=dream.frames if dream.truth.dtype != "uint8" else None,
-        )
+        if dream is not None:
+            figures.open_loop_gif(
+                dream.truth,
+                dream.dream,
+                self.path / "video" / "open_loop.gif",
+                dream.context,
+                frames=dream.frames if dream.truth.dtype != "uint8" else None,
+            )
+        if frames is not None:
+            figures.video(frames, self.path / "video" / "episode.gif", fps=30)
 
     def _check_config(self) -> None:
         """Raise ConfigError where the directory belongs to a run with other settings."""

@@ -25,6 +25,7 @@ from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from worldflux_dist import checkpoint
 from worldflux_dist.config import Config
 from worldflux_dist.data import Spaces
+from worldflux_dist.distributed.acting import ACTING, ActingActor
 from worldflux_dist.distributed.actors import (
     SHARD_WAIT_S,
     EnvRunnerActor,
@@ -163,8 +164,13 @@ class Trainer:
             )
             for i in range(scale.num_shards)
         ]
-        gpu = config.learner.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1
-        learner = ray.remote(num_cpus=1, num_gpus=int(gpu))(LearnerActor)
+        gpus = ray.cluster_resources().get("GPU", 0) if config.learner.device != "cpu" else 0
+        apart = scale.acting == "actor"  # shares a single GPU with the learner
+        gpu = min(1.0, gpus / (1 + apart))
+        if apart:
+            acting = ray.remote(num_cpus=1, num_gpus=gpu, max_restarts=-1)(ActingActor)
+            self._acting = acting.options(name=ACTING).remote(config, self.task.spaces)
+        learner = ray.remote(num_cpus=1, num_gpus=gpu)(LearnerActor)
         runner = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=0)(EnvRunnerActor)
         return RayPorts(
             config,
@@ -289,10 +295,10 @@ class Trainer:
             self._start_evaluation(random="random" not in self.run.methods())
             self._evaluated_at = due
 
-    def _start_evaluation(self, random: bool = False, dream: bool = False) -> None:
+    def _start_evaluation(self, random: bool = False, pictures: bool = False) -> None:
         # The same seed every time: differences are the agent's, not the episodes'.
         request = EvaluationRequest(
-            self.config.train.eval_episodes, self.config.seed + 1000, random, dream
+            self.config.train.eval_episodes, self.config.seed + 1000, random, pictures
         )
         arrays = self.ports.learner.agent_arrays.remote()
         ref = evaluate_remotely.remote(self.config, self.task.spaces, arrays, request)
@@ -314,12 +320,12 @@ class Trainer:
         self.progress.phase("evaluate")
         if self._evaluation is not None:
             self._score()
-        self._start_evaluation(random=True, dream=True)
+        self._start_evaluation(random=True, pictures=True)
         found = self._score()
         self.progress.phase("figures")
         agent, random = found["agent"], found["random"]
         threshold = self.config.train.threshold
-        self.run.draw(found["dream"], threshold, random.mean)
+        self.run.draw(found.get("dream"), found.get("frames"), threshold, random.mean)
         passed = None
         if threshold is not None:
             passed = agent.mean >= threshold and agent.mean > random.mean

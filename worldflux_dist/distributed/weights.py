@@ -1,4 +1,5 @@
-"""The newest weights, published by learners and pulled by everyone who acts.
+"""The newest weights, published by learners and pulled by everyone who acts. Their version is the
+number of gradient steps behind them.
 
 A publication is one object in Ray's store, read by all without a copy on the same node. The store
 owns it, so weights outlive the learner that made them; pulling means that a late or restarted

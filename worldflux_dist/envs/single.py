@@ -77,6 +77,7 @@ class Guard(gymnasium.Wrapper):
         try:
             obs, reward, terminated, truncated, info = self.env.step(action)
             check_obs(self.observation_space, obs)
+            reward = np.asarray(reward).item()  # some hand out an array of one
             if not math.isfinite(np.float32(reward)):
                 raise ValueError(f"the reward is {reward}")
         except Exception as error:

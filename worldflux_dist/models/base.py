@@ -97,28 +97,39 @@ class Rollout:
 
 @dataclass
 class LossOutput:
-    """Unreduced losses by name, metrics, and the posterior states (B, T, ...) with gradient.
+    """Unreduced losses by name, metrics, and states (B, T, ...) of the steps of `batch`.
 
-    Behaviors start their imagination from the detached states and may add losses on the attached
-    ones: that is how value gradients reach the model.
+    `states` are the posteriors: behaviors imagine from them, detached. `path` are the states that
+    behaviors may add losses on, with gradient, which is how value gradients reach the model: the
+    posteriors themselves, or predictions of them from the first observation alone. `batch` is the
+    one given or, where a family trains on shorter windows, its rows cut into such windows.
     """
 
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor]
     states: State
+    path: State
+    batch: Batch
 
 
 class WorldModel(nn.Module, ABC):
     """Base of all families. Owns the networks; invariant: nothing here shifts time.
 
     Attributes a family sets: `feature_dim` F, `width` (units of its own MLPs, which behaviors
-    copy), `discount` (what `continue` contains), `loss_scales` (weight of each loss).
+    copy), `discount` (what `continue` contains), `loss_scales` (weight of each loss), `native`
+    (values of the behavior and the planner it was published with: what it gets where none are
+    asked for), `noise_shape` (of one row's draws in `transition`; None where there are none), and
+    whether `decode` gives an `obs` and a `reward`.
     """
 
     feature_dim: int
     width: int
     discount: float
     loss_scales: dict[str, float]
+    native: dict[str, dict[str, Any]]
+    noise_shape: tuple[int, ...] | None = None
+    decodes_obs: bool = True
+    decodes_reward: bool = True
 
     def __init__(self, spaces: Spaces) -> None:
         super().__init__()
@@ -150,8 +161,8 @@ class WorldModel(nn.Module, ABC):
     def decode(
         self, state: State, heads: Sequence[str] = ("obs", "reward", "continue")
     ) -> Prediction:
-        """Predictions of any leading shape: the obs of this state, the reward on arriving in it,
-        the probability of going on from it."""
+        """Those of `heads` that the family gives, of any leading shape: the obs of this state, the
+        reward on arriving in it, the probability of going on from it."""
 
     @abstractmethod
     def features(self, state: State) -> Tensor:
@@ -168,8 +179,9 @@ class WorldModel(nn.Module, ABC):
         """The family's optimizer over its own and the behavior's parameters."""
 
     @abstractmethod
-    def inference_modules(self) -> tuple[str, ...]:
-        """Names of the submodules that `update` needs: what runners are sent."""
+    def inference_modules(self, planning: bool = False) -> tuple[str, ...]:
+        """Names of the submodules that `update` needs, and with `planning` also `transition` and
+        the decoding of reward and continue: what runners are sent."""
 
     def encode(self, obs: Any) -> State:
         """The state of a first look: update(initial, 0, obs, is_first=True)."""
@@ -238,6 +250,24 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
+def with_options(config: Any, options: dict[str, Any], name: str) -> Any:
+    """The frozen dataclass `config` with some fields replaced.
+
+    Raises ValueError for an unknown option, naming the nearest, and for a value of another type.
+    """
+    for option, value in options.items():
+        if option not in vars(config):
+            raise ValueError(
+                f"{name} has no option {option!r}: {nearest(option, list(vars(config)))}"
+            )
+        kind = type(getattr(config, option))
+        allowed = {float: (int, float), tuple: (list, tuple)}.get(kind, kind)
+        if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"option {option} of {name} is {value!r}, not of type {kind.__name__}")
+    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}  # from JSON
+    return replace(config, **lists)
+
+
 def create_from_spaces(name: str, spaces: Spaces, **options: Any) -> WorldModel:
     """As create_world_model, from Spaces already made."""
     family, _, preset = name.partition(":")
@@ -247,17 +277,7 @@ def create_from_spaces(name: str, spaces: Spaces, **options: Any) -> WorldModel:
     names = [f"{family}:{p}" for p in module.PRESETS]
     if preset not in module.PRESETS:
         raise ValueError(f"no preset {name!r}: {nearest(name, names)}")
-    config = module.PRESETS[preset]
-    for option, value in options.items():
-        if not hasattr(config, option):
-            raise ValueError(
-                f"{name} has no option {option!r}: {nearest(option, list(vars(config)))}"
-            )
-        kind = type(getattr(config, option))
-        if not isinstance(value, {float: (int, float), tuple: (list, tuple)}.get(kind, kind)):
-            raise ValueError(f"option {option} of {name} is {value!r}, not of type {kind.__name__}")
-    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}  # from JSON
-    return module.Model(spaces, replace(config, **lists))
+    return module.Model(spaces, with_options(module.PRESETS[preset], options, name))
 
 
 def create_world_model(

@@ -215,13 +215,16 @@ class DreamerV3(WorldModel):
         self.proceed = MLP(self.feature_dim, config.units, 1, 1)
         self.register_buffer("bins", dist.symexp_bins(255), persistent=False)
         self.loss_scales = {"dyn": config.dyn_scale, "rep": config.rep_scale}
+        self.native = {"behavior": {"kind": "actor_critic"}, "planner": {"method": "none"}}
+        self.noise_shape = (config.groups,)
 
     def optimizer(self, params: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         c = self.config
         return LaProp(params, lr=c.learning_rate, agc=c.agc, warmup=c.warmup)
 
-    def inference_modules(self) -> tuple[str, ...]:
-        return ("encoder", "core", "posterior")
+    def inference_modules(self, planning: bool = False) -> tuple[str, ...]:
+        acting = ("encoder", "core", "posterior")
+        return (*acting, "prior", "reward", "proceed") if planning else acting
 
     # ------------------------------------------------------------------------- five verbs
 
@@ -368,7 +371,7 @@ class DreamerV3(WorldModel):
             "prior_entropy": -(prior * prior.log()).sum((-1, -2)).mean().detach(),
             "posterior_entropy": -(posterior * posterior.log()).sum((-1, -2)).mean().detach(),
         }
-        return LossOutput(losses, metrics, states)
+        return LossOutput(losses, metrics, states, states, batch)
 
     def reconstruct(self, state: State) -> dict[str, Tensor]:
         """Decoder means of any leading shape: vectors in symlog space, images in [0, 1]."""

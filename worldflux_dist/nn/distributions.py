@@ -7,10 +7,14 @@ and uniform logits predict exactly 0 (reward and value heads start at zero).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from worldflux_dist.data import ActionPart
 
 
 def symlog(x: Tensor) -> Tensor:
@@ -26,6 +30,13 @@ def symexp(x: Tensor) -> Tensor:
 def symexp_bins(num: int = 255) -> Tensor:
     """`num` bins symexp(linspace(-20, 20)), a half and its exact mirror image."""
     half = symexp(torch.linspace(-20, 0, (num + 1) // 2))
+    return torch.cat([half, -half[: num // 2].flip(0)])
+
+
+def symlog_bins(num: int = 101, high: float = 10.0) -> Tensor:
+    """`num` bins linspace(-high, high) in symlog space. Not to be mixed up with symexp_bins: here
+    targets go through symlog and predictions through symexp."""
+    half = torch.linspace(-high, 0, (num + 1) // 2)
     return torch.cat([half, -half[: num // 2].flip(0)])
 
 
@@ -112,3 +123,22 @@ def normal_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def normal_entropy(std: Tensor) -> Tensor:
     """sum_i ln(std_i sqrt(2 pi e)) over the last axis."""
     return (0.5 * math.log(2 * math.pi) + 0.5 + std.log()).sum(-1)
+
+
+def squashed_log_prob(noise: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
+    """ln pi(a) of a = tanh(mean + e^log_std noise), summed over the last axis:
+    sum_i -noise_i^2 / 2 - log_std_i - ln(2 pi) / 2 - ln(relu(1 - a_i^2) + 1e-6)."""
+    gaussian = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
+    return (gaussian - torch.log(F.relu(1 - action**2) + 1e-6)).sum(-1)
+
+
+def action_noise(parts: Sequence[ActionPart], shape: Sequence[int], device: Any) -> Tensor:
+    """Draws (*shape, A) that fix a sampled action: standard normal for continuous parts, uniform
+    in [0, 1) for discrete ones, which use the first of their entries."""
+    draws = [
+        torch.randn(*shape, part.size, device=device)
+        if part.kind == "continuous"
+        else torch.rand(*shape, part.size, device=device)
+        for part in parts
+    ]
+    return torch.cat(draws, -1)

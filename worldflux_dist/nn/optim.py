@@ -1,7 +1,7 @@
-"""LaProp with adaptive gradient clipping and linear warm-up: DreamerV3's optimizer.
+"""The optimizers of the families: LaProp for DreamerV3, clipped Adam for TD-MPC2.
 
-Order matters: clip, divide by the root of the second moment, then momentum. The first warmed-up
-update has learning rate 0 and update i (from 0) has lr * min(1, i / warmup).
+Order matters in LaProp: clip, divide by the root of the second moment, then momentum. The first
+warmed-up update has learning rate 0 and update i (from 0) has lr * min(1, i / warmup).
 """
 
 from __future__ import annotations
@@ -65,3 +65,18 @@ class LaProp(torch.optim.Optimizer):
         torch._foreach_lerp_(mus, updates, 1 - beta1)
         rate = group["lr"] * warm / (1 - beta1 ** group["steps"])
         torch._foreach_add_(params, mus, alpha=-rate)
+
+
+class ClippedAdam(torch.optim.Adam):
+    """Adam on gradients whose global norm, over all groups, is cut to `clip` first."""
+
+    def __init__(self, params: Iterable[Any], lr: float, clip: float, eps: float = 1e-8) -> None:
+        super().__init__(params, lr=lr, eps=eps, fused=True)
+        self.clip = clip
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        params = [p for group in self.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(params, self.clip)
+        super().step()

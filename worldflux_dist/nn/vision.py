@@ -1,8 +1,9 @@
-"""DreamerV3's image encoder and decoder for any height and width, with 1 or 3 channels.
+"""Image encoders of DreamerV3 and TD-MPC2 and a decoder, for any size, 1 or 3 channels.
 
-Full-resolution convolutions with pooling down and nearest upsampling up. An image whose sides are
-not multiples of 2 ** stages is padded at its lower right edge by repetition on the way in, and
-the decoder's output is cut back to size. Images are (N, H, W, C) outside, channels-first inside.
+DreamerV3: full-resolution convolutions, pooling down, nearest upsampling up. An image whose sides
+are not multiples of 2 ** stages is padded at its lower right edge by repetition on the way in, and
+the decoder's output is cut back to size. TD-MPC2: strided convolutions on randomly shifted stacks
+of frames. Images are (N, H, W, C) outside, channels-first inside.
 """
 
 from __future__ import annotations
@@ -129,3 +130,47 @@ class ImageDecoder(nn.Module):
             x = _norm_silu(norm, conv(x))
         x = torch.sigmoid(self.out(x))
         return x.permute(0, 2, 3, 1)[:, : self.height, : self.width]
+
+
+def random_shift(images: Tensor, noise: Tensor | None = None, pad: int = 3) -> Tensor:
+    """Stacks of frames (N, F, H, W, C), each moved by up to `pad` pixels; edges are repeated.
+
+    `noise` (N, 2) in [0, 1) draws the moves in (x, y), which all frames of a stack share.
+    """
+    num, _, height, width, _ = images.shape
+    if noise is None:
+        noise = torch.rand(num, 2, device=images.device)
+    move = (noise * (2 * pad + 1)).long() - pad  # (N, 2)
+    columns = torch.arange(width, device=images.device) + move[:, :1]
+    rows = torch.arange(height, device=images.device) + move[:, 1:]
+    n = torch.arange(num, device=images.device)[:, None, None]
+    rows, columns = rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None]
+    return images.transpose(0, 1)[:, n, rows, columns].transpose(0, 1)
+
+
+class StridedEncoder(nn.Sequential):
+    """TD-MPC2's image encoder: convolutions 7, 5, 3, 3 with strides 2, 2, 2, 1 and ReLU between.
+
+    Stacks of frames (N, F, H, W, C) uint8 -> (N, size_out) float, flattened as (c, h, w). Images
+    too small for it are enlarged by a whole factor first.
+    """
+
+    SMALLEST = 39  # pixels that leave one after the last convolution
+
+    def __init__(self, shape: tuple[int, ...], frames: int, channels: int) -> None:
+        height, width, colors = shape
+        self.enlarge = -(-self.SMALLEST // min(height, width))
+        height, width, size_in = height * self.enlarge, width * self.enlarge, frames * colors
+        layers: list[nn.Module] = []
+        for kernel, stride in ((7, 2), (5, 2), (3, 2), (3, 1)):
+            layers += [nn.Conv2d(size_in, channels, kernel, stride), nn.ReLU()]
+            height, width = (height - kernel) // stride + 1, (width - kernel) // stride + 1
+            size_in = channels
+        super().__init__(*layers[:-1])
+        self.size_out = channels * height * width
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.permute(0, 1, 4, 2, 3).flatten(1, 2).float() / 255 - 0.5
+        if self.enlarge > 1:
+            x = F.interpolate(x, scale_factor=self.enlarge)
+        return super().forward(x).flatten(1)

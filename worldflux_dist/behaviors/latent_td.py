@@ -1,0 +1,240 @@
+"""TD-MPC2's behavior: an ensemble of Qs by temporal differences, and a policy that ascends them.
+
+    target = r + discount (1 - terminal) min over 2 random target Qs of Q'(z', a'),  a' ~ pi(z')
+    value:   mean over k, Qs of rho^(k-1) CE(Q(z_{k-1}, a_k), target_k)    z along the path
+    policy: -mean over k of rho^k (mean of 2 random Qs(z_k, a) / S + eta H),  a ~ pi(z_k)
+
+with z' seen, not predicted; S a moving average of max(1, P95 - P5) of the Qs at k = 0; H the
+scaled entropy -A ln N(noise), which leaves the squashing out. The value loss reaches into the
+model; the policy learns apart, on detached states, with its own optimizer, once the model and the
+Qs have stepped. Continuous parts of an action are squashed Gaussians.
+
+Discrete actions are an extension: categoricals over one-hots. A single one is averaged over
+exactly, sum_a pi(a) Q(z, a); several, or a mixture, by straight-through samples.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from worldflux_dist.behaviors.base import Behavior, BehaviorLoss
+from worldflux_dist.data import ActionPart
+from worldflux_dist.models.base import LossOutput, WorldModel
+from worldflux_dist.nn import distributions as dist
+from worldflux_dist.nn.mish import MLP, BinOutput, Ensemble, Linear
+from worldflux_dist.nn.optim import ClippedAdam
+
+
+@dataclass(frozen=True)
+class LatentTDConfig:
+    """The published constants; num_q is the size preset's."""
+
+    num_q: int = 5
+    dropout: float = 0.01
+    target_rate: float = 0.01
+    rho: float = 0.5
+    value_scale: float = 0.1
+    entropy_scale: float = 1e-4
+    scale_rate: float = 0.01
+    log_std_min: float = -10.0
+    log_std_max: float = 2.0
+    learning_rate: float = 3e-4
+    clip: float = 20.0
+
+    def __post_init__(self) -> None:
+        if self.num_q < 2 or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"behavior.num_q is {self.num_q} and dropout {self.dropout}: there must be at "
+                "least 2 Qs and dropout must lie between 0 and 1"
+            )
+
+
+class QDraw(NamedTuple):
+    """The random draws of one value: noise of the policy (..., A) and which two Qs are asked."""
+
+    action: Tensor | None
+    pair: tuple[int, int]
+
+
+class Policy(NamedTuple):
+    """Actions (..., A), their scaled entropy (...), and their log-probability (...)."""
+
+    action: Tensor
+    entropy: Tensor
+    log_prob: Tensor
+
+
+class LatentTD(Behavior):
+    """Policy prior, Qs, target Qs and the scale of Qs. The target Qs have no gradient."""
+
+    bins: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, feature_dim: int, width: int, parts: tuple[ActionPart, ...], config: LatentTDConfig
+    ) -> None:
+        super().__init__()
+        self.config, self.parts = config, parts
+        self.action_dim = sum(part.size for part in parts)
+        outs = sum(part.size * (1 if part.kind == "discrete" else 2) for part in parts)
+        units = [width, width]
+        self.actor = MLP(feature_dim, units, lambda last: Linear(last, outs))
+        self.qs = Ensemble(
+            config.num_q,
+            lambda: MLP(feature_dim + self.action_dim, units, lambda last: BinOutput(last, 101)),
+        )
+        self.target_qs = copy.deepcopy(self.qs).requires_grad_(False)
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("bins", dist.symlog_bins(101), persistent=False)
+        self.loss_scales = {"value": config.value_scale}
+
+    def inference_modules(self, planning: bool = False) -> tuple[str, ...]:
+        return ("actor", "qs") if planning else ("actor",)
+
+    # --------------------------------------------------------------------------------- policy
+
+    def policy(self, features: Tensor, noise: Tensor | None = None) -> Policy:
+        """Sampled actions with gradient; `noise` (..., A) as `dist.action_noise` draws it."""
+        raw = self.actor(features).float()
+        if noise is None:
+            noise = dist.action_noise(self.parts, raw.shape[:-1], raw.device)
+        actions: list[Tensor] = []
+        entropy = log_prob = torch.zeros(raw.shape[:-1], device=raw.device)
+        sizes = [p.size * (1 if p.kind == "discrete" else 2) for p in self.parts]
+        draws = noise.split([part.size for part in self.parts], -1)
+        for part, logits, draw in zip(self.parts, raw.split(sizes, -1), draws, strict=True):
+            if part.kind == "discrete":
+                probs, logs = logits.softmax(-1), logits.log_softmax(-1)
+                onehot = dist.sample_onehot(probs, draw[..., 0])
+                actions.append(dist.straight_through(onehot, probs))
+                entropy = entropy - (probs * logs).sum(-1)
+                log_prob = log_prob + (onehot * logs).sum(-1)
+            else:
+                mean, log_std = self.gaussian(logits)
+                actions.append(torch.tanh(mean + draw * log_std.exp()))
+                gaussian = -0.5 * draw**2 - log_std - 0.5 * math.log(2 * math.pi)
+                entropy = entropy - part.size * gaussian.sum(-1)
+                log_prob = log_prob + dist.squashed_log_prob(draw, log_std, actions[-1])
+        return Policy(torch.cat(actions, -1), entropy, log_prob)
+
+    def gaussian(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log std = min + (max - min) / 2 (tanh x + 1), both (..., A), before tanh."""
+        mean, x = raw.chunk(2, -1)
+        low, high = self.config.log_std_min, self.config.log_std_max
+        return mean, low + 0.5 * (high - low) * (torch.tanh(x) + 1)
+
+    def act(self, features: Tensor, greedy: bool = False, noise: Tensor | None = None) -> Tensor:
+        if not greedy:
+            return self.policy(features, noise).action
+        raw, actions = self.actor(features).float(), []
+        sizes = [p.size * (1 if p.kind == "discrete" else 2) for p in self.parts]
+        for part, logits in zip(self.parts, raw.split(sizes, -1), strict=True):
+            if part.kind == "discrete":
+                actions.append(F.one_hot(logits.argmax(-1), part.size).float())
+            else:
+                actions.append(torch.tanh(self.gaussian(logits)[0]))
+        return torch.cat(actions, -1)
+
+    # --------------------------------------------------------------------------------- values
+
+    def q(self, features: Tensor, action: Tensor, pair: Sequence[int]) -> Tensor:
+        """Expected returns (2, ...) of the two named Qs."""
+        logits = self.qs(torch.cat([features, action], -1), pair)
+        return dist.symexp(dist.twohot_predict(logits, self.bins))
+
+    def value(self, features: Tensor, noise: Any = None) -> Tensor:
+        draw = noise or self.value_noise(features.shape[:-1], features.device)
+        return self.q(features, self.act(features, noise=draw.action), draw.pair).mean(0)
+
+    def value_noise(self, shape: Sequence[int], device: Any) -> QDraw:
+        first, second = torch.randperm(self.config.num_q)[:2].tolist()
+        return QDraw(dist.action_noise(self.parts, shape, device), (first, second))
+
+    @torch.no_grad()
+    def target(
+        self, features: Tensor, reward: Tensor, going: Tensor, noise: QDraw | None = None
+    ) -> Tensor:
+        """r + going min of two target Qs at a ~ pi (...); `going` contains the discount."""
+        draw = noise or self.value_noise(features.shape[:-1], features.device)
+        action = self.policy(features, draw.action).action
+        logits = self.target_qs(torch.cat([features, action], -1), draw.pair)
+        return reward + going * dist.symexp(dist.twohot_predict(logits, self.bins)).amin(0)
+
+    # --------------------------------------------------------------------------------- losses
+
+    def loss(
+        self, world_model: WorldModel, output: LossOutput, noise: QDraw | None = None
+    ) -> BehaviorLoss:
+        """The value loss (num_q, B, T - 1) along the path; steps into a reset have none."""
+        c, batch = self.config, output.batch
+        path = world_model.features(output.path)
+        going = world_model.discount * (1 - batch.is_terminal[:, 1:].float())
+        seen = world_model.features(output.states).detach()[:, 1:]
+        target = self.target(seen, batch.reward[:, 1:], going, noise)
+        logits = self.qs(torch.cat([path[:, :-1], batch.action[:, 1:]], -1), dropout=c.dropout)
+        steps = torch.arange(target.shape[1], device=target.device)
+        weight = (~batch.is_first[:, 1:]).float() * c.rho**steps
+        wanted = dist.symlog(target).expand(logits.shape[:-1])
+        loss = weight * dist.twohot_loss(logits, wanted, bins=self.bins)
+        return BehaviorLoss({"value": loss}, {"value_target": target.mean()}, path.detach())
+
+    def policy_optimizer(self) -> ClippedAdam:
+        c = self.config
+        return ClippedAdam(self.actor.parameters(), c.learning_rate, c.clip, eps=1e-5)
+
+    def policy_loss(
+        self, features: Tensor, noise: QDraw | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The policy loss () on states (B, T, F), from the Qs as they are now, with dropout."""
+        c = self.config
+        draw = noise or self.value_noise(features.shape[:-1], features.device)
+        policy = self.policy(features, draw.action)
+        q = self._expected_q(features, policy.action, draw.pair)
+        scaled = q / self.update_scale(q[:, 0])
+        weight = c.rho ** torch.arange(features.shape[1], device=features.device)
+        loss = -(weight * (scaled + c.entropy_scale * policy.entropy)).mean()
+        metrics = {
+            "policy_entropy": -policy.log_prob.mean().detach(),
+            "policy_entropy_scaled": policy.entropy.mean().detach(),
+            "q": q.mean().detach(),
+            "q_scale": self.scale.clone(),
+        }
+        return loss, metrics
+
+    def _expected_q(self, features: Tensor, action: Tensor, pair: Sequence[int]) -> Tensor:
+        """Mean of two Qs (...) at the action or, for a single discrete one, averaged over all."""
+        dropout = self.config.dropout
+        if len(self.parts) > 1 or self.parts[0].kind != "discrete":
+            logits = self.qs(torch.cat([features, action], -1), pair, dropout)
+            return dist.symexp(dist.twohot_predict(logits, self.bins)).mean(0)
+        num = self.action_dim
+        choices = torch.eye(num, device=features.device).expand(*features.shape[:-1], num, num)
+        each = features.unsqueeze(-2).expand(*choices.shape[:-1], -1)
+        logits = self.qs(torch.cat([each, choices], -1), pair, dropout)
+        q = dist.symexp(dist.twohot_predict(logits, self.bins)).mean(0)  # (..., actions)
+        return (self.actor(features).float().softmax(-1) * q.detach()).sum(-1)
+
+    @torch.no_grad()
+    def update_scale(self, q: Tensor) -> Tensor:
+        """S <- S + rate (max(1, P95 - P5) - S) of Qs of any shape; gives S ()."""
+        percentiles = torch.tensor([0.05, 0.95], device=q.device)
+        low, high = torch.quantile(q.detach().float().flatten(), percentiles)
+        spread = (high - low).clamp(min=1)
+        # A broken batch stops the run; it must not break the average that is saved.
+        self.scale.lerp_(torch.where(spread.isfinite(), spread, self.scale), self.config.scale_rate)
+        return self.scale
+
+    @torch.no_grad()
+    def update_targets(self) -> None:
+        """target <- target_rate * Q + (1 - target_rate) * target, after every gradient step."""
+        torch._foreach_lerp_(
+            list(self.target_qs.parameters()), list(self.qs.parameters()), self.config.target_rate
+        )

@@ -1,0 +1,282 @@
+"""Planning: search for actions in any family's imagination, for many environments at once.
+
+Candidate action sequences (H, B, N, A) are rolled out by `transition` and scored by `decode`:
+
+    reward:  sum_k w_k r_k + w_H V(s_H),  w_k = continue_1 ... continue_{k-1}     H steps
+    goal:    -|features(s_H) - features(goal)|^2
+
+MPPI (Gaussian actions) weighs the elites by exp(temperature (score - best)) and acts on one of
+them; CEM weighs them alike and acts on the mean, and takes categorical actions too: their
+distribution is the elites' frequency of each class. The first candidates are proposed by the
+behavior's policy; the mean found is the next step's start, moved by one.
+
+What must stay true: environments do not touch each other, so a batch of B plans equals B single
+plans with the same noise; models that draw at random see common random numbers in all candidates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from worldflux_dist.behaviors.base import Behavior
+from worldflux_dist.data import ActionPart
+from worldflux_dist.models.base import State, WorldModel
+from worldflux_dist.nn import distributions as dist
+
+
+@dataclass(frozen=True)
+class PlannerConfig:
+    """TD-MPC2's constants. `method` none leaves acting to the policy; auto is mppi for continuous
+    actions and cem otherwise. `goal` is a flat observation, for environments with one vector;
+    `smoothing` the uniform share of a categorical; `precision` that of the matrix products."""
+
+    method: str = "none"
+    objective: str = "reward"
+    goal: tuple[float, ...] = ()
+    horizon: int = 3
+    iterations: int = 6
+    samples: int = 512
+    elites: int = 64
+    proposals: int = 24
+    temperature: float = 0.5
+    min_std: float = 0.05
+    max_std: float = 2.0
+    smoothing: float = 0.1
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        words = {
+            "method": ("none", "auto", "mppi", "cem"),
+            "objective": ("reward", "goal"),
+            "precision": ("float32", "bfloat16"),
+        }
+        for name, known in words.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"planner.{name} is {getattr(self, name)!r}: use {', '.join(known)}"
+                )
+        if min(self.horizon, self.iterations, self.elites) < 1 or self.proposals < 0:
+            raise ValueError("planner.horizon, iterations and elites must be at least 1")
+        if self.elites > self.samples or self.proposals >= self.samples:
+            raise ValueError(
+                f"planner.samples is {self.samples}: it must be at least elites {self.elites} and "
+                f"more than proposals {self.proposals}"
+            )
+
+
+@dataclass
+class PlanNoise:
+    """All random draws of a plan for B environments; `rows` gives those of some of them.
+
+    Drawn as `dist.action_noise`: proposals (H, B, P, A), samples (I, H, B, N - P, A) and action
+    (B, A). transitions (H, B, ...) are the model's, one for all candidates; pick (B, E) are
+    exponential; values holds the behavior's draws for (B, N) final states of each iteration.
+    """
+
+    proposals: Tensor
+    samples: Tensor
+    transitions: Tensor | None
+    values: list[Any]
+    pick: Tensor
+    action: Tensor
+
+
+class Planner:
+    """Plans for environments whose actions have these parts. Holds no state between calls."""
+
+    def __init__(
+        self, config: PlannerConfig, parts: tuple[ActionPart, ...], world_model: WorldModel
+    ) -> None:
+        continuous = all(part.kind == "continuous" for part in parts)
+        method = config.method
+        if method == "auto":
+            method = "mppi" if continuous else "cem"
+        if method == "mppi" and not continuous:
+            raise ValueError(
+                "planner.method mppi draws Gaussian actions and this environment's are discrete: "
+                "set planner.method to cem"
+            )
+        if config.objective == "reward" and not world_model.decodes_reward:
+            raise ValueError(
+                "planner.objective is reward and this world model predicts none: set "
+                "planner.objective to goal and give one in planner.goal or by Agent.set_goal"
+            )
+        self.config, self.parts, self.weighted = config, parts, method == "mppi"
+        self.sizes = [part.size for part in parts]
+        start = [
+            torch.zeros(part.size)
+            if part.kind == "continuous"
+            else torch.full((part.size,), 1 / part.size)
+            for part in parts
+        ]
+        self._start = torch.cat(start)
+
+    def initial(self, num: int, device: Any) -> Tensor:
+        """The mean (B, H, A) of a first plan: zero, and uniform over classes."""
+        return self._start.to(device).expand(num, self.config.horizon, -1)
+
+    def draw(self, num: int, world_model: WorldModel, behavior: Behavior, device: Any) -> PlanNoise:
+        """Fresh noise for B = `num` environments."""
+        c, shape = self.config, world_model.noise_shape
+
+        def noise(*lead: int) -> Tensor:
+            return dist.action_noise(self.parts, lead, device)
+
+        return PlanNoise(
+            noise(c.horizon, num, c.proposals),
+            noise(c.iterations, c.horizon, num, c.samples - c.proposals),
+            None if shape is None else torch.rand(c.horizon, num, *shape, device=device),
+            [behavior.value_noise((num, c.samples), device) for _ in range(c.iterations)],
+            torch.empty(num, c.elites, device=device).exponential_(),
+            noise(num),
+        )
+
+    @torch.no_grad()
+    def plan(
+        self,
+        world_model: WorldModel,
+        behavior: Behavior,
+        state: State,
+        mean: Tensor,
+        greedy: bool = False,
+        goal: Tensor | None = None,
+        noise: PlanNoise | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Actions (B, A) for states (B, ...), and the mean (B, H, A) for the step after.
+
+        `mean` is what the last call gave, or `initial`; `goal` (B, F) or (1, F) are features.
+        """
+        device = mean.device
+        bfloat16 = self.config.precision == "bfloat16"
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            noise = noise or self.draw(len(mean), world_model, behavior, device)
+            search = _Search(self, world_model, behavior, state, goal, noise)
+            return search.run(mean.transpose(0, 1), greedy)
+
+
+class _Search:
+    """One call of `plan`. Time-major: distributions are (H, B, A), candidates (H, B, N, A)."""
+
+    def __init__(
+        self,
+        planner: Planner,
+        world_model: WorldModel,
+        behavior: Behavior,
+        state: State,
+        goal: Tensor | None,
+        noise: PlanNoise,
+    ) -> None:
+        self.planner, self.config, self.noise = planner, planner.config, noise
+        self.world_model, self.behavior, self.state, self.goal = world_model, behavior, state, goal
+
+    def run(self, mean: Tensor, greedy: bool) -> tuple[Tensor, Tensor]:
+        c, noise = self.config, self.noise
+        std = torch.full_like(mean, c.max_std)
+        proposed = self.propose()
+        for i in range(c.iterations):
+            sampled = self.sample(mean.unsqueeze(2), std.unsqueeze(2), noise.samples[i])
+            actions = torch.cat([proposed, sampled], 2)
+            score = self.score(actions, noise.values[i]).nan_to_num(0)  # (B, N)
+            best = score.topk(c.elites, dim=1)
+            index = best.indices[None, :, :, None].expand(len(actions), -1, -1, actions.shape[-1])
+            elites = actions.gather(2, index)  # (H, B, E, A)
+            weight = torch.ones_like(best.values)
+            if self.planner.weighted:
+                weight = (c.temperature * (best.values - best.values[:, :1])).exp()
+            weight = (weight / weight.sum(1, keepdim=True)).unsqueeze(-1)
+            mean = (weight * elites).sum(2)
+            std = (weight * (elites - mean.unsqueeze(2)).square()).sum(2).sqrt()
+            std = std.clamp(c.min_std, c.max_std)
+            mean = self.smooth(mean)
+        first = mean[0]
+        if self.planner.weighted:
+            pick = (weight.squeeze(-1).log() - noise.pick.log()).argmax(1)
+            first = elites[0, torch.arange(len(pick), device=pick.device), pick]
+        new = self.planner.initial(len(first), mean.device)[:, :1]  # (B, 1, A)
+        ahead = torch.cat([mean[1:].transpose(0, 1), new], 1)
+        return self.choose(first, std[0], greedy), ahead
+
+    def propose(self) -> Tensor:
+        """The policy's own rollouts (H, B, P, A)."""
+        draws = self.noise.proposals
+        if not self.config.proposals:
+            return draws
+        state, actions = self.expanded(self.config.proposals), []
+        for h, draw in enumerate(draws):
+            action = self.behavior.act(self.world_model.features(state), noise=draw.flatten(0, 1))
+            actions.append(action.view_as(draw))
+            if h + 1 < len(draws):
+                state = self.step(state, action, h)
+        return torch.stack(actions)
+
+    def sample(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        """Actions (..., A) from Gaussians cut to [-1, 1] and categoricals."""
+        sizes, drawn = self.planner.sizes, []
+        parts = zip(
+            self.planner.parts,
+            mean.split(sizes, -1),
+            std.split(sizes, -1),
+            noise.split(sizes, -1),
+            strict=True,
+        )
+        for part, center, spread, draw in parts:
+            if part.kind == "continuous":
+                drawn.append((center + spread * draw).clamp(-1, 1))
+            else:
+                drawn.append(dist.sample_onehot(center, draw[..., 0]))
+        return torch.cat(drawn, -1)
+
+    def score(self, actions: Tensor, value_noise: Any) -> Tensor:
+        """What each candidate (H, B, N, A) is worth (B, N)."""
+        model, lead = self.world_model, actions.shape[1:3]
+        state = self.expanded(lead[1])
+        total, weight = 0.0, 1.0
+        for h, action in enumerate(actions):
+            state = self.step(state, action.flatten(0, 1), h)
+            if self.goal is None:
+                preds = model.decode(state, ("reward", "continue")).preds
+                total = total + weight * preds["reward"]
+                weight = weight * preds["continue"]
+        features = model.features(state).unflatten(0, lead)
+        if self.goal is not None:
+            return -(features - self.goal.unsqueeze(1)).square().sum(-1)
+        value = self.behavior.value(features, value_noise)
+        return (total + weight * value.flatten()).unflatten(0, lead)
+
+    def step(self, state: State, action: Tensor, h: int) -> State:
+        draws = self.noise.transitions
+        if draws is None:
+            return self.world_model.transition(state, action)
+        common = draws[h].repeat_interleave(len(action) // len(draws[h]), 0)
+        return self.world_model.transition(state, action, common)
+
+    def expanded(self, num: int) -> State:
+        """Every environment's state `num` times over: (B * num, ...)."""
+        return self.state.map(lambda value: value.repeat_interleave(num, 0))
+
+    def smooth(self, mean: Tensor) -> Tensor:
+        """Keep every class possible."""
+        share, parts = self.config.smoothing, []
+        for part, center in zip(
+            self.planner.parts, mean.split(self.planner.sizes, -1), strict=True
+        ):
+            discrete = part.kind == "discrete"
+            parts.append((1 - share) * center + share / part.size if discrete else center)
+        return torch.cat(parts, -1)
+
+    def choose(self, mean: Tensor, std: Tensor, greedy: bool) -> Tensor:
+        """The action (B, A) to take: `mean`, or around it while exploring."""
+        if not greedy:
+            return self.sample(mean, std, self.noise.action)
+        parts = []
+        for part, center in zip(
+            self.planner.parts, mean.split(self.planner.sizes, -1), strict=True
+        ):
+            best = F.one_hot(center.argmax(-1), part.size).to(center.dtype)
+            parts.append(best if part.kind == "discrete" else center.clamp(-1, 1))
+        return torch.cat(parts, -1)

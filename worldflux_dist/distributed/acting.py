@@ -1,0 +1,111 @@
+"""Acting for all runners in one place: where a plan is dear, or one GPU is to make all of them.
+
+What must stay true: the actor keeps nothing of a runner between calls (its memory travels with
+every call), so a call lost with a dead process is simply made again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import ActorUnavailableError
+
+from worldflux_dist.config import Config
+from worldflux_dist.data import Spaces
+from worldflux_dist.distributed.weights import WEIGHTS
+
+ACTING = "acting"  # the actor's name in the namespace of its run
+PULL_EVERY_S = 0.2
+Answer = tuple[np.ndarray, dict[str, np.ndarray], int]
+
+
+class ActingActor:
+    """Owns a copy of the agent with the newest weights; waiting calls are answered in one batch."""
+
+    def __init__(self, config: Config, spaces: Spaces) -> None:
+        torch.set_num_threads(config.scale.runner_threads)
+        self.agent = config.make_agent(spaces)
+        if config.learner.device != "cpu" and torch.cuda.is_available():
+            self.agent = self.agent.cuda()
+        self.store, self.version, self._pulled = ray.get_actor(WEIGHTS), -1, -PULL_EVERY_S
+        self._waiting: list[tuple[Any, np.ndarray, Any, asyncio.Future[Answer]]] = []
+        self._work: asyncio.Task[None] | None = None
+
+    async def act(
+        self, obs: dict[str, np.ndarray], is_first: np.ndarray, carry: dict[str, np.ndarray] | None
+    ) -> Answer:
+        """As Agent.act_batch, with a carry of arrays; also gives the version that acted."""
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._waiting.append((obs, is_first, carry, future))
+        if self._work is None or self._work.done():
+            self._work = asyncio.create_task(self._answer_all())
+        return await future
+
+    async def _answer_all(self) -> None:
+        while self._waiting:
+            calls, self._waiting = self._waiting, []
+            loop = asyncio.get_running_loop()
+            try:
+                answers = await loop.run_in_executor(None, self._answer, calls)
+            except Exception as error:
+                for *_, future in calls:
+                    future.set_exception(error)
+            else:
+                for (*_, future), answer in zip(calls, answers, strict=True):
+                    future.set_result(answer)
+
+    def _answer(self, calls: list[Any]) -> list[Answer]:
+        """One batched call for all: rows of a call stay together."""
+        self._pull()
+        sizes = np.cumsum([len(is_first) for _, is_first, _, _ in calls])[:-1]
+        carries = [
+            self.agent.initial_carry(len(is_first))
+            if carry is None
+            else {name: torch.as_tensor(value.copy()) for name, value in carry.items()}
+            for _, is_first, carry, _ in calls
+        ]
+        device = self.agent.device
+        joined = {n: torch.cat([c[n].to(device) for c in carries]) for n in carries[0]}
+        obs = {key: np.concatenate([call[0][key] for call in calls]) for key in calls[0][0]}
+        action, carry = self.agent.act_batch(obs, np.concatenate([c[1] for c in calls]), joined)
+        after = {name: np.split(value.cpu().numpy(), sizes) for name, value in carry.items()}
+        return [
+            (rows, {name: values[i] for name, values in after.items()}, self.version)
+            for i, rows in enumerate(np.split(action, sizes))
+        ]
+
+    def _pull(self) -> None:
+        """Take the newest weights now and then."""
+        if time.monotonic() - self._pulled < PULL_EVERY_S:
+            return
+        self._pulled = time.monotonic()
+        found: Any = ray.get(self.store.newer_than.remote(self.version))
+        if found is not None:
+            self.version, (weights,) = found
+            self.agent.load_arrays(ray.get(weights))
+
+
+class RemoteAct:
+    """What a runner acts with instead of its own agent; `version` is that of the last answer."""
+
+    def __init__(self, wait_s: float) -> None:
+        self.actor, self.wait_s, self.version = ray.get_actor(ACTING), wait_s, -1
+
+    def __call__(
+        self, obs: dict[str, np.ndarray], is_first: np.ndarray, carry: Any
+    ) -> tuple[np.ndarray, Any]:
+        deadline = time.monotonic() + self.wait_s
+        while True:
+            try:
+                answer: Any = ray.get(self.actor.act.remote(obs, is_first, carry))
+                self.version = answer[2]
+                return answer[:2]
+            except ActorUnavailableError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)

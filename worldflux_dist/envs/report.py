@@ -1,0 +1,336 @@
+"""What a run would make of an environment, told before anything is trained: `check(config)`.
+
+All conversions are read from Spaces and the vector environment is that of `make_envs`, so that
+the report cannot disagree with a run. What must stay true: whatever would cost a run its episodes
+(an error, a value that is not finite, a wrong shape) makes an environment not usable; everything
+else is a warning.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import closing
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces as gym_spaces
+from gymnasium.utils.env_checker import data_equivalence
+from gymnasium.vector.utils import batch_space, iterate
+
+from worldflux_dist.data import ActionPart, ObsSpec, Spaces
+from worldflux_dist.envs import make_envs
+from worldflux_dist.envs.atari import is_atari
+from worldflux_dist.envs.base import EnvConfig
+from worldflux_dist.envs.single import builder, check_obs
+
+LOOK_STEPS, LOOK_SECONDS = 300, 1.0  # of the bare environment, every value looked at
+RUN_STEPS, RUN_SECONDS = 1000, 2.0  # as a run steps it, timed
+LARGE_OBS = 2**20  # bytes
+
+
+@dataclass
+class Report:
+    """What `check` found. `problem` says in one sentence why the environment cannot be used."""
+
+    env_id: str
+    declared: tuple[gymnasium.Space, gymnasium.Space] | None = None
+    spaces: Spaces | None = None
+    action_repeat: int = 1
+    time_limit: int | None = None  # steps
+    steps: int = 0
+    steps_per_second: float = 0.0
+    episodes: list[int] = field(default_factory=list)  # steps of each one that ended
+    rewards: tuple[float, float] | None = None  # least and greatest
+    warnings: dict[str, str] = field(default_factory=dict)  # the first of each kind
+    problem: str = ""
+
+    @property
+    def usable(self) -> bool:
+        return not self.problem
+
+    def lines(self) -> list[str]:
+        """The report as text; the last line is `usable`, or what to do."""
+        rows = [("env", self.env_id), *self._space_rows(), *self._run_rows()]
+        rows += [("warning", text) for text in self.warnings.values()]
+        width = max(len(name) for name, _ in rows)
+        last = "usable" if self.usable else f"not usable: {self.problem}"
+        return [f"{name:<{width}}  {text}" for name, text in rows] + [last]
+
+    def _space_rows(self) -> list[tuple[str, str]]:
+        if self.declared is None:
+            return []
+        observation, action = (_one_line(space) for space in self.declared)
+        seen, done = [], []
+        if self.spaces is not None:
+            seen = [(f"  {name}", _obs_text(leaf, spec)) for name, leaf, spec in self._obs_leaves()]
+            done = [
+                (f"  {'/'.join(map(str, path)) or 'action'}", _action_text(leaf, parts))
+                for path, leaf, parts in self.spaces.action_leaves
+            ]
+        return [("observation space", observation), *seen, ("action space", action), *done]
+
+    def _run_rows(self) -> list[tuple[str, str]]:
+        if self.rewards is None:
+            return []
+        ended = "none ended"
+        if self.episodes:
+            lengths = " to ".join(
+                f"{n:,}" for n in sorted({min(self.episodes), max(self.episodes)})
+            )
+            ended = f"{len(self.episodes)} ended after {lengths} steps"
+        limit = f"{self.time_limit:,} steps" if self.time_limit else "none known"
+        return [
+            ("random actions", f"{self.steps:,} steps in one environment"),
+            ("step rate", f"{self.steps_per_second:,.0f} env steps/s"),
+            ("episodes", ended),
+            ("reward", f"{self.rewards[0]:.4g} to {self.rewards[1]:.4g} a step"),
+            ("time limit", limit),
+            ("action repeat", str(self.action_repeat)),
+        ]
+
+    def _obs_leaves(self) -> list[tuple[str, Any, ObsSpec]]:
+        assert self.spaces is not None
+        named = self.spaces.obs.items()
+        return [(name, _part(self.spaces.observation, spec), spec) for name, spec in named]
+
+    def check_spaces(self) -> None:
+        """Warn of what is carried, and perhaps not as was meant."""
+        size = 0
+        for name, leaf, spec in self._obs_leaves():
+            size += int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize
+            if spec.kind == "vector" and _like_image(leaf):
+                self.warnings[f"image {name}"] = (
+                    f"{name} of shape {leaf.shape} looks like an image and is read as a vector: "
+                    "images are H x W, H x W x C or C x H x W, with bounds 0 and 255, or 0 and 1 "
+                    "for floats; declare it so if it is one"
+                )
+        if size > LARGE_OBS:
+            self.warnings["size"] = (
+                f"an observation takes {size / 2**20:.1f} MB in replay: make images smaller "
+                "(gymnasium.wrappers.ResizeObservation) or leave parts out (FilterObservation)"
+            )
+
+    def check_obs(self, raw: Any) -> None:
+        """Warn of oddities in one observation of the environment itself.
+
+        Raises ValueError where a run would fail.
+        """
+        for name, leaf, spec in self._obs_leaves():
+            try:
+                value = _part(raw, spec)
+            except (KeyError, IndexError, TypeError):
+                raise ValueError(f"the observation lacks {name}: return all its parts") from None
+            array = np.asarray(value)
+            if not np.can_cast(array.dtype, leaf.dtype, "same_kind"):
+                raise ValueError(
+                    f"{name} is handed out as {array.dtype} and declared as {leaf.dtype}, which "
+                    f"cannot hold it: convert it to {leaf.dtype} or declare {array.dtype}"
+                )
+            try:
+                check_obs(leaf, value)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}; hand out what its space declares") from error
+            if not isinstance(leaf, gym_spaces.Box):
+                continue
+            if array.dtype != leaf.dtype:
+                self.warnings[f"dtype {name}"] = (
+                    f"{name} is handed out as {array.dtype} and declared as {leaf.dtype}: it is "
+                    "converted, declare what is handed out"
+                )
+            outside = _outside(array, leaf)
+            if outside is not None:
+                fate = "clipped" if spec.kind == "image" else "passed on as it is"
+                self.warnings.setdefault(
+                    f"bounds {name}",
+                    f"{name} takes the value {outside:.4g}, outside its declared bounds "
+                    f"{_bounds(leaf)}; it is {fate}, widen the Box",
+                )
+
+
+def check(config: EnvConfig, seed: int = 0) -> Report:
+    """Look at the environment `config.id` and step it with random actions, for some seconds.
+
+    Never raises for what is wrong with an environment: that is the report's `problem`.
+    """
+    report = Report(config.id)
+    try:
+        if not is_atari(config.id):
+            _look(config, seed, report)
+        _run(config, seed, report)
+    except Exception as error:  # whatever is wrong with the environment is this function's result
+        kind = "" if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: "
+        report.problem = kind + _one_line(error).removeprefix(f"env {config.id}: ")
+    return report
+
+
+def _look(config: EnvConfig, seed: int, report: Report) -> None:
+    """Step one environment without a guard, and look at every value that it hands out."""
+    with closing(builder(config, render=False)()) as env:
+        report.declared = env.observation_space, env.action_space
+        report.spaces = Spaces(*report.declared)
+        report.check_spaces()
+        if env.has_wrapper_attr("_max_episode_steps"):
+            report.time_limit = env.get_wrapper_attr("_max_episode_steps")
+        first, again = (deepcopy(_reset(env, seed, report)) for _ in range(2))
+        if not data_equivalence(first, again, exact=True):
+            report.warnings["seed"] = (
+                f"two resets with the seed {seed} gave different observations, so that no run can "
+                "be repeated: call super().reset(seed=seed) and draw from self.np_random only"
+            )
+        rng = np.random.default_rng(seed)
+        batch, ends = batch_space(env.action_space, 1), time.perf_counter() + LOOK_SECONDS
+        for _ in range(LOOK_STEPS):
+            flat = report.spaces.random_action(rng, 1)
+            (action,) = iterate(batch, report.spaces.decode_action(flat))
+            if _step(env, action, report):
+                _reset(env, None, report)
+            if time.perf_counter() > ends:
+                break
+
+
+def _reset(env: gymnasium.Env, seed: int | None, report: Report) -> Any:
+    result = _call("reset", lambda: env.reset(seed=seed))
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise ValueError("reset must return two things: observation and info")
+    report.check_obs(result[0])
+    return result[0]
+
+
+def _step(env: gymnasium.Env, action: Any, report: Report) -> bool:
+    """Whether the episode ended."""
+    result = _call("step", lambda: env.step(action))
+    if not isinstance(result, tuple) or len(result) != 5:
+        raise ValueError(
+            "step must return five things: observation, reward, terminated, truncated and info"
+        )
+    obs, reward, terminated, truncated, _ = result
+    report.check_obs(obs)
+    if not _is_number(reward):
+        raise ValueError(f"the reward is {reward!r}: return one finite number, as float(reward)")
+    return bool(terminated or truncated)
+
+
+def _call(name: str, method: Callable[[], Any]) -> Any:
+    try:
+        return method()
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{name} raised {what} ({frame.filename}:{frame.lineno}); repair the environment"
+        ) from error
+
+
+def _run(config: EnvConfig, seed: int, report: Report) -> None:
+    """Step one environment as a run does, and take the time."""
+    with closing(make_envs(config, seed, num_envs=1)) as envs:
+        if report.spaces is None:
+            report.spaces = envs.spaces
+            report.declared = envs.spaces.observation, envs.spaces.action
+            report.check_spaces()
+            report.time_limit = config.max_episode_frames // config.frame_skip
+            report.time_limit = min(report.time_limit, config.max_episode_steps or 10**9)
+        report.action_repeat = envs.action_repeat
+        rng = np.random.default_rng(seed)
+        envs.step(envs.spaces.random_action(rng, 1))
+        rewards, length, begun = [], 0, time.perf_counter()
+        while report.steps < RUN_STEPS and time.perf_counter() - begun < RUN_SECONDS:
+            step = envs.step(envs.spaces.random_action(rng, 1))
+            report.steps += 1
+            if step.is_first[0]:
+                continue
+            rewards.append(float(step.reward[0]))
+            length += 1
+            if step.is_last[0]:
+                report.episodes.append(length)
+                length = 0
+        report.steps_per_second = report.steps / (time.perf_counter() - begun)
+        if envs.take_failures():
+            raise ValueError("it failed, as logged above: repair the environment")
+        report.rewards = min(rewards), max(rewards)
+        if not report.episodes and report.time_limit is None:
+            report.warnings["endless"] = (
+                f"no episode ended in {report.steps:,} steps and no time limit is known: set "
+                "env.max_episode_steps unless episodes end by themselves"
+            )
+
+
+def _is_number(reward: Any) -> bool:
+    try:
+        return np.ndim(reward) == 0 and bool(np.isfinite(np.float32(reward)))
+    except (TypeError, ValueError):
+        return False
+
+
+def _one_line(value: Any) -> str:
+    return " ".join(str(value).split())
+
+
+def _part(nested: Any, spec: ObsSpec) -> Any:
+    for key in spec.path:
+        nested = nested[key]
+    return nested
+
+
+def _obs_text(leaf: Any, spec: ObsSpec) -> str:
+    shape = " x ".join(map(str, spec.shape))
+    kind, reader = ("image", "image encoder") if spec.kind == "image" else ("vector of", "MLP")
+    scale = "" if spec.kind == "image" else " on symlog"
+    inside = f"{kind} {shape} {np.dtype(spec.dtype).name}"
+    return f"{inside}; conversion: {_conversion(leaf, spec)}; read by the {reader}{scale}"
+
+
+def _conversion(leaf: Any, spec: ObsSpec) -> str:
+    if isinstance(leaf, gym_spaces.Discrete | gym_spaces.MultiDiscrete):
+        return "one-hot"
+    done = []
+    if spec.kind == "image":
+        if leaf.dtype != np.uint8:
+            done.append(
+                "0..1 floats -> uint8" if leaf.high.max() == 1 else f"{leaf.dtype} -> uint8"
+            )
+        if leaf.shape != spec.shape:
+            done.append(f"{'C x ' if len(leaf.shape) == 3 else ''}H x W -> H x W x C")
+    else:
+        if len(leaf.shape) != 1:
+            done.append("flattened")
+        if leaf.dtype != np.float32:
+            done.append(f"{leaf.dtype} -> float32")
+    return ", ".join(done) or "none"
+
+
+def _action_text(leaf: Any, parts: tuple[ActionPart, ...]) -> str:
+    sizes = ", ".join(str(part.size) for part in parts)
+    if parts[0].kind == "discrete":
+        return f"categorical of {sizes}" if len(parts) == 1 else f"categoricals of {sizes}"
+    rounded = "" if leaf.dtype.kind == "f" else ", rounded"
+    return f"Gaussian of {sizes}; scaled {_bounds(leaf)} <- [-1, 1]{rounded}"
+
+
+def _bounds(leaf: gym_spaces.Box) -> str:
+    pairs = sorted(set(zip(leaf.low.flat, leaf.high.flat, strict=True)))
+    if len(pairs) > 3:
+        return f"{len(pairs)} ranges within [{leaf.low.min():.4g}, {leaf.high.max():.4g}]"
+    return ", ".join(f"[{low:.4g}, {high:.4g}]" for low, high in pairs)
+
+
+def _like_image(leaf: Any) -> bool:
+    if not isinstance(leaf, gym_spaces.Box) or len(leaf.shape) < 2:
+        return False
+    return sorted(leaf.shape)[-2] >= 8 and (len(leaf.shape) > 2 or leaf.dtype == np.uint8)
+
+
+def _outside(array: np.ndarray, leaf: gym_spaces.Box) -> float | None:
+    """A value beyond its bounds by more than a rounding."""
+    value, low, high = (np.asarray(part, np.float64) for part in (array, leaf.low, leaf.high))
+    below, above = (
+        (value < low) & ~np.isclose(value, low),
+        (value > high) & ~np.isclose(value, high),
+    )
+    found = value[below | above]
+    return float(found[0]) if found.size else None

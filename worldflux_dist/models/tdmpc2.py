@@ -1,0 +1,342 @@
+"""TD-MPC2 (2024): a latent world model without a decoder, made to be planned in.
+
+State: latent (B, L) on a product of simplices (SimNorm), and what led to it: `before` (B, L), the
+latent it came from (zero where nothing came before), and the action (B, A) that went in. Reward
+belongs to that pair, so `decode` reads it from there. Images add the last frames they need.
+
+    z_0 = h(o_0),  z_k = d(z_{k-1}, a_k)                             k = 1..H, one window of replay
+    L = 20 sum rho^{k-1} |z_k - sg h(o_k)|^2 + 0.1 sum rho^{k-1} CE(R(z_{k-1}, a_k), r_k)
+        + BCE(T(z_k), terminal_k)                                    sums are divided by H
+
+The value and policy losses are behaviors/latent_td.py's; behaviors/planner.py plans. Deviations
+from the published algorithm, with reasons:
+
+- Replay windows may run over an episode's end: the step into a reset has no loss and the latent
+  starts anew there. Terminal steps are then seen at every position, not only at the last.
+- The termination head is always trained (`termination: none` leaves it out), and continue is soft,
+  discount * (1 - p): the published threshold at one half (`hard`) ignores every doubt.
+- Observations may be several, vectors and images: their embeddings are concatenated before the
+  last layer. A single image whose convolutions give L numbers has no such layer, as published.
+- Discrete actions are one-hot vectors; the behavior and the planner know what to do with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldflux_dist.data import Batch, Spaces
+from worldflux_dist.models.base import LossOutput, Prediction, State, WorldModel
+from worldflux_dist.nn import distributions as dist
+from worldflux_dist.nn.mish import MLP, BinOutput, Linear, NormedLinear, simnorm
+from worldflux_dist.nn.optim import ClippedAdam
+from worldflux_dist.nn.vision import StridedEncoder, random_shift
+
+
+@dataclass(frozen=True)
+class TDMPC2Config:
+    """Sizes and constants; the defaults are the 5 M model and the published constants.
+
+    `episode_length` in decisions sets the discount: clip((T/5 - 1) / (T/5), 0.95, 0.995).
+    `frames` is how many of the last images the encoder sees. `num_q`, `plan_samples` and
+    `plan_iterations` go to the native behavior and planner.
+    """
+
+    encoder_units: int = 256
+    encoder_layers: int = 2
+    units: int = 512
+    latent: int = 512
+    num_q: int = 5
+    horizon: int = 3
+    frames: int = 3
+    channels: int = 32
+    episode_length: int = 500
+    termination: str = "soft"
+    rho: float = 0.5
+    consistency_scale: float = 20.0
+    reward_scale: float = 0.1
+    termination_scale: float = 1.0
+    learning_rate: float = 3e-4
+    encoder_rate: float = 0.3
+    clip: float = 20.0
+    plan_samples: int = 512
+    plan_iterations: int = 6
+
+    def __post_init__(self) -> None:
+        sizes = (self.encoder_units, self.encoder_layers, self.units, self.num_q - 1, self.frames)
+        if min(*sizes, self.horizon, self.channels, self.episode_length) < 1 or self.latent % 8:
+            raise ValueError(
+                f"model sizes must be positive, num_q at least 2 and latent {self.latent} a "
+                "multiple of 8"
+            )
+        if self.termination not in ("soft", "hard", "none"):
+            raise ValueError(f"termination is {self.termination!r}: use soft, hard or none")
+
+    @property
+    def discount(self) -> float:
+        fifth = self.episode_length / 5
+        return min(max((fifth - 1) / fifth, 0.95), 0.995)
+
+
+def _size(encoder: int, units: int, latent: int, layers: int, num_q: int = 5) -> TDMPC2Config:
+    return TDMPC2Config(encoder, layers, units, latent, num_q)
+
+
+PRESETS = {
+    "1m": _size(256, 384, 128, 2, num_q=2),
+    "5m": TDMPC2Config(),
+    "19m": _size(1024, 1024, 768, 3),
+    "48m": _size(1792, 1792, 768, 4),
+    "317m": _size(4096, 4096, 1376, 5, num_q=8),
+    # Learns small tasks in minutes on two cores: narrow, and plans with a quarter of the samples.
+    "tiny": replace(
+        _size(128, 128, 64, 2, num_q=2), learning_rate=1e-3, plan_samples=128, plan_iterations=4
+    ),
+}
+
+
+class Encoder(nn.Module):
+    """Observations (N, ...) -> latents (N, L) on the simplices. Images are stacks of frames."""
+
+    def __init__(self, spaces: Spaces, config: TDMPC2Config) -> None:
+        super().__init__()
+        c = config
+        self.vectors = [k for k, s in sorted(spaces.obs.items()) if s.kind == "vector"]
+        self.images = [k for k, s in sorted(spaces.obs.items()) if s.kind == "image"]
+        cnns = [StridedEncoder(spaces.obs[k].shape, c.frames, c.channels) for k in self.images]
+        self.cnns = nn.ModuleList(cnns)
+        size = sum(cnn.size_out for cnn in cnns)
+        self.layers = nn.ModuleList()
+        if self.vectors:
+            sizes = [sum(spaces.obs[k].shape[0] for k in self.vectors)]
+            sizes += [c.encoder_units] * max(c.encoder_layers - 1, 1)
+            pairs = zip(sizes[:-1], sizes[1:], strict=True)
+            self.layers.extend(NormedLinear(a, b) for a, b in pairs)
+            size += sizes[-1]
+        bare = len(self.images) == 1 and not self.vectors and size == c.latent
+        self.out = None if bare else NormedLinear(size, c.latent, simplex=True)
+
+    def forward(self, obs: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
+        """`noise` (N, 2) in [0, 1) fixes the random shift of the images."""
+        parts = []
+        if self.vectors:
+            x = torch.cat([obs[key] for key in self.vectors], -1)
+            for layer in self.layers:
+                x = layer(x)
+            parts.append(x)
+        for key, cnn in zip(self.images, self.cnns, strict=True):
+            parts.append(cnn(random_shift(obs[key], noise)))
+        x = torch.cat(parts, -1)
+        return simnorm(x) if self.out is None else self.out(x)
+
+
+class TDMPC2(WorldModel):
+    """The family's world model. Owns encoder, dynamics, reward and termination."""
+
+    bins: Tensor
+    decodes_obs = False
+
+    def __init__(self, spaces: Spaces, config: TDMPC2Config) -> None:
+        super().__init__(spaces)
+        c = self.config = config
+        self.feature_dim, self.width, self.discount = c.latent, c.units, c.discount
+        size, units = c.latent + spaces.action_dim, [c.units] * 2
+        self.encoder = Encoder(spaces, c)
+        self.dynamics = MLP(size, units, lambda last: NormedLinear(last, c.latent, simplex=True))
+        self.reward = MLP(size, units, lambda last: BinOutput(last, 101))
+        self.terminal = (
+            None if c.termination == "none" else MLP(c.latent, units, lambda last: Linear(last, 1))
+        )
+        self.register_buffer("bins", dist.symlog_bins(101), persistent=False)
+        self.loss_scales = {
+            "consistency": c.consistency_scale,
+            "reward": c.reward_scale,
+            "termination": c.termination_scale,
+        }
+        self.native = {
+            "behavior": {"kind": "latent_td", "num_q": c.num_q},
+            "planner": {
+                "method": "auto",
+                "samples": c.plan_samples,
+                "elites": c.plan_samples // 8,
+                "proposals": c.plan_samples * 3 // 64,
+                "iterations": c.plan_iterations + 2 * (spaces.action_dim >= 20),
+            },
+        }
+
+    def optimizer(self, params: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        c, slow = self.config, {id(p) for p in self.encoder.parameters()}
+        groups = [
+            {
+                "params": [p for p in params if id(p) in slow],
+                "lr": c.learning_rate * c.encoder_rate,
+            },
+            {"params": [p for p in params if id(p) not in slow]},
+        ]
+        return ClippedAdam(groups, c.learning_rate, c.clip)
+
+    def inference_modules(self, planning: bool = False) -> tuple[str, ...]:
+        return ("encoder", "dynamics", "reward", "terminal") if planning else ("encoder",)
+
+    # ------------------------------------------------------------------------- five verbs
+
+    def initial(self, batch_size: int) -> State:
+        c, like = self.config, self.bins
+        state = {
+            "latent": like.new_zeros(batch_size, c.latent),
+            "before": like.new_zeros(batch_size, c.latent),
+            "action": like.new_zeros(batch_size, self.spaces.action_dim),
+        }
+        for key in self.encoder.images:
+            shape = (batch_size, c.frames - 1, *self.spaces.obs[key].shape)
+            state[f"frames/{key}"] = torch.zeros(shape, dtype=torch.uint8, device=like.device)
+        return State(state)
+
+    def update(
+        self,
+        state: State,
+        action: Tensor,
+        obs: Any,
+        is_first: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> State:
+        obs = self.tensors(obs)
+        if is_first is None:
+            is_first = torch.zeros(len(action), dtype=torch.bool, device=action.device)
+        keep = (~is_first).float().unsqueeze(-1)
+        new = {"before": state.tensors["latent"] * keep, "action": action * keep}
+        for key in self.encoder.images:
+            newest = obs[key].unsqueeze(1)
+            past = state.tensors[f"frames/{key}"]
+            past = torch.where(is_first.view(-1, 1, 1, 1, 1), newest.expand_as(past), past)
+            seen = torch.cat([past, newest], 1)  # (B, frames, H, W, C), oldest first
+            obs = obs | {key: seen}
+            new[f"frames/{key}"] = seen[:, 1:]
+        return State({"latent": self.encoder(obs, noise)} | new)
+
+    def transition(self, state: State, action: Tensor, noise: Tensor | None = None) -> State:
+        latent = state.tensors["latent"]
+        after = self.dynamics(torch.cat([latent, action], -1))
+        return State(state.tensors | {"latent": after, "before": latent, "action": action})
+
+    def decode(
+        self, state: State, heads: Sequence[str] = ("obs", "reward", "continue")
+    ) -> Prediction:
+        preds: dict[str, Any] = {}
+        if "reward" in heads:
+            reward = dist.symexp(dist.twohot_predict(self.reward_logits(state), self.bins))
+            moved = state.tensors["before"].sum(-1) > 0.5  # a latent's entries sum to L / 8
+            preds["reward"] = torch.where(moved, reward, 0.0)
+        if "continue" in heads:
+            preds["continue"] = self._continue(state.tensors["latent"])
+        return Prediction(preds)
+
+    def _continue(self, latent: Tensor) -> Tensor:
+        if self.terminal is None:
+            return torch.full(latent.shape[:-1], self.discount, device=latent.device)
+        ends = torch.sigmoid(self.terminal(latent).squeeze(-1).float())
+        if self.config.termination == "hard":
+            ends = (ends > 0.5).float()
+        return self.discount * (1 - ends)
+
+    def reward_logits(self, state: State) -> Tensor:
+        return self.reward(torch.cat([state.tensors["before"], state.tensors["action"]], -1))
+
+    def features(self, state: State) -> Tensor:
+        return state.tensors["latent"]
+
+    # ------------------------------------------------------------------------------ losses
+
+    def loss(
+        self, batch: Batch, start: State | None = None, noise: Tensor | None = None
+    ) -> LossOutput:
+        """Losses (B, H) each: consistency and reward, weighted by rho^(k-1), and termination.
+
+        Rows are cut into windows of `horizon` + 1 steps, behind `frames` - 1 that only show images;
+        what is left over at a row's end is not used. `noise` (B, H + 1, 2) fixes the random shifts.
+        A window begins with a look, so `start` is not used.
+        """
+        c = self.config
+        context = c.frames - 1 if self.encoder.images else 0
+        batch = _windows(batch, context + c.horizon + 1)
+        obs = self._stacked(batch, context)
+        batch = batch.map(lambda value: value[:, context:])
+        batch.obs = obs
+        with torch.no_grad():
+            later = self._encode(obs, slice(1, None), noise)
+        seen = torch.cat([self._encode(obs, slice(0, 1), noise), later], 1)  # (B, H + 1, L)
+        path = self._unroll(seen, batch)
+        keep = (~batch.is_first[:, 1:]).float()
+        weight = keep * c.rho ** torch.arange(c.horizon, device=keep.device)  # (B, H)
+        latent, rest = path.tensors["latent"][:, 1:], State(path.tensors)[:, 1:]
+        losses = {
+            "consistency": weight * (latent - later).square().mean(-1),
+            "reward": weight
+            * dist.twohot_loss(
+                self.reward_logits(rest), dist.symlog(batch.reward[:, 1:]), bins=self.bins
+            ),
+        }
+        if self.terminal is not None:
+            logit, ended = self.terminal(latent).squeeze(-1), batch.is_terminal[:, 1:].float()
+            losses["termination"] = keep * dist.bernoulli_loss(logit, ended)
+        before = F.pad(seen[:, :-1], (0, 0, 1, 0)) * (~batch.is_first).float().unsqueeze(-1)
+        states = State({"latent": seen, "before": before, "action": batch.action})
+        return LossOutput(losses, {}, states, path, batch)
+
+    def _unroll(self, seen: Tensor, batch: Batch) -> State:
+        """Predicted states (B, H + 1): from the first latent seen, anew after every reset."""
+        latent, befores, latents = seen[:, 0], [torch.zeros_like(seen[:, 0])], [seen[:, 0]]
+        for t in range(1, seen.shape[1]):
+            befores.append(latent)
+            after = self.dynamics(torch.cat([latent, batch.action[:, t]], -1))
+            latent = torch.where(batch.is_first[:, t, None], seen[:, t], after)
+            latents.append(latent)
+        return State(
+            {
+                "latent": torch.stack(latents, 1),
+                "before": torch.stack(befores, 1),
+                "action": batch.action,
+            }
+        )
+
+    def _stacked(self, batch: Batch, context: int) -> dict[str, Tensor]:
+        """Observations without the context; images (B, T, frames, H, W, C) with what came before,
+        but nothing from before a reset."""
+        obs = {key: value[:, context:] for key, value in batch.obs.items()}
+        if not context:
+            return obs
+        steps = torch.arange(batch.is_first.shape[1], device=batch.is_first.device)
+        begun = torch.where(batch.is_first, steps, 0).cummax(1).values  # (B, T) last reset
+        back = steps[:, None] - torch.arange(context, -1, -1, device=steps.device)  # (T, frames)
+        index = torch.maximum(back, begun[..., None])[:, context:]  # (B, T - context, frames)
+        rows = torch.arange(len(index), device=steps.device)[:, None, None]
+        return obs | {key: batch.obs[key][rows, index] for key in self.encoder.images}
+
+    def _encode(self, obs: dict[str, Tensor], steps: slice, noise: Tensor | None) -> Tensor:
+        part = {key: value[:, steps] for key, value in obs.items()}
+        flat = {key: value.flatten(0, 1) for key, value in part.items()}
+        shape = next(iter(part.values())).shape[:2]
+        return self.encoder(
+            flat, None if noise is None else noise[:, steps].flatten(0, 1)
+        ).unflatten(0, shape)
+
+
+def _windows(batch: Batch, length: int) -> Batch:
+    """Rows (B, T) cut into (B * (T // length), length)."""
+    num = batch.reward.shape[1] // length
+    if num == 0:
+        raise ValueError(
+            f"tdmpc2 trains on windows of {length} steps and replay gives {batch.reward.shape[1]}: "
+            f"set replay.batch_length to {length} or a multiple of it"
+        )
+    return batch.map(
+        lambda value: value[:, : num * length].unflatten(1, (num, length)).flatten(0, 1)
+    )
+
+
+Model = TDMPC2
