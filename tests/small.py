@@ -41,7 +41,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "5m",
         {"encoder_units": 16, "units": 16, "latent": 16, "channels": 4, "num_q": 3}
         | {"plan_samples": 32, "plan_iterations": 2},
-        {},
+        {"scale_rate": 0.02},
     ),
 }
 

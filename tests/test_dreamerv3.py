@@ -1,7 +1,4 @@
-"""DreamerV3's world model: its invariants, and the details that ports of it get wrong.
-
-What every family shares (State, rollout, creation by name) is tested on it too.
-"""
+"""DreamerV3's world model: its invariants, and the details that ports of it get wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +12,6 @@ import torch.nn.functional as F
 from gymnasium import spaces as gym_spaces
 from small import make_agent, perturbed, random_batch, tensors, vector
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from worldflux_dist.data import Batch
 from worldflux_dist.models.base import State, create_world_model
@@ -70,36 +66,7 @@ def test_scan_equals_single_updates(kind: str) -> None:
             obs = {key: value[:, t] for key, value in batch.obs.items()}
             state = model.update(state, batch.action[:, t], obs, batch.is_first[:, t], noise[:, t])
             assert_equal(scanned[:, t], state)
-
-
-@KINDS
-def test_reset_gives_the_state_of_a_first_look(kind: str) -> None:
-    """Whatever was remembered and whatever action went in, deter, stoch and action are zeroed."""
-    model = make_model(kind)
-    batch = tensors(random_batch(model.spaces))
-    obs = {key: value[:, 0] for key, value in batch.obs.items()}
-    noise, reset = uniform(3, GROUPS), torch.tensor([True, False, True])
-    action = batch.action[:, 1]
-    assert action.any(-1).all()
-    with torch.no_grad():
-        fresh = model.update(model.initial(3), torch.zeros_like(action), obs, None, noise)
-        mixed = model.update(random_state(3), action, obs, reset, noise)
-    assert_equal(mixed[reset], fresh[reset])
-    assert not torch.allclose(mixed.tensors["deter"][1], fresh.tensors["deter"][1])
-
-
-@KINDS
-def test_encode_is_an_update_from_the_initial_state(kind: str) -> None:
-    model = make_model(kind)
-    obs = {key: value[:, 0] for key, value in random_batch(model.spaces).obs.items()}  # numpy
-    with torch.no_grad():
-        torch.manual_seed(3)
-        encoded = model.encode(obs)
-        torch.manual_seed(3)
-        zero, first = torch.zeros(3, model.spaces.action_dim), torch.ones(3, dtype=torch.bool)
-        assert_equal(encoded, model.update(model.initial(3), zero, obs, first), exactly=True)
-    assert encoded.tensors["stoch"].sum(-1).eq(1).all()
-    assert all(not value.any() for value in model.initial(3).tensors.values())
+    assert scanned.tensors["stoch"].sum(-1).eq(1).all()
 
 
 def test_no_gradient_crosses_a_reset() -> None:
@@ -292,72 +259,6 @@ def test_decode_speaks_the_observations_own_units() -> None:
     assert single.decode(single.encode(np.ones((2, 5), np.float32))).preds["obs"].shape == (2, 5)
 
 
-@KINDS
-def test_a_fresh_model_predicts_a_reward_of_exactly_zero(kind: str) -> None:
-    model = make_agent(kind).world_model
-    assert model.decode(random_state(50), ("reward",)).preds["reward"].eq(0).all()
-
-
-@pytest.mark.parametrize("shape", [(84, 84, 1), (96, 72, 3), (10, 10, 3)])
-def test_images_of_any_size_train(shape: tuple[int, ...]) -> None:
-    space = gym_spaces.Box(0, 255, shape, np.uint8)
-    model = create_world_model("dreamerv3:size1m", space, gym_spaces.Discrete(2), deter=64, depth=2)
-    batch = tensors(random_batch(model.spaces, 2, 3))
-    losses = model.loss(batch).losses
-    torch.stack([loss.mean() for loss in losses.values()]).sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    assert model.decode(model.encode(batch.obs["obs"][:, 0])).preds["obs"].shape == (2, *shape)
-
-
-# --------------------------------------------------------------------- State, rollout
-
-
-@KINDS
-def test_rollout_is_transition_and_decode_by_hand(kind: str) -> None:
-    model = make_model(kind)
-    start, noise = random_state(3), uniform(4, 3, GROUPS)
-    actions = torch.from_numpy(model.spaces.random_action(np.random.default_rng(0), 12)).view(
-        4, 3, -1
-    )
-    with torch.no_grad():
-        rollout = model.rollout(start, actions, noise=noise)
-        states = [start]
-        for h in range(4):
-            states.append(model.transition(states[-1], actions[h], noise[h]))
-            preds = model.decode(states[-1]).preds
-            torch.testing.assert_close(rollout.rewards[h], preds["reward"], rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(rollout.continues[h], preds["continue"])
-        assert_equal(rollout.states, State.stack(states), exactly=True)
-        going = model.decode(start).preds["continue"]
-        torch.testing.assert_close(rollout.start_continue, going)
-
-        def policy(features: Tensor) -> Tensor:
-            return features[:, : model.spaces.action_dim]
-
-        led = model.rollout(start, policy, 4, noise)
-        replayed = model.rollout(start, led.actions, noise=noise)
-    torch.testing.assert_close(
-        led.actions, policy(model.features(led.states)[:-1].flatten(0, 1)).view_as(led.actions)
-    )
-    assert_equal(led.states, replayed.states, exactly=True)
-
-
-def test_state_is_a_pytree_and_travels_as_arrays() -> None:
-    state = random_state(6)
-    assert_equal(State.from_numpy(state.numpy()), state, exactly=True)
-    doubled = pytree.tree_map(lambda value: 2 * value, state)
-    assert isinstance(doubled, State)
-    assert torch.equal(doubled.tensors["deter"], 2 * state.tensors["deter"])
-    mask = torch.tensor([True, False] * 3)
-    mixed = state.where(mask, doubled)
-    assert_equal(mixed[mask], state[mask], exactly=True)
-    assert_equal(mixed[~mask], doubled[~mask], exactly=True)
-    stacked = State.stack([state, doubled], dim=1)  # (B, 2, ...)
-    assert_equal(stacked.flatten()[0::2], state, exactly=True)
-    grad = state.map(lambda value: value.clone().requires_grad_())
-    assert not any(value.requires_grad for value in grad.detach().tensors.values())
-
-
 # --------------------------------------------------------------------------- creation
 
 
@@ -375,26 +276,3 @@ def test_presets_have_the_published_sizes() -> None:
         c = PRESETS[name]
         assert (c.deter, c.hidden, c.units) == (deter, hidden, hidden), name
         assert (c.classes, c.depth, c.groups, c.blocks) == (depth, depth, 32, 8), name
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("dreamer3:size1m", {}, "no world-model family 'dreamer3': did you mean 'dreamerv3'"),
-        ("dreamerv3:size12", {}, "no preset 'dreamerv3:size12': did you mean 'dreamerv3:size12m'"),
-        ("dreamerv3", {}, "no preset 'dreamerv3'"),
-        ("dreamerv3:tiny", {"deters": 8}, "no option 'deters': did you mean 'deter'"),
-    ],
-)
-def test_unknown_names_are_refused_with_the_nearest(
-    name: str, options: dict[str, int], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        create_world_model(name, vector(3), gym_spaces.Discrete(2), **options)
-
-
-def test_unsupported_spaces_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"action space .* is not supported"):
-        create_world_model("dreamerv3:tiny", vector(3), gym_spaces.Text(5))
-    with pytest.raises(ValueError, match=r"observation space .* is not supported"):
-        create_world_model("dreamerv3:tiny", gym_spaces.Text(5), gym_spaces.Discrete(2))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import toy_task
-from small import make_agent, perturbed, random_batch
+from small import FAMILY, family_batch, make_agent, make_small, perturbed, random_batch
 
 from worldflux_dist import local
 from worldflux_dist.data import Spaces
@@ -20,7 +22,7 @@ from worldflux_dist.models.base import WorldModel, create_from_spaces
 from worldflux_dist.replay.buffer import ReplayBuffer, ReplayConfig
 from worldflux_dist.runner import EnvRunner
 
-GOLDEN = Path(__file__).parent / "golden" / "dreamerv3.json"
+GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.mark.learning
@@ -51,11 +53,17 @@ def test_one_seed_gives_one_run_and_another_seed_another(tmp_path: Path) -> None
 # ------------------------------------------------------------------------------- alignment
 
 
-def trained_on_echo(runner: EnvRunner, spaces: Spaces, steps: int) -> WorldModel:
+ECHO: dict[str, dict[str, Any]] = {
+    "dreamerv3": {"deter": 64, "hidden": 32, "groups": 4, "classes": 4, "units": 32, "blocks": 4}
+    | {"learning_rate": 4e-3, "warmup": 20},
+    "tdmpc2": {},
+}
+
+
+def trained_on_echo(family: str, runner: EnvRunner, spaces: Spaces, steps: int) -> WorldModel:
     """A small world model fitted to random play, through the runner and replay."""
     torch.manual_seed(0)
-    options = {"deter": 64, "hidden": 32, "groups": 4, "classes": 4, "units": 32, "blocks": 4}
-    model = create_from_spaces("dreamerv3:tiny", spaces, **options, learning_rate=4e-3, warmup=20)
+    model = create_from_spaces(f"{family}:tiny", spaces, **ECHO[family])
     optimizer = model.optimizer(list(model.parameters()))
     replay = ReplayBuffer(ReplayConfig(batch_size=64, batch_length=4, capacity=8192))
     for _ in range(16):
@@ -70,12 +78,13 @@ def trained_on_echo(runner: EnvRunner, spaces: Spaces, steps: int) -> WorldModel
 
 
 @pytest.mark.parametrize("discrete", [False, True])
-def test_state_and_reward_of_one_index_belong_together(discrete: bool) -> None:
+@FAMILY
+def test_state_and_reward_of_one_index_belong_together(family: str, discrete: bool) -> None:
     """EchoEnv's reward is the action that went in: one step off, it cannot be predicted."""
     config = EnvConfig("worldflux_dist.envs.toy:EchoEnv", 8, {"discrete": discrete})
     envs = make_envs(config, seed=0)
     runner = EnvRunner(envs, random_act(envs.spaces, 0))
-    model = trained_on_echo(runner, envs.spaces, 300)
+    model = trained_on_echo(family, runner, envs.spaces, 300)
     fresh = runner.collect(100)
     predicted = np.zeros_like(fresh.reward)
     state = model.initial(envs.num_envs)
@@ -97,26 +106,34 @@ def test_state_and_reward_of_one_index_belong_together(discrete: bool) -> None:
 # ---------------------------------------------------------------------------------- golden
 
 
-def golden_run() -> dict[str, list[float]]:
+def golden_run(family: str) -> dict[str, list[float]]:
     """Every loss of 20 learner steps on one made-up batch, in float32 on one thread."""
     torch.manual_seed(0)
-    agent = perturbed(make_agent("disc", learning_rate=1e-3, warmup=5), seed=0)
+    if family == "dreamerv3":
+        agent = perturbed(make_agent("disc", learning_rate=1e-3, warmup=5), seed=0)
+        batch = random_batch(agent.spaces, seed=0)
+    else:
+        agent = perturbed(make_small(family, "dict", "mixed", learning_rate=1e-3), seed=0)
+        batch = family_batch(agent)
     learner = Learner(agent, LearnerConfig(device="cpu"))
-    batch = random_batch(agent.spaces, seed=0)
     torch.manual_seed(1)
     history = [learner.step(batch) for _ in range(20)]
     names = [name for name in history[0] if name.startswith("loss")]
     return {name: [float(f"{step[name]:.7g}") for step in history] for name in names}
 
 
-def test_learning_has_not_changed() -> None:
-    """A change that means to alter learning writes the values anew: python tests/test_local.py"""
-    want, got = json.loads(GOLDEN.read_text()), golden_run()
+@FAMILY
+def test_learning_has_not_changed(family: str) -> None:
+    """A change that means to alter learning writes the values anew:
+    python tests/test_local.py FAMILY"""
+    want, got = json.loads((GOLDEN / f"{family}.json").read_text()), golden_run(family)
     assert got.keys() == want.keys()
     for name, values in want.items():
         np.testing.assert_allclose(got[name], values, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 if __name__ == "__main__":
-    rows = ",\n".join(f'"{name}": {values}' for name, values in golden_run().items())
-    GOLDEN.write_text(f"{{\n{rows}\n}}\n")
+    torch.set_num_threads(1)
+    for chosen in sys.argv[1:]:
+        rows = ",\n".join(f'"{name}": {values}' for name, values in golden_run(chosen).items())
+        (GOLDEN / f"{chosen}.json").write_text(f"{{\n{rows}\n}}\n")

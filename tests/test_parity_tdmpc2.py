@@ -258,6 +258,22 @@ def test_scale_of_qs(ref: Values) -> None:
         close(scale, 0.99 * before + 0.01 * max(high - low, torch.ones(())))
 
 
+def test_scale_follows_first_states_only(ref: Values) -> None:
+    """The recorded updates cannot tell: their spread is below 1 everywhere."""
+    behavior = loaded(ref).behavior
+    torch.manual_seed(0)
+    features = torch.rand(33, 2, 24)
+    features[:, 0] = features[0, 0]
+    with torch.no_grad():
+        for member in behavior.qs:
+            member.out.weight *= 100
+    values = behavior.value(features[:, 1], QDraw(torch.zeros(33, 2), (0, 1)))
+    assert values.std() > 10
+    behavior.scale.fill_(2.3)
+    behavior.policy_loss(features, QDraw(torch.zeros(33, 2, 2), (0, 1)))
+    close(behavior.scale, 0.99 * 2.3 + 0.01)
+
+
 def test_target_average(ref: Values) -> None:
     behavior = make_agent(ref).behavior
     close(behavior.config.target_rate, ref["soft/tau"], 1e-7)

@@ -3,6 +3,8 @@
 Every step carries its stream and its time in the observation, so that a window proves itself.
 """
 
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -302,3 +304,17 @@ def test_sampling_too_early_and_impossible_configs_say_so():
         ReplayConfig(capacity=100)
     with pytest.raises(ValueError, match="batch_size 0 is too small"):
         ReplayConfig(batch_size=0)
+
+
+def test_a_buffer_takes_no_memory_before_it_fills_and_gives_it_back() -> None:
+    """Also in a process whose allocator was told to keep what is freed."""
+    code = (
+        "import numpy as np, psutil; from worldflux_dist import learner\n"
+        "from worldflux_dist.replay.memory import zeros\n"
+        "learner._keep_freed_memory(); rss = psutil.Process().memory_info; start = rss().rss\n"
+        "for _ in range(3):\n"
+        "    rows = zeros((2**30,), np.dtype(np.uint8)); assert rss().rss - start < 2**24\n"
+        "    rows[: 2**27] = 1; assert rss().rss - start > 2**26; del rows\n"
+        "assert rss().rss - start < 2**24"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -233,7 +233,7 @@ class Agent(nn.Module):
         """Copy arrays into the parameters and buffers of the same names."""
         state = self.state_dict()
         for name, value in arrays.items():
-            state[name].copy_(torch.as_tensor(value))
+            state[name].copy_(torch.tensor(value))  # a copy: shared memory is read-only
 
     def load_file(self, path: Path) -> None:
         """Take over all weights from agent.safetensors. Raises CheckpointError if they differ."""

@@ -1,11 +1,14 @@
-"""Gradient steps per second of the DreamerV3 learner, next to RLlib's learner at the same widths.
+"""Gradient steps per second of the learners, and planned actions per second, next to peers.
 
     python benchmarks/systems/learner_step.py
     python benchmarks/systems/learner_step.py --task image --dtype bfloat16 --profile 20
+    python benchmarks/systems/learner_step.py --task tdmpc2
 
-Batches are 16 x 64, the horizon is 15. Rates are medians of 5 windows, one learner after the other,
-each in a process of its own. RLlib has no reduced precision: every ratio is against its float32.
-A profile of our step comes first.
+DreamerV3: batches of 16 x 64, horizon 15, next to RLlib's learner at the same widths, which runs
+here too. TD-MPC2: 256 windows of 4, 24 observed numbers, 6 actions, plans of 512 samples and 6
+iterations, next to figures of the official implementation taken beforehand on two cores. Rates are
+medians of 5 windows, one side after the other, each in a process of its own. No peer has reduced
+precision: every ratio is against its float32. A profile of our step comes first.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -35,21 +38,29 @@ TASKS: dict[str, tuple[spaces.Box, spaces.Discrete]] = {
     "vector": (spaces.Box(-np.inf, np.inf, (4,), np.float32), spaces.Discrete(2)),
     "image": (spaces.Box(0, 255, (64, 64, 3), np.uint8), spaces.Discrete(6)),
 }
+# The official TD-MPC2, float32 on two cores: updates/s, then plans/s for one environment.
+OFFICIAL = {"1m": (5.95, 3.90), "5m": (1.84, 1.42)}
+PLAN_GOALS = {"float32": 2.0, "bfloat16": 3.0}
+UPDATE_GOAL = 1.5
 GOALS = {("vector", "float32"): 3.0, ("vector", "bfloat16"): 4.1, ("image", "float32"): 2.0}
 
 
-def random_batch(observation: spaces.Box, action: spaces.Discrete, seed: int = 0) -> Batch:
-    """A (ROWS, LENGTH) batch of noise in which every row starts an episode."""
+def random_batch(
+    observation: spaces.Box,
+    action: spaces.Space,
+    seed: int = 0,
+    shape: tuple[int, int] = (ROWS, LENGTH),
+) -> Batch:
+    """A (B, T) batch of noise in which every row starts an episode."""
     rng = np.random.default_rng(seed)
-    shape = (ROWS, LENGTH)
     if observation.dtype == np.uint8:
         obs = rng.integers(256, size=(*shape, *observation.shape), dtype=np.uint8)
     else:
         obs = rng.normal(size=(*shape, *observation.shape)).astype(np.float32)
     is_first = np.zeros(shape, bool)
     is_first[:, 0] = True
-    num_actions = int(action.n)
-    actions = np.eye(num_actions, dtype=np.float32)[rng.integers(num_actions, size=shape)]
+    actions = Spaces(observation, action).random_action(rng, shape[0] * shape[1])
+    actions = actions.reshape(*shape, -1)
     return Batch(
         obs={"obs": obs},
         action=actions * ~is_first[..., None],
@@ -138,9 +149,59 @@ def run(task: str, size: str, dtypes: list[Precision], args: argparse.Namespace)
         )
 
 
+def measure_tdmpc2(size: str, dtype: Precision, args: argparse.Namespace) -> list[float]:
+    """Updates/s, and plans/s for 1 and for 8 environments at once, in this process."""
+    torch.set_num_threads(args.threads)
+    observation = spaces.Box(-np.inf, np.inf, (24,), np.float32)
+    action = spaces.Box(-1, 1, (6,), np.float32)
+    agent = Agent(f"tdmpc2:{size}", Spaces(observation, action), planner={"precision": dtype})
+    learner = Learner(agent, LearnerConfig(precision=dtype, threads=args.threads, device="cpu"))
+    batch = random_batch(observation, action, shape=(256, 4))
+
+    def step() -> None:
+        learner.step(batch)
+
+    rates = [median_rate(step, args.repeats)]
+    if args.profile:
+        print(f"   -- tdmpc2:{size} {dtype} update")
+        print_profile(step, args.profile)
+    for num in (1, 8):
+        obs = {"obs": np.random.default_rng(0).normal(size=(num, 24)).astype(np.float32)}
+        is_first = np.zeros(num, bool)
+        _, carry = agent.act_batch(obs, is_first)
+
+        def act(obs: Any = obs, is_first: Any = is_first, carry: Any = carry) -> None:
+            agent.act_batch(obs, is_first, carry)
+
+        rates.append(num * median_rate(act, args.repeats))
+        if args.profile and num == 1:
+            print(f"   -- tdmpc2:{size} {dtype} plan")
+            print_profile(act, args.profile)
+    return rates
+
+
+def run_tdmpc2(dtypes: list[Precision], args: argparse.Namespace) -> None:
+    for size, (official_update, official_plan) in OFFICIAL.items():
+        print(
+            f"tdmpc2:{size}  official float32  {official_update:6.2f} updates/s "
+            f"{official_plan:6.2f} plans/s (1 env), taken beforehand"
+        )
+        for dtype in dtypes:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                update, plan, batched = pool.apply(measure_tdmpc2, (size, dtype, args))
+            print(
+                f"tdmpc2:{size}  ours {dtype:12}{update:7.2f} updates/s {plan:6.2f} plans/s "
+                f"(1 env) {batched:6.2f} (8 envs)   update {update / official_update:.2f}x, goal "
+                f"{UPDATE_GOAL}x; plan {plan / official_plan:.2f}x, goal {PLAN_GOALS[dtype]}x; "
+                f"batched {batched / plan:.2f}x a plan alone",
+                flush=True,
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", nargs="+", choices=list(TASKS), default=list(TASKS))
+    tasks = [*TASKS, "tdmpc2"]
+    parser.add_argument("--task", nargs="+", choices=tasks, default=tasks)
     parser.add_argument("--size", choices=list(WIDTHS), default="size1m")
     dtypes = list(get_args(Precision))
     parser.add_argument("--dtype", nargs="+", choices=dtypes, default=dtypes)
@@ -151,11 +212,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     print(
         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {args.threads} torch threads, "
-        f"torch {torch.__version__}, batch {ROWS} x {LENGTH}, horizon {HORIZON}, "
-        f"medians of {args.repeats}"
+        f"torch {torch.__version__}, medians of {args.repeats}"
     )
     for task in args.task:
-        run(task, args.size, args.dtype, args)
+        if task == "tdmpc2":
+            run_tdmpc2(args.dtype, args)
+        else:
+            run(task, args.size, args.dtype, args)
 
 
 if __name__ == "__main__":

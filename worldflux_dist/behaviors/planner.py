@@ -71,9 +71,9 @@ class PlannerConfig:
 
 @dataclass
 class PlanNoise:
-    """All random draws of a plan for B environments; `rows` gives those of some of them.
+    """All random draws of a plan for B environments.
 
-    Drawn as `dist.action_noise`: proposals (H, B, P, A), samples (I, H, B, N - P, A) and action
+    As `dist.action_noise` draws them: proposals (H, B, P, A), samples (I, H, B, N - P, A) and action
     (B, A). transitions (H, B, ...) are the model's, one for all candidates; pick (B, E) are
     exponential; values holds the behavior's draws for (B, N) final states of each iteration.
     """

@@ -249,8 +249,10 @@ class Trainer:
         if self.returns:
             self.progress.update(episode_return=float(np.mean(self.returns)))
         if updates:
-            recon = sum(v for k, v in updates[-1].items() if k.startswith("loss/rec/"))
-            self.progress.update(loss_recon=recon, loss_total=updates[-1]["loss"])
+            recon = [v for k, v in updates[-1].items() if k.startswith("loss/rec/")]
+            self.progress.update(loss_total=updates[-1]["loss"])
+            if recon:
+                self.progress.update(loss_recon=sum(recon))
         if reports:
             staleness = np.mean([self.ports.version - report.version for report in reports])
             self.progress.update(staleness=float(staleness))

@@ -45,7 +45,7 @@ def mish(x: Tensor) -> Tensor:
 
 def simnorm(x: Tensor) -> Tensor:
     """Softmax over groups of 8 neighbours of the last axis: entries >= 0, group sums 1."""
-    weights = x.float().clamp(max=80).exp()  # after a LayerNorm no entry is large
+    weights = x.float().clamp(-80, 80).exp()  # after a LayerNorm no entry is large
     ones = torch.ones(GROUP, GROUP, device=x.device)
     with torch.autocast(x.device.type if not x.is_meta else "cpu", enabled=False):
         totals = weights.unflatten(-1, (-1, GROUP)) @ ones  # the sum, already in every column

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from worldflux_dist.data import Batch, Chunk
+from worldflux_dist.replay.memory import zeros
 
 Key = tuple[str, str, int]  # writer, incarnation, seq
 Spec = dict[str, tuple[np.dtype, tuple[int, ...]]]  # dtype and shape of a step's columns
@@ -168,9 +169,8 @@ class ReplayBuffer:
         num = steps // self._length
         lead = (num, self._length)
         try:
-            # Zeros that nobody has touched take no memory.
-            columns = {name: np.zeros(lead + shape, kind) for name, (kind, shape) in spec.items()}
-        except MemoryError as error:
+            columns = {name: zeros(lead + shape, kind) for name, (kind, shape) in spec.items()}
+        except (MemoryError, OSError) as error:
             raise RuntimeError(
                 f"{num} x {self._length} steps of {size} bytes do not fit in memory: lower capacity"
             ) from error

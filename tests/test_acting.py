@@ -1,0 +1,94 @@
+"""Acting in one place: one batch for all who wait, and a death that costs nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from toy_run import ToyRun, read_metrics
+
+from worldflux_dist import config
+from worldflux_dist.distributed.acting import ActingActor
+from worldflux_dist.distributed.weights import WEIGHTS, WeightStore
+from worldflux_dist.envs import make_envs
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
+
+SETTINGS = config.from_dict(
+    {
+        "model": "tdmpc2:tiny",
+        "model_options": {"units": 16, "latent": 16, "encoder_units": 16, "plan_samples": 32},
+        "env": {"id": "Pendulum-v1", "num_envs": 2},
+    }
+)
+
+
+@pytest.fixture
+def store(ray_local: None) -> Iterator[Any]:
+    actor = ray.remote(num_cpus=0)(WeightStore).options(name=WEIGHTS).remote()
+    yield actor
+    ray.kill(actor)
+
+
+def make_obs(num: int, seed: int) -> dict[str, np.ndarray]:
+    return {"obs": np.random.default_rng(seed).normal(size=(num, 3)).astype(np.float32)}
+
+
+def test_calls_that_wait_share_a_batch_and_get_their_own_rows(store: Any) -> None:
+    envs = make_envs(SETTINGS.env, 0)
+    learned = SETTINGS.make_agent(envs.spaces)
+    ray.get(store.publish.remote(7, learned.inference_state()))
+    acting = ActingActor(SETTINGS, envs.spaces)
+    sizes: list[int] = []
+    act_batch = acting.agent.act_batch
+
+    def counted(obs: Any, is_first: Any, carry: Any) -> Any:
+        sizes.append(len(is_first))
+        return act_batch(obs, is_first, carry)
+
+    acting.agent.act_batch = counted  # type: ignore[method-assign]
+
+    async def ask(carries: list[Any]) -> list[Any]:
+        calls = [
+            acting.act(make_obs(num, seed=num), np.array([carry is None] * num), carry)
+            for num, carry in zip((1, 2, 3), carries, strict=True)
+        ]
+        return await asyncio.gather(*calls)
+
+    first = asyncio.run(ask([None, None, None]))
+    again = asyncio.run(ask([carry for _, carry, _ in first]))
+    assert sum(sizes) == 12 and len(sizes) < 6
+    for num, (action, carry, version), (_, later, _) in zip((1, 2, 3), first, again, strict=True):
+        assert action.shape == (num, 1) and version == 7
+        with torch.no_grad():
+            want = learned.world_model.encode(make_obs(num, seed=num)).tensors["latent"]
+        np.testing.assert_allclose(carry["state/latent"], want.numpy(), atol=1e-6)
+        np.testing.assert_array_equal(later["state/action"], action)  # the memory came along
+
+
+def test_an_error_reaches_everybody_who_waits(store: Any) -> None:
+    acting = ActingActor(SETTINGS, make_envs(SETTINGS.env, 0).spaces)
+
+    async def ask() -> list[Any]:
+        bad = {"obs": np.zeros((1, 5), np.float32)}
+        calls = [acting.act(bad, np.array([True]), None) for _ in range(2)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    assert all(isinstance(found, RuntimeError) for found in asyncio.run(ask()))
+
+
+def test_a_run_goes_on_after_the_process_that_acts_was_killed(tmp_path: Path) -> None:
+    with ToyRun(tmp_path, "scale.acting=actor", "train.threshold=null") as run:
+        run.wait_for("train ")
+        (process,) = run.processes("ray::ActingActor")
+        process.kill()
+        assert run.wait() == 0, run.output
+    lines = read_metrics(run.run_dir)
+    assert lines[-1]["env_steps"] >= 3072
+    assert max(line.get("staleness", 0) for line in lines) > 0
