@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces as gym_spaces
+from torch import Tensor
 
 from worldflux_dist.agent import Agent
 from worldflux_dist.data import Batch, Spaces
@@ -135,3 +136,24 @@ def random_batch(spaces: Spaces, size: int = 3, length: int = 6, seed: int = 0) 
 
 def tensors(batch: Batch) -> Batch:
     return batch.map(torch.from_numpy)
+
+
+# --------------------------------------------------------------------------------- tdmpc2
+
+
+def make_tdmpc2(obs: str = "vector", action: str = "continuous", **options: Any) -> Any:
+    """The small TD-MPC2 agent, the same each time, of which no output is zero."""
+    torch.manual_seed(0)
+    return perturbed(make_small("tdmpc2", obs, action, **options))
+
+
+def unbroken_batch(agent: Any, size: int = 3, length: int = 4, seed: int = 0) -> Batch:
+    """A (B, T) batch of tensors in which no episode begins or ends."""
+    return tensors(random_batch(agent.spaces, size + 2, length, seed)).map(lambda value: value[2:])
+
+
+def losses_of(agent: Any, batch: Batch) -> dict[str, Tensor]:
+    """The losses of model (B, H) and value (num_q, B, H), with the same draws each time."""
+    torch.manual_seed(1)
+    output = agent.world_model.loss(batch)
+    return output.losses | agent.behavior.loss(agent.world_model, output).losses

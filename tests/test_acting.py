@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 SETTINGS = config.from_dict(
     {
         "model": "tdmpc2:tiny",
-        "model_options": {"units": 16, "latent": 16, "encoder_units": 16, "plan_samples": 32},
+        "model_options": {"units": 16, "latent": 16, "encoder_units": 16, "plan_samples": 40},
         "env": {"id": "Pendulum-v1", "num_envs": 2},
     }
 )

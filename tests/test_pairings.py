@@ -65,14 +65,14 @@ def make_pair(pair: tuple[str, str, str, str], **planner: Any) -> Any:
 @PLANNED
 @torch.no_grad()
 def test_a_batch_of_plans_equals_single_plans(pair: tuple[str, str, str, str]) -> None:
-    agent = perturbed(make_pair(pair))
+    agent = perturbed(make_pair(pair, elites=10))
     model, behavior, planner = agent.world_model, agent.behavior, agent.planner
     state = model.encode(look(agent))
     noise = planner.draw(3, model, behavior, "cpu")
     _, mean = planner.plan(model, behavior, state, planner.initial(3, "cpu"))
     for greedy in (True, False):
         action, ahead = planner.plan(model, behavior, state, mean, greedy, noise=noise)
-        assert not torch.equal(ahead[0], ahead[2])
+        assert len(ahead.unique(dim=0)) > 1
         for i in range(3):
             one = slice(i, i + 1)
             alone = planner.plan(

@@ -80,20 +80,37 @@ class Toy(WorldModel):
         return ()
 
 
+class Windy(Toy):
+    """A model with draws, which it remembers having been given."""
+
+    noise_shape = (2,)
+
+    def __init__(self) -> None:
+        super().__init__(BOX, glide)
+        self.felt: list[Tensor] = []
+
+    def transition(self, state: State, action: Tensor, noise: Tensor | None = None) -> State:
+        assert noise is not None
+        self.felt.append(noise)
+        return super().transition(state, action)
+
+
 class Rule(Behavior):
-    """A policy and a value that are given. A policy None is asked for nothing."""
+    """A policy and a value that are given, which remembers the noise that values came with."""
 
     loss_scales = NO_LOSSES
 
     def __init__(self, policy: Function | None = None, value: Function = nothing) -> None:
         super().__init__()
         self.policy, self.worth = policy, value
+        self.asked: list[Any] = []
 
     def act(self, features: Tensor, greedy: bool = False, noise: Tensor | None = None) -> Tensor:
         assert self.policy is not None
         return self.policy(features)
 
     def value(self, features: Tensor, noise: Any = None) -> Tensor:
+        self.asked.append(noise)
         return self.worth(features)
 
     def loss(self, world_model: WorldModel, output: LossOutput) -> BehaviorLoss:
@@ -200,9 +217,10 @@ def test_terminal_values_decide_where_there_is_no_reward() -> None:
     model, behavior = plane(nothing), Rule(value=lambda x: -(x - 0.6).square().sum(-1))
     action, ahead = plan(model, make_planner(model), behavior, num=4)
     close(action + ahead[:, :2].sum(1), 1.2, 0.2)  # half of it is the way
-    ended = plane(nothing, nothing)  # what comes after an end is worth nothing
-    _, unmoved = plan(ended, make_planner(ended, samples=512, iterations=1), behavior, num=4)
-    assert (unmoved[:, :2].sum(1) - ahead[:, :2].sum(1)).abs().max() > 0.2
+    ended = plane(going=nothing)  # only the first reward counts: what comes after is worth nothing
+    far = Rule(value=lambda x: 100 * x.sum(-1))
+    action, _ = plan(ended, make_planner(ended, iterations=16), far, num=4)
+    close(action, 2 * TARGET, 0.05)
 
 
 @pytest.mark.parametrize(
@@ -309,3 +327,19 @@ def test_a_model_without_reward_needs_a_goal() -> None:
     with pytest.raises(ValueError, match=r"set planner.objective to goal"):
         make_planner(model)
     assert make_planner(model, objective="goal")
+
+
+def test_all_candidates_of_a_step_feel_the_same_wind() -> None:
+    """Every step its own, in proposals and in each iteration, and every environment its own."""
+    model, behavior = Windy(), Rule(lambda x: x)
+    planner = make_planner(model, samples=4, elites=2, proposals=2, iterations=2)
+    noise = draws(planner, model, behavior, 5)
+    noise.values = ["first", "second"]
+    plan(model, planner, behavior, num=5, noise=noise)
+    assert behavior.asked == noise.values
+    assert noise.transitions is not None
+    steps = [0, 1, 0, 1, 2, 0, 1, 2]  # the last action of a proposal needs no step
+    for felt, h in zip(model.felt, steps, strict=True):
+        wind = felt.unflatten(0, (5, -1))
+        assert torch.equal(wind, noise.transitions[h][:, None].expand_as(wind))
+    assert len(noise.transitions.flatten(0, 1).unique(dim=0)) == 15

@@ -26,7 +26,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "model": "tdmpc2:tiny",
         "model_options": {
             **{"encoder_units": 16, "units": 16, "latent": 16, "channels": 4},
-            **{"plan_samples": 32, "plan_iterations": 2},
+            **{"plan_samples": 32, "plan_iterations": 2, "plan_proposals": 4},
         },
         "replay": {"batch_size": 4, "batch_length": 6, "capacity": 1000},
     },
