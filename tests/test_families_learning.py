@@ -209,6 +209,23 @@ def test_reset_forgets_the_episode(family: str) -> None:
 
 
 @CASES
+def test_acting_remembers_what_was_seen_and_done(case: tuple[str, str, str]) -> None:
+    agent = make_case(case)
+    model = agent.world_model
+    state, action, carry = model.initial(3), torch.zeros(3, agent.spaces.action_dim), None
+    for time in range(3):
+        first = np.array([time == 0] * 3)
+        torch.manual_seed(time)
+        with torch.no_grad():
+            state = model.update(state, action, look(agent, time), torch.from_numpy(first))
+        torch.manual_seed(time)
+        chosen, carry = agent.act_batch(look(agent, time), first, carry)
+        action = torch.from_numpy(chosen)
+        for name, value in state.tensors.items():
+            assert torch.equal(carry[f"state/{name}"], value), name
+
+
+@CASES
 def test_rows_of_a_batch_reset_on_their_own(case: tuple[str, str, str]) -> None:
     agent = make_case(case)
     _, carry = agent.act_batch(look(agent), np.ones(3, bool))

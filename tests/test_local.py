@@ -77,6 +77,7 @@ def trained_on_echo(family: str, runner: EnvRunner, spaces: Spaces, steps: int) 
     return model
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("discrete", [False, True])
 @FAMILY
 def test_state_and_reward_of_one_index_belong_together(family: str, discrete: bool) -> None:

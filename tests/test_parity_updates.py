@@ -30,7 +30,7 @@ from torch import Tensor
 
 from worldflux_dist.data import Batch
 from worldflux_dist.learner import Learner, LearnerConfig
-from worldflux_dist.models.base import LossOutput, State
+from worldflux_dist.models.base import LossOutput
 
 UPDATES = pytest.mark.parametrize("number", [1, 2])
 
@@ -103,8 +103,7 @@ def test_predictions_and_targets_of_an_update(ref: Values, number: int) -> None:
     path, seen = output.path, model.features(output.states)
     with torch.no_grad():
         close(model.features(path), batch_major(v["zs"]))
-        rest = State(path.tensors)[:, 1:]
-        close(bins(model.reward_logits(rest)), batch_major(v["reward_logits"]))
+        close(bins(model.reward(path.tensors["origin"][:, 1:])), batch_major(v["reward_logits"]))
         pairs = torch.cat([model.features(path)[:, :-1], batch.action[:, 1:]], -1)
         close(bins(behavior.qs(pairs)), v["q_logits"].transpose(1, 2))
         ended = model.terminal(model.features(path)[:, -1])[:, 0] > 0

@@ -275,9 +275,11 @@ def test_the_spread_of_the_elites_stays_between_its_bounds() -> None:
     model = plane(nothing)
     planner = make_planner(model, samples=8, elites=8, iterations=2, min_std=0.3, max_std=0.4)
     noise = draws(planner, model, Rule())
-    noise.samples[0].zero_()  # after this all elites are one
-    _, ahead = plan(model, planner, noise=noise)
-    close(ahead[0, :2], (0.3 * noise.samples[1, :, 0]).clamp(-1, 1).mean(1)[1:], 1e-6)
+    sides = torch.tensor([10.0, -10.0]).repeat(4)[:, None]
+    for first, spread in ((torch.zeros(1), 0.3), (sides, 0.4)):  # elites all one, or far apart
+        noise.samples[0] = first
+        _, ahead = plan(model, planner, noise=noise)
+        close(ahead[0, :2], (spread * noise.samples[1, :, 0]).clamp(-1, 1).mean(1)[1:], 1e-6)
 
 
 def test_mppi_acts_on_an_elite_drawn_by_its_weight() -> None:

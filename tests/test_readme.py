@@ -13,6 +13,7 @@ from worldflux_dist.envs import EnvConfig, report
 README = Path(__file__).parents[1] / "README.md"
 
 
+@pytest.mark.learning
 def test_the_example_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (source,) = re.findall(r"```python\n# dock\.py\n(.*?)```", README.read_text(), re.DOTALL)
     (tmp_path / "dock.py").write_text(source)
@@ -21,8 +22,8 @@ def test_the_example_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert found.usable and not found.warnings, found.lines()
     settings = config.load(
         [README.parent / "configs" / "tdmpc2_tiny.yaml"],
-        ["env.id=dock:Dock", "env.max_episode_steps=50", "train.env_steps=160"]
-        + ["train.prefill=100", "train.train_ratio=8", "train.eval_episodes=2"],
+        "env.id=dock:Dock env.max_episode_steps=50 train.env_steps=160 train.prefill=100 "
+        "train.train_ratio=8 train.eval_episodes=2".split(),
     )
     result = local.train(settings)
     assert result.limiter.gradient_steps == 2

@@ -311,7 +311,7 @@ def test_a_buffer_takes_no_memory_before_it_fills_and_gives_it_back() -> None:
     code = (
         "import numpy as np, psutil; from worldflux_dist import learner\n"
         "from worldflux_dist.replay.memory import zeros\n"
-        "learner._keep_freed_memory(); rss = psutil.Process().memory_info; start = rss().rss\n"
+        "learner.keep_freed_memory(); rss = psutil.Process().memory_info; start = rss().rss\n"
         "for _ in range(3):\n"
         "    rows = zeros((2**30,), np.dtype(np.uint8)); assert rss().rss - start < 2**24\n"
         "    rows[: 2**27] = 1; assert rss().rss - start > 2**26; del rows\n"

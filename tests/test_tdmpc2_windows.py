@@ -62,7 +62,7 @@ def test_a_reset_takes_away_its_losses_and_restarts_the_path(at: int) -> None:
     path, seen = output.path.tensors["latent"], output.states.tensors["latent"]
     assert torch.equal(path[1, at], seen[1, at])
     assert not torch.equal(path[0, at], seen[0, at])
-    assert not output.states.tensors["before"][1, at].any()
+    assert not output.states.tensors["origin"][1, at].any()
     for t in range(at + 1, 4):
         state = model.transition(output.path[1:2, t - 1], batch.action[1:2, t])
         torch.testing.assert_close(state.tensors["latent"], path[1:2, t])
@@ -79,7 +79,7 @@ def test_states_of_a_window_are_those_of_single_updates() -> None:
         obs = {key: value[:, t] for key, value in batch.obs.items()}
         state = model.update(state, batch.action[:, t] * ~first[:, t, None], obs, first[:, t])
         rows = states[t // 4 :: 3, t % 4]
-        for name in ("latent", "before"):
+        for name in ("latent", "origin"):
             torch.testing.assert_close(rows.tensors[name], state.tensors[name], msg=name)
 
 

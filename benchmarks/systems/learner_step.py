@@ -154,7 +154,10 @@ def measure_tdmpc2(size: str, dtype: Precision, args: argparse.Namespace) -> lis
     torch.set_num_threads(args.threads)
     observation = spaces.Box(-np.inf, np.inf, (24,), np.float32)
     action = spaces.Box(-1, 1, (6,), np.float32)
-    agent = Agent(f"tdmpc2:{size}", Spaces(observation, action), planner={"precision": dtype})
+    # Without a termination head, as the official default for tasks that do not end.
+    options = {"termination": "none"}
+    spaces_ = Spaces(observation, action)
+    agent = Agent(f"tdmpc2:{size}", spaces_, options, planner={"precision": dtype})
     learner = Learner(agent, LearnerConfig(precision=dtype, threads=args.threads, device="cpu"))
     batch = random_batch(observation, action, shape=(256, 4))
 

@@ -73,8 +73,8 @@ class PlannerConfig:
 class PlanNoise:
     """All random draws of a plan for B environments.
 
-    As `dist.action_noise` draws them: proposals (H, B, P, A), samples (I, H, B, N - P, A) and action
-    (B, A). transitions (H, B, ...) are the model's, one for all candidates; pick (B, E) are
+    Of `dist.action_noise`: proposals (H, B, P, A), samples (I, H, B, N - P, A), action (B, A).
+    transitions (H, B, ...) are the model's, one for all candidates; pick (B, E) are
     exponential; values holds the behavior's draws for (B, N) final states of each iteration.
     """
 
@@ -209,6 +209,7 @@ class _Search:
         state, actions = self.expanded(self.config.proposals), []
         for h, draw in enumerate(draws):
             action = self.behavior.act(self.world_model.features(state), noise=draw.flatten(0, 1))
+            action = action.clamp(-1, 1)  # a policy may leave it to the environment to clip
             actions.append(action.view_as(draw))
             if h + 1 < len(draws):
                 state = self.step(state, action, h)

@@ -18,6 +18,7 @@ from ray.exceptions import ActorUnavailableError
 from worldflux_dist.config import Config
 from worldflux_dist.data import Spaces
 from worldflux_dist.distributed.weights import WEIGHTS
+from worldflux_dist.learner import keep_freed_memory
 
 ACTING = "acting"  # the actor's name in the namespace of its run
 PULL_EVERY_S = 0.2
@@ -29,6 +30,7 @@ class ActingActor:
 
     def __init__(self, config: Config, spaces: Spaces) -> None:
         torch.set_num_threads(config.scale.runner_threads)
+        keep_freed_memory()
         self.agent = config.make_agent(spaces)
         if config.learner.device != "cpu" and torch.cuda.is_available():
             self.agent = self.agent.cuda()

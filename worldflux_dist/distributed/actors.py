@@ -26,7 +26,7 @@ from worldflux_dist.distributed.shard import ShardReport, shard_name
 from worldflux_dist.distributed.weights import WEIGHTS
 from worldflux_dist.envs import make_envs
 from worldflux_dist.envs.acting import random_act
-from worldflux_dist.learner import Learner
+from worldflux_dist.learner import Learner, keep_freed_memory
 from worldflux_dist.runner import EnvRunner, Episode
 
 SHARD_WAIT_S = 60.0  # a shard's process is back after two to ten seconds
@@ -51,6 +51,7 @@ class EnvRunnerActor:
 
     def __init__(self, config: Config, index: int, env_steps: int) -> None:
         torch.set_num_threads(config.scale.runner_threads)
+        keep_freed_memory()
         # Neither a resumed run nor a restarted runner plays the episodes of its former life again.
         life = ray.get_runtime_context().was_current_actor_reconstructed * time.time_ns()
         seed = np.random.SeedSequence([config.seed, index, env_steps, life]).generate_state(1)[0]

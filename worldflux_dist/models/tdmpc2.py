@@ -1,8 +1,8 @@
 """TD-MPC2 (2024): a latent world model without a decoder, made to be planned in.
 
-State: latent (B, L) on a product of simplices (SimNorm), and what led to it: `before` (B, L), the
-latent it came from (zero where nothing came before), and the action (B, A) that went in. Reward
-belongs to that pair, so `decode` reads it from there. Images add the last frames they need.
+State: latent (B, L) on a product of simplices (SimNorm), and `origin` (B, L + A), what led to it:
+the latent before and the action that went in, zero where nothing came before. Reward belongs to
+that pair, so `decode` reads it from there. Images add the last frames they need.
 
     z_0 = h(o_0),  z_k = d(z_{k-1}, a_k)                             k = 1..H, one window of replay
     L = 20 sum rho^{k-1} |z_k - sg h(o_k)|^2 + 0.1 sum rho^{k-1} CE(R(z_{k-1}, a_k), r_k)
@@ -204,8 +204,7 @@ class TDMPC2(WorldModel):
         c, like = self.config, self.bins
         state = {
             "latent": like.new_zeros(batch_size, c.latent),
-            "before": like.new_zeros(batch_size, c.latent),
-            "action": like.new_zeros(batch_size, self.spaces.action_dim),
+            "origin": like.new_zeros(batch_size, c.latent + self.spaces.action_dim),
         }
         for key in self.encoder.images:
             shape = (batch_size, c.frames - 1, *self.spaces.obs[key].shape)
@@ -224,7 +223,7 @@ class TDMPC2(WorldModel):
         if is_first is None:
             is_first = torch.zeros(len(action), dtype=torch.bool, device=action.device)
         keep = (~is_first).float().unsqueeze(-1)
-        new = {"before": state.tensors["latent"] * keep, "action": action * keep}
+        new = {"origin": torch.cat([state.tensors["latent"], action], -1) * keep}
         for key in self.encoder.images:
             newest = obs[key].unsqueeze(1)
             past = state.tensors[f"frames/{key}"]
@@ -235,17 +234,17 @@ class TDMPC2(WorldModel):
         return State({"latent": self.encoder(obs, noise)} | new)
 
     def transition(self, state: State, action: Tensor, noise: Tensor | None = None) -> State:
-        latent = state.tensors["latent"]
-        after = self.dynamics(torch.cat([latent, action], -1))
-        return State(state.tensors | {"latent": after, "before": latent, "action": action})
+        origin = torch.cat([state.tensors["latent"], action], -1)
+        return State(state.tensors | {"latent": self.dynamics(origin), "origin": origin})
 
     def decode(
         self, state: State, heads: Sequence[str] = ("obs", "reward", "continue")
     ) -> Prediction:
         preds: dict[str, Any] = {}
         if "reward" in heads:
-            reward = dist.symexp(dist.twohot_predict(self.reward_logits(state), self.bins))
-            moved = state.tensors["before"].sum(-1) > 0.5  # a latent's entries sum to L / 8
+            origin = state.tensors["origin"]
+            reward = dist.symexp(dist.twohot_predict(self.reward(origin), self.bins))
+            moved = origin[..., : self.config.latent].any(-1)
             preds["reward"] = torch.where(moved, reward, 0.0)
         if "continue" in heads:
             preds["continue"] = self._continue(state.tensors["latent"])
@@ -258,9 +257,6 @@ class TDMPC2(WorldModel):
         if self.config.termination == "hard":
             ends = (ends > 0.5).float()
         return self.discount * (1 - ends)
-
-    def reward_logits(self, state: State) -> Tensor:
-        return self.reward(torch.cat([state.tensors["before"], state.tensors["action"]], -1))
 
     def features(self, state: State) -> Tensor:
         return state.tensors["latent"]
@@ -288,36 +284,29 @@ class TDMPC2(WorldModel):
         path = self._unroll(seen, batch)
         keep = (~batch.is_first[:, 1:]).float()
         weight = keep * c.rho ** torch.arange(c.horizon, device=keep.device)  # (B, H)
-        latent, rest = path.tensors["latent"][:, 1:], State(path.tensors)[:, 1:]
+        latent, logits = path.tensors["latent"][:, 1:], self.reward(path.tensors["origin"][:, 1:])
+        wanted = dist.symlog(batch.reward[:, 1:])
         losses = {
             "consistency": weight * (latent - later).square().mean(-1),
-            "reward": weight
-            * dist.twohot_loss(
-                self.reward_logits(rest), dist.symlog(batch.reward[:, 1:]), bins=self.bins
-            ),
+            "reward": weight * dist.twohot_loss(logits, wanted, bins=self.bins),
         }
         if self.terminal is not None:
             logit, ended = self.terminal(latent).squeeze(-1), batch.is_terminal[:, 1:].float()
             losses["termination"] = keep * dist.bernoulli_loss(logit, ended)
-        before = F.pad(seen[:, :-1], (0, 0, 1, 0)) * (~batch.is_first).float().unsqueeze(-1)
-        states = State({"latent": seen, "before": before, "action": batch.action})
+        origin = torch.cat([seen[:, :-1], batch.action[:, 1:]], -1) * keep.unsqueeze(-1)
+        states = State({"latent": seen, "origin": F.pad(origin, (0, 0, 1, 0))})
         return LossOutput(losses, {}, states, path, batch)
 
     def _unroll(self, seen: Tensor, batch: Batch) -> State:
         """Predicted states (B, H + 1): from the first latent seen, anew after every reset."""
-        latent, befores, latents = seen[:, 0], [torch.zeros_like(seen[:, 0])], [seen[:, 0]]
+        state = State({"latent": seen[:, 0], "origin": self.initial(len(seen)).tensors["origin"]})
+        states = [state]
         for t in range(1, seen.shape[1]):
-            befores.append(latent)
-            after = self.dynamics(torch.cat([latent, batch.action[:, t]], -1))
-            latent = torch.where(batch.is_first[:, t, None], seen[:, t], after)
-            latents.append(latent)
-        return State(
-            {
-                "latent": torch.stack(latents, 1),
-                "before": torch.stack(befores, 1),
-                "action": batch.action,
-            }
-        )
+            state = self.transition(state, batch.action[:, t])
+            latent = torch.where(batch.is_first[:, t, None], seen[:, t], state.tensors["latent"])
+            state = State(state.tensors | {"latent": latent})
+            states.append(state)
+        return State.stack(states, 1)
 
     def _stacked(self, batch: Batch, context: int) -> dict[str, Tensor]:
         """Observations without the context; images (B, T, frames, H, W, C) with what came before,

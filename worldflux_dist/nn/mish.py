@@ -17,30 +17,32 @@ GROUP = 8  # entries that share one softmax in SimNorm
 
 
 class _Mish(torch.autograd.Function):
-    """x tanh(softplus(x)) = x - 2 x / s with s = (1 + e^x)^2 + 1, and its derivative
-    1 - 2 / s + 4 x w (w - 1) / s^2 with w = 1 + e^x."""
+    """x tanh(softplus(x)) = x (1 - r) / (1 + r) with q = sigmoid(-x), r = q^2, and its derivative
+    (1 - r) / (1 + r) + 4 x (1 - q) r / (1 + r)^2. No exponential can overflow."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        w = x.clamp(max=20).exp_().add_(1)
-        s = w.square().add_(1)
-        ctx.save_for_backward(x, w, s)
-        return torch.addcdiv(x, x, s, value=-2)
+        q = torch.neg(x).sigmoid_()
+        ctx.save_for_backward(x, q)
+        r = q * q
+        return (1 - r).mul_(x).div_(r.add_(1))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        x, w, s = ctx.saved_tensors
-        r = s.reciprocal()
-        slope = (w - 1).mul_(w).mul_(x).mul_(r).mul_(2).sub_(1).mul_(r).mul_(2).add_(1)
-        return slope.mul_(grad)
+        x, q = ctx.saved_tensors
+        r = q * q
+        a = (r + 1).reciprocal_()
+        bent = (1 - q).mul_(r).mul_(x).mul_(a)
+        return torch.add(1 - r, bent, alpha=4).mul_(a).mul_(grad)
 
 
 def mish(x: Tensor) -> Tensor:
     """x tanh(ln(1 + e^x)), element by element."""
     if x.requires_grad:
         return _Mish.apply(x)
-    w = x.clamp(max=20).exp_().add_(1)
-    return torch.addcdiv(x, x, w.mul_(w).add_(1), value=-2)
+    q = torch.neg(x).sigmoid_()
+    r = q.mul_(q)
+    return (1 - r).mul_(x).div_(r.add_(1))
 
 
 def simnorm(x: Tensor) -> Tensor:
