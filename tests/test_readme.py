@@ -22,8 +22,14 @@ def test_the_example_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert found.usable and not found.warnings, found.lines()
     settings = config.load(
         [README.parent / "configs" / "tdmpc2_tiny.yaml"],
-        "env.id=dock:Dock env.max_episode_steps=50 train.env_steps=160 train.prefill=100 "
-        "train.train_ratio=8 train.eval_episodes=2".split(),
+        [
+            "env.id=dock:Dock",
+            "env.max_episode_steps=50",
+            "train.env_steps=160",
+            "train.prefill=100",
+            "train.train_ratio=8",
+            "train.eval_episodes=2",
+        ],
     )
     result = local.train(settings)
     assert result.limiter.gradient_steps == 2
