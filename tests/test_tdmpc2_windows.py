@@ -192,3 +192,12 @@ def test_shifts_are_small_shared_by_frames_and_repeat_edges() -> None:
     assert torch.equal(random_shift(images, torch.full((49, 2), STILL)), images)
     torch.manual_seed(0)
     assert not torch.equal(random_shift(images), images)
+
+
+def test_one_frame_is_enough_where_a_picture_tells_all() -> None:
+    agent = make_tdmpc2("image", frames=1)
+    output = agent.world_model.loss(unbroken_batch(agent, 2, 8))
+    assert output.batch.reward.shape == (4, 4)
+    assert all(loss.isfinite().all() for loss in output.losses.values())
+    state = agent.world_model.encode(look(agent))
+    assert state.tensors["frames/obs"].shape[1] == 0

@@ -1,6 +1,7 @@
 """The agent: a world model and a behavior, with one loss, one way to act and one file format.
 
-`forward(batch)` is the loss: one forward, one backward, so that DDP can wrap it unchanged.
+`forward(batch)` is the loss: one forward and one backward for each optimizer, and there is a
+second optimizer only where a policy learns apart, once all else has stepped.
 Checkpoints are safetensors and JSON, never pickle.
 """
 

@@ -278,9 +278,10 @@ class TDMPC2(WorldModel):
         obs = self._stacked(batch, context)
         batch = batch.map(lambda value: value[:, context:])
         batch.obs = obs
+        first = self._encode(obs, slice(0, 1), noise)  # before the rest: autocast keeps its casts
         with torch.no_grad():
             later = self._encode(obs, slice(1, None), noise)
-        seen = torch.cat([self._encode(obs, slice(0, 1), noise), later], 1)  # (B, H + 1, L)
+        seen = torch.cat([first, later], 1)  # (B, H + 1, L)
         path = self._unroll(seen, batch)
         keep = (~batch.is_first[:, 1:]).float()
         weight = keep * c.rho ** torch.arange(c.horizon, device=keep.device)  # (B, H)
@@ -312,7 +313,7 @@ class TDMPC2(WorldModel):
         """Observations without the context; images (B, T, frames, H, W, C) with what came before,
         but nothing from before a reset."""
         obs = {key: value[:, context:] for key, value in batch.obs.items()}
-        if not context:
+        if not self.encoder.images:
             return obs
         steps = torch.arange(batch.is_first.shape[1], device=batch.is_first.device)
         begun = torch.where(batch.is_first, steps, 0).cummax(1).values  # (B, T) last reset
