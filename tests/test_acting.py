@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def test_calls_that_wait_share_a_batch_and_get_their_own_rows(store: Any) -> Non
     envs = make_envs(SETTINGS.env, 0)
     learned = SETTINGS.make_agent(envs.spaces)
     ray.get(store.publish.remote(7, learned.inference_state()))
-    acting = ActingActor(SETTINGS, envs.spaces)
+    acting = ActingActor(SETTINGS, envs.spaces, 0)
     sizes: list[int] = []
     act_batch = acting.agent.act_batch
 
@@ -73,8 +74,32 @@ def test_calls_that_wait_share_a_batch_and_get_their_own_rows(store: Any) -> Non
         np.testing.assert_array_equal(remembered, action)
 
 
+def test_callers_that_are_out_of_step_come_to_share_batches(store: Any) -> None:
+    acting = ActingActor(SETTINGS, make_envs(SETTINGS.env, 0).spaces, 0)
+    sizes: list[int] = []
+
+    def slow(obs: Any, is_first: Any, carry: Any) -> Any:
+        sizes.append(len(is_first))
+        time.sleep(0.05)
+        return np.zeros((len(is_first), 1), np.float32), carry
+
+    acting.agent.act_batch = slow  # type: ignore[method-assign]
+
+    async def runner(delay: float) -> None:
+        await asyncio.sleep(delay)
+        for _ in range(10):
+            await acting.act(make_obs(1, 0), np.array([False]), None)
+            await asyncio.sleep(0.003)  # its environments
+
+    async def both() -> None:
+        await asyncio.gather(runner(0), runner(0.03))
+
+    asyncio.run(both())
+    assert sizes.count(2) >= 8, sizes
+
+
 def test_an_error_reaches_everybody_who_waits(store: Any) -> None:
-    acting = ActingActor(SETTINGS, make_envs(SETTINGS.env, 0).spaces)
+    acting = ActingActor(SETTINGS, make_envs(SETTINGS.env, 0).spaces, 0)
 
     async def ask() -> list[Any]:
         bad = {"obs": np.zeros((1, 5), np.float32)}
@@ -91,5 +116,7 @@ def test_a_run_goes_on_after_the_process_that_acts_was_killed(tmp_path: Path) ->
         process.kill()
         assert run.wait() == 0, run.output
     lines = read_metrics(run.run_dir)
+    assert "the process that acts died; it is started again" in run.output
     assert lines[-1]["env_steps"] >= 3072
+    assert lines[-1]["restarts/acting"] >= 1
     assert max(line.get("staleness", 0) for line in lines) > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import REPOSITORY
 
 from worldflux_dist import config
@@ -108,3 +109,13 @@ def test_every_overlay_loads_and_its_yaml_loads_back_equal(path: Path, tmp_path:
     family = REPOSITORY / "configs" / "dreamerv3.yaml"
     made = config.load([family, path], ["model_options={multipliers: [2, 4]}", "env.kwargs.a=1e-9"])
     assert config.load([write(tmp_path / "saved.yaml", config.to_yaml(made))]) == made
+
+
+def test_environments_leave_the_model_to_its_own_file() -> None:
+    """A family's file and an environment's combine in any order; only Atari's protocols name a
+    ratio."""
+    for path in sorted((REPOSITORY / "configs" / "envs").glob("*.yaml")):
+        values = yaml.safe_load(path.read_text())
+        assert set(values) <= {"env", "train", "replay"}, path
+        assert "train_ratio" not in values["train"] or path.name.startswith("atari"), path
+        assert set(values["replay"]) == {"capacity"}, path

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small import family_batch, look, make_small, perturbed
+from small import FAMILIES, family_batch, look, make_small, perturbed, tensors
 from torch import Tensor
 
 from worldflux_dist.agent import Agent
@@ -249,3 +250,38 @@ def test_only_an_actor_critic_learns_in_imagination_alone() -> None:
         agent.policy_loss(rollout)
     with pytest.raises(ValueError, match=r"no behavior.kind 'latent': did you mean 'latent_td'"):
         make_small("tdmpc2", behavior={"kind": "latent"})
+
+
+def test_settings_that_would_be_ignored_are_refused() -> None:
+    for planner, sentence in (
+        ({"goal": (0.0,) * 5}, "set planner.objective to goal"),
+        ({"objective": "goal", "method": "none"}, "set planner.method"),
+        ({"min_std": 3.0}, "at most max_std"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            make_small("tdmpc2", planner=planner)
+    for options in ({"plan_samples": 4}, {"plan_samples": 24}, {"rho": 0.0}, {"latent": 0}):
+        with pytest.raises(ValueError, match=next(iter(options)).split("_")[-1]):
+            make_small("tdmpc2", **options)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_step_of_a_path_counts_what_its_model_says(family: str) -> None:
+    """Predicted steps count less and less; posteriors all alike, wherever their row begins."""
+    agent = make_small(family, behavior={"kind": "latent_td"})
+    output = agent.world_model.loss(tensors(family_batch(agent)))
+    steps = output.batch.reward.shape[1]
+    want = [0.5**k for k in range(steps)] if family == "tdmpc2" else [1.0] * steps
+    assert output.weight.tolist() == want
+    loss = agent.behavior.loss(agent.world_model, output).losses["value"]
+    counted = loss.detach().flatten(0, 1).amax(0)  # (T - 1,)
+    uniform = torch.tensor(float(np.log(101)))  # fresh Qs: the same loss everywhere
+    torch.testing.assert_close(counted, output.weight[:-1] * uniform, rtol=0.02, atol=0)
+
+
+def test_a_first_call_in_mid_episode_is_a_first_look() -> None:
+    agent = make_small("tdmpc2", "image")
+    obs = look(agent)
+    _, carry = agent.act_batch(obs, np.zeros(len(obs["obs"]), bool))
+    frames = carry["state/frames/obs"]
+    assert torch.equal(frames[:, 0], frames[:, -1]) and frames.any()

@@ -21,7 +21,7 @@ from worldflux_dist.data import Spaces
 from worldflux_dist.envs import EnvConfig, make_envs, report
 
 TROUBLES = "trouble_envs"
-MLP = "read by the MLP on symlog"
+MLP = "read by the MLP"
 CNN = "read by the image encoder"
 FACTS = {
     "DictObs": [

@@ -145,8 +145,8 @@ def test_the_policy_loss_teaches_the_actor_alone(action: str) -> None:
     torch.manual_seed(1)
     learner.step(batch)
     torch.manual_seed(1)
-    loss, _, features = other(tensors(batch))
-    assert not features.requires_grad
+    loss, _, path = other(tensors(batch))
+    assert not path[0].requires_grad
     loss.backward()
     grads = {name: p.grad for name, p in other.named_parameters() if p.grad is not None}
     assert not any("actor" in name for name in grads)
@@ -154,7 +154,7 @@ def test_the_policy_loss_teaches_the_actor_alone(action: str) -> None:
         if not name.startswith("behavior.actor") and param.requires_grad:
             torch.testing.assert_close(param.grad, grads[name], msg=name)
     other.behavior.qs.load_state_dict(agent.behavior.qs.state_dict())
-    other(None, "policy", features)[0].backward()
+    other(None, "policy", path)[0].backward()
     for mine, theirs in zip(
         agent.behavior.actor.parameters(), other.behavior.actor.parameters(), strict=True
     ):
@@ -188,10 +188,10 @@ def test_dropout_is_in_the_learned_qs_alone() -> None:
     assert not differs(lambda: behavior.value(features, draw))
     assert not differs(lambda: behavior.target(features, reward, torch.ones(3, 4), draw))
     assert differs(lambda: behavior.loss(agent.world_model, output, ahead).losses["value"])
-    assert differs(lambda: behavior.policy_loss(features, draw)[0])
+    assert differs(lambda: behavior.policy_loss(features, torch.ones(features.shape[1]), draw)[0])
     behavior = make_tdmpc2(action="discrete", behavior={"dropout": 0.5}).behavior
     draw = behavior.value_noise((3, 4), "cpu")
-    assert differs(lambda: behavior.policy_loss(features, draw)[0])
+    assert differs(lambda: behavior.policy_loss(features, torch.ones(features.shape[1]), draw)[0])
 
 
 def test_the_expected_q_of_a_choice_is_its_average() -> None:

@@ -83,17 +83,17 @@ class Agent(nn.Module):
     # ------------------------------------------------------------------------------- learning
 
     def forward(
-        self, batch: Batch, stage: str = "model", features: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        self, batch: Batch, stage: str = "model", path: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor] | None]:
         """The loss of a (B, T) batch of tensors, for one of the `optimizers`.
 
-        "model": weighted sum of the means of all losses; also gives the features from which the
-        stage "policy" starts, where there is one. Metrics are scalar tensors, with each loss
+        "model": weighted sum of the means of all losses; also gives the path from which the stage
+        "policy" starts, where there is one. Metrics are scalar tensors, with each loss
         (`loss/<name>`, detached) among them.
         """
         if stage == "policy":
-            assert features is not None
-            loss, metrics = self.behavior.policy_loss(features)
+            assert path is not None
+            loss, metrics = self.behavior.policy_loss(*path)
             return loss, {"loss/policy": loss.detach()} | metrics, None
         output = self.world_model.loss(batch)
         more = self.behavior.loss(self.world_model, output)
@@ -102,7 +102,7 @@ class Agent(nn.Module):
         total = torch.stack([scales.get(name, 1.0) * mean for name, mean in means.items()]).sum()
         logged = {f"loss/{name}": mean.detach() for name, mean in means.items()}
         logged |= {"loss": total.detach()} | output.metrics | more.metrics
-        return total, logged, more.features
+        return total, logged, more.path
 
     def policy_loss(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         """The behavior's loss alone, on an imagined trajectory; the model gets no gradient.
@@ -142,10 +142,12 @@ class Agent(nn.Module):
     ) -> tuple[np.ndarray, Carry]:
         """Flat actions (N, A) for converted observations (N, ...), and what to remember.
 
-        `carry` is what the last call gave (None before the first); is_first (N,) rows forget it.
+        `carry` is what the last call gave; is_first (N,) rows forget it, and all do where it is
+        None.
         """
         first = torch.as_tensor(is_first, device=self.device)
-        carry = self.initial_carry(len(first)) if carry is None else carry
+        if carry is None:
+            carry, first = self.initial_carry(len(first)), torch.ones_like(first)
         remembered = {n[6:]: value for n, value in carry.items() if n.startswith("state/")}
         action = carry["action"].to(self.device)
         state = self.world_model.update(State(remembered), action, obs, first)
@@ -173,12 +175,18 @@ class Agent(nn.Module):
         """Features (1, F) of the goal, where plans have one."""
         if self.planner is None or self.planner.config.objective != "goal":
             return None
-        if self._goal is None:
+        if self.needs_goal:
             raise ValueError(
                 "planner.objective is goal and there is none: set planner.goal or call "
                 "Agent.set_goal(obs)"
             )
         return self.world_model.features(self.world_model.encode(self._goal))
+
+    @property
+    def needs_goal(self) -> bool:
+        """Whether plans are to lead to a goal that nobody has given yet."""
+        goal = self.planner is not None and self.planner.config.objective == "goal"
+        return goal and self._goal is None
 
     def set_goal(self, obs: Any) -> None:
         """Plan from now on to where `obs`, one observation of the environment's own, is seen.
@@ -278,7 +286,7 @@ class Agent(nn.Module):
     @classmethod
     def from_recipe(cls, recipe: dict[str, Any]) -> Agent:
         spaces = Spaces.from_json(recipe["spaces"])
-        parts = (recipe["model_options"], recipe["behavior"], recipe["planner"])
+        parts = (recipe["model_options"], recipe["behavior"], recipe.get("planner", {}))
         return cls(recipe["model"], spaces, *parts)
 
 

@@ -155,17 +155,19 @@ def episode_frames(agent: Agent, config: EnvConfig, seed: int, limit: int = 1000
     Raises NoPicturesError where the environment cannot draw itself.
     """
     envs = make_envs(config, seed, num_envs=1, render=True)
-    step = envs.step(np.zeros((1, envs.spaces.action_dim), np.float32))
-    frames, carry = [], None
-    while True:
-        frame = envs.render()
-        if frame is None:
-            raise NoPicturesError(
-                f"{config.id} has no rgb_array rendering, so there is no video of it"
-            )
-        frames.append(frame)
-        if step.is_last[0] or len(frames) == limit:
-            envs.close()
-            return np.stack(frames)
-        action, carry = agent.act_batch(step.obs, step.is_first, carry, greedy=True)
-        step = envs.step(action)
+    try:
+        step = envs.step(np.zeros((1, envs.spaces.action_dim), np.float32))
+        frames, carry = [], None
+        while True:
+            frame = envs.render()
+            if frame is None:
+                raise NoPicturesError(
+                    f"{config.id} has no rgb_array rendering, so there is no video of it"
+                )
+            frames.append(frame)
+            if step.is_last[0] or len(frames) == limit:
+                return np.stack(frames)
+            action, carry = agent.act_batch(step.obs, step.is_first, carry, greedy=True)
+            step = envs.step(action)
+    finally:
+        envs.close()

@@ -78,10 +78,10 @@ class Learner:
         """
         tensors = batch.map(self._tensor)
         values: dict[str, float] = {}
-        features = None
+        path = None
         for stage, optimizer in self.optimizers.items():
             with self._autocast():
-                loss, metrics, features = self.agent(tensors, stage, features)
+                loss, metrics, path = self.agent(tensors, stage, path)
             found = torch.stack(list(metrics.values())).tolist()
             values |= dict(zip(metrics, found, strict=True))
             self._check(values)

@@ -19,12 +19,12 @@ from worldflux_dist.models.base import LossOutput, WorldModel
 
 @dataclass
 class BehaviorLoss:
-    """Unreduced losses by name, metrics, and the features (..., F), detached, that a policy with
-    an optimizer of its own learns from once all else has stepped (None: there is no such one)."""
+    """Unreduced losses by name, metrics, and what a policy with an optimizer of its own learns from
+    once all else has stepped: features (B, T, F), detached, and what step t counts, (T,)."""
 
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor]
-    features: Tensor | None = None
+    path: tuple[Tensor, Tensor] | None = None
 
 
 class Behavior(nn.Module, ABC):
@@ -60,6 +60,6 @@ class Behavior(nn.Module, ABC):
         """The optimizer of a policy that learns apart, from `policy_loss`."""
         return None
 
-    def policy_loss(self, features: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss () of a policy that learns apart, and metrics."""
+    def policy_loss(self, features: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss () of a policy that learns apart, on a path, and metrics."""
         raise NotImplementedError(f"the policy of {type(self).__name__} learns with all else")

@@ -1,11 +1,12 @@
 """TD-MPC2's behavior: an ensemble of Qs by temporal differences, and a policy that ascends them.
 
     target = r + discount (1 - terminal) min over 2 random target Qs of Q'(z', a'),  a' ~ pi(z')
-    value:   mean over k, Qs of rho^(k-1) CE(Q(z_{k-1}, a_k), target_k)    z along the path
-    policy: -mean over k of rho^k (mean of 2 random Qs(z_k, a) / S + eta H),  a ~ pi(z_k)
+    value:   mean over k, Qs of w_{k-1} CE(Q(z_{k-1}, a_k), target_k)      z along the path
+    policy: -mean over k of w_k (mean of 2 random Qs(z_k, a) / S + eta H),  a ~ pi(z_k)
 
-with z' seen, not predicted; S a moving average of max(1, P95 - P5) of the Qs at k = 0; H the
-scaled entropy -A ln N(noise), which leaves the squashing out. The value loss reaches into the
+with z' seen, not predicted; w what the model says a step of its path counts (TD-MPC2: rho^k); S a
+moving average of max(1, P95 - P5) of the Qs where that is 1; H the scaled entropy -n ln N(noise)
+of a Box of n numbers, which leaves the squashing out. The value loss reaches into the
 model; the policy learns apart, on detached states, with its own optimizer, once the model and the
 Qs have stepped. Continuous parts of an action are squashed Gaussians.
 
@@ -40,7 +41,6 @@ class LatentTDConfig:
     num_q: int = 5
     dropout: float = 0.01
     target_rate: float = 0.01
-    rho: float = 0.5
     value_scale: float = 0.1
     entropy_scale: float = 1e-4
     scale_rate: float = 0.01
@@ -84,9 +84,9 @@ class LatentTD(Behavior):
         super().__init__()
         self.config, self.parts = config, parts
         self.action_dim = sum(part.size for part in parts)
-        outs = sum(part.size * (1 if part.kind == "discrete" else 2) for part in parts)
+        self.outs = [part.size * (1 if part.kind == "discrete" else 2) for part in parts]
         units = [width, width]
-        self.actor = MLP(feature_dim, units, lambda last: Linear(last, outs))
+        self.actor = MLP(feature_dim, units, lambda last: Linear(last, sum(self.outs)))
         self.qs = Ensemble(
             config.num_q,
             lambda: MLP(feature_dim + self.action_dim, units, lambda last: BinOutput(last, 101)),
@@ -108,9 +108,8 @@ class LatentTD(Behavior):
             noise = dist.action_noise(self.parts, raw.shape[:-1], raw.device)
         actions: list[Tensor] = []
         entropy = log_prob = torch.zeros(raw.shape[:-1], device=raw.device)
-        sizes = [p.size * (1 if p.kind == "discrete" else 2) for p in self.parts]
         draws = noise.split([part.size for part in self.parts], -1)
-        for part, logits, draw in zip(self.parts, raw.split(sizes, -1), draws, strict=True):
+        for part, logits, draw in zip(self.parts, raw.split(self.outs, -1), draws, strict=True):
             if part.kind == "discrete":
                 probs, logs = logits.softmax(-1), logits.log_softmax(-1)
                 onehot = dist.sample_onehot(probs, draw[..., 0])
@@ -135,8 +134,7 @@ class LatentTD(Behavior):
         if not greedy:
             return self.policy(features, noise).action
         raw, actions = self.actor(features).float(), []
-        sizes = [p.size * (1 if p.kind == "discrete" else 2) for p in self.parts]
-        for part, logits in zip(self.parts, raw.split(sizes, -1), strict=True):
+        for part, logits in zip(self.parts, raw.split(self.outs, -1), strict=True):
             if part.kind == "discrete":
                 actions.append(F.one_hot(logits.argmax(-1), part.size).float())
             else:
@@ -180,26 +178,25 @@ class LatentTD(Behavior):
         seen = world_model.features(output.states).detach()[:, 1:]
         target = self.target(seen, batch.reward[:, 1:], going, noise)
         logits = self.qs(torch.cat([path[:, :-1], batch.action[:, 1:]], -1), dropout=c.dropout)
-        steps = torch.arange(target.shape[1], device=target.device)
-        weight = (~batch.is_first[:, 1:]).float() * c.rho**steps
+        weight = (~batch.is_first[:, 1:]).float() * output.weight[:-1]
         wanted = dist.symlog(target).expand(logits.shape[:-1])
         loss = weight * dist.twohot_loss(logits, wanted, bins=self.bins)
-        return BehaviorLoss({"value": loss}, {"value_target": target.mean()}, path.detach())
+        start = (path.detach(), output.weight)
+        return BehaviorLoss({"value": loss}, {"value_target": target.mean()}, start)
 
     def policy_optimizer(self) -> ClippedAdam:
         c = self.config
         return ClippedAdam(self.actor.parameters(), c.learning_rate, c.clip, eps=1e-5)
 
     def policy_loss(
-        self, features: Tensor, noise: QDraw | None = None
+        self, features: Tensor, weight: Tensor, noise: QDraw | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The policy loss () on states (B, T, F), from the Qs as they are now, with dropout."""
         c = self.config
         draw = noise or self.value_noise(features.shape[:-1], features.device)
         policy = self.policy(features, draw.action)
         q = self._expected_q(features, policy.action, draw.pair)
-        scaled = q / self.update_scale(q[:, 0])
-        weight = c.rho ** torch.arange(features.shape[1], device=features.device)
+        scaled = q / self.update_scale(q[:, weight == 1])
         loss = -(weight * (scaled + c.entropy_scale * policy.entropy)).mean()
         metrics = {
             "policy_entropy": -policy.log_prob.mean().detach(),

@@ -60,6 +60,15 @@ class PlannerConfig:
                 raise ValueError(
                     f"planner.{name} is {getattr(self, name)!r}: use {', '.join(known)}"
                 )
+        if self.goal and self.objective != "goal":
+            raise ValueError("planner.goal is given: set planner.objective to goal, too")
+        if self.objective == "goal" and self.method == "none":
+            raise ValueError("planner.objective is goal: set planner.method, for example to auto")
+        if not (0 < self.min_std <= self.max_std and 0 <= self.smoothing < 1):
+            raise ValueError(
+                f"planner.min_std {self.min_std} must be positive and at most max_std "
+                f"{self.max_std}, and smoothing {self.smoothing} lie in [0, 1)"
+            )
         if min(self.horizon, self.iterations, self.elites) < 1 or self.proposals < 0:
             raise ValueError("planner.horizon, iterations and elites must be at least 1")
         if self.elites > self.samples or self.proposals >= self.samples:
@@ -118,7 +127,8 @@ class Planner:
 
     def initial(self, num: int, device: Any) -> Tensor:
         """The mean (B, H, A) of a first plan: zero, and uniform over classes."""
-        return self._start.to(device).expand(num, self.config.horizon, -1)
+        self._start = self._start.to(device)  # moved once
+        return self._start.expand(num, self.config.horizon, -1)
 
     def draw(self, num: int, world_model: WorldModel, behavior: Behavior, device: Any) -> PlanNoise:
         """Fresh noise for B = `num` environments."""
@@ -172,7 +182,8 @@ class _Search:
         noise: PlanNoise,
     ) -> None:
         self.planner, self.config, self.noise = planner, planner.config, noise
-        self.world_model, self.behavior, self.state, self.goal = world_model, behavior, state, goal
+        self.world_model, self.behavior, self.goal = world_model, behavior, goal
+        self.state = world_model.essential(state)
 
     def run(self, mean: Tensor, greedy: bool) -> tuple[Tensor, Tensor]:
         c, noise = self.config, self.noise

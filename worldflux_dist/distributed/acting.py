@@ -22,14 +22,20 @@ from worldflux_dist.learner import keep_freed_memory
 
 ACTING = "acting"  # the actor's name in the namespace of its run
 PULL_EVERY_S = 0.2
+WAIT_S = 60.0  # a process that died is back after two to ten seconds
 Answer = tuple[np.ndarray, dict[str, np.ndarray], int]
 
 
 class ActingActor:
-    """Owns a copy of the agent with the newest weights; waiting calls are answered in one batch."""
+    """Owns a copy of the agent with the newest weights; waiting calls are answered in one batch.
 
-    def __init__(self, config: Config, spaces: Spaces) -> None:
+    Before it answers it waits for a fifth of the time that the last answer took: whoever got that
+    one is back by then, and callers that came out of step fall into step again.
+    """
+
+    def __init__(self, config: Config, spaces: Spaces, env_steps: int) -> None:
         torch.set_num_threads(config.scale.runner_threads)
+        torch.manual_seed(config.seed * 1_000_003 + env_steps)
         keep_freed_memory()
         self.agent = config.make_agent(spaces)
         if config.learner.device != "cpu" and torch.cuda.is_available():
@@ -37,6 +43,7 @@ class ActingActor:
         self.store, self.version, self._pulled = ray.get_actor(WEIGHTS), -1, -PULL_EVERY_S
         self._waiting: list[tuple[Any, np.ndarray, Any, asyncio.Future[Answer]]] = []
         self._work: asyncio.Task[None] | None = None
+        self._took = 0.0
 
     async def act(
         self, obs: dict[str, np.ndarray], is_first: np.ndarray, carry: dict[str, np.ndarray] | None
@@ -50,6 +57,7 @@ class ActingActor:
 
     async def _answer_all(self) -> None:
         while self._waiting:
+            await asyncio.sleep(self._took / 5)
             calls, self._waiting = self._waiting, []
             loop = asyncio.get_running_loop()
             try:
@@ -63,6 +71,7 @@ class ActingActor:
 
     def _answer(self, calls: list[Any]) -> list[Answer]:
         """One batched call for all: rows of a call stay together."""
+        start = time.monotonic()
         self._pull()
         sizes = np.cumsum([len(is_first) for _, is_first, _, _ in calls])[:-1]
         carries = [
@@ -75,6 +84,7 @@ class ActingActor:
         joined = {n: torch.cat([c[n].to(device) for c in carries]) for n in carries[0]}
         obs = {key: np.concatenate([call[0][key] for call in calls]) for key in calls[0][0]}
         action, carry = self.agent.act_batch(obs, np.concatenate([c[1] for c in calls]), joined)
+        self._took = time.monotonic() - start
         after = {name: np.split(value.cpu().numpy(), sizes) for name, value in carry.items()}
         return [
             (rows, {name: values[i] for name, values in after.items()}, self.version)
@@ -93,21 +103,31 @@ class ActingActor:
 
 
 class RemoteAct:
-    """What a runner acts with instead of its own agent; `version` is that of the last answer."""
+    """What a runner acts with instead of its own agent. `version` is that of the last answer,
+    `losses` counts calls that were lost with the process that acts."""
 
-    def __init__(self, wait_s: float) -> None:
-        self.actor, self.wait_s, self.version = ray.get_actor(ACTING), wait_s, -1
+    def __init__(self) -> None:
+        self.actor, self.version, self.losses = ray.get_actor(ACTING), 0, 0
 
     def __call__(
         self, obs: dict[str, np.ndarray], is_first: np.ndarray, carry: Any
     ) -> tuple[np.ndarray, Any]:
-        deadline = time.monotonic() + self.wait_s
+        deadline = time.monotonic() + WAIT_S
         while True:
             try:
                 answer: Any = ray.get(self.actor.act.remote(obs, is_first, carry))
                 self.version = answer[2]
                 return answer[:2]
             except ActorUnavailableError:
+                self.losses += 1
                 if time.monotonic() > deadline:
-                    raise
+                    raise RuntimeError(
+                        f"the process that acts has not come back in {WAIT_S:.0f} s: look for want "
+                        "of memory, then run the same command again to go on"
+                    ) from None
                 time.sleep(0.2)
+
+    def take_losses(self) -> int:
+        """Lost calls since the last call."""
+        taken, self.losses = self.losses, 0
+        return taken

@@ -30,7 +30,6 @@ from worldflux_dist.learner import Learner, keep_freed_memory
 from worldflux_dist.runner import EnvRunner, Episode
 
 SHARD_WAIT_S = 60.0  # a shard's process is back after two to ten seconds
-ACTING_WAIT_S = 60.0  # so is the one that acts
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class RunnerReport:
     version: int
     shards: dict[int, ShardReport]
     env_failures: int
+    acting_losses: int
     collect_seconds: float
     send_seconds: float
 
@@ -59,7 +59,7 @@ class EnvRunnerActor:
         envs = make_envs(config.env, int(seed) % 2**31)
         self.agent, self.remote = None, None
         if config.scale.acting == "actor":
-            self.remote = RemoteAct(ACTING_WAIT_S)
+            self.remote = RemoteAct()
         else:
             self.agent = config.make_agent(envs.spaces)
         first = index * envs.num_envs
@@ -75,7 +75,7 @@ class EnvRunnerActor:
         self._pull()
         chunk = self.runner.collect(length)
         if self.remote is not None:
-            chunk.version = max(self.remote.version, 0)
+            chunk.version = self.remote.version
         collected = time.monotonic()
         reports = self._send(chunk)
         return RunnerReport(
@@ -84,6 +84,7 @@ class EnvRunnerActor:
             chunk.version,
             reports,
             self.runner.envs.take_failures(),
+            0 if self.remote is None else self.remote.take_losses(),
             collected - start,
             time.monotonic() - collected,
         )
@@ -185,6 +186,7 @@ def evaluate_remotely(
     config: Config, spaces: Spaces, arrays: dict[str, np.ndarray], request: EvaluationRequest
 ) -> dict[str, Any]:
     """Evaluate weights in a process of its own: returns, and pictures where asked."""
+    keep_freed_memory()
     torch.set_num_threads(config.scale.runner_threads)
     torch.manual_seed(request.seed)
     agent = config.make_agent(spaces)

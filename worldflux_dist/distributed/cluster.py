@@ -88,9 +88,12 @@ def make_plan(config: Config, spaces: Spaces) -> Plan:
     shard_config(config)  # refuses a share that is too small
     with torch.device("meta"):
         agent = config.make_agent(spaces)
+    if agent.needs_goal:
+        raise ConfigError("planner.objective is goal: set planner.goal to one flat observation")
     weights = 4 * sum(p.numel() for p in agent.parameters())
     on_gpu = config.learner.device != "cpu" and torch.cuda.is_available()
-    activations = 0 if on_gpu else activation_bytes(agent, config.replay)
+    activations = activation_bytes(agent, config.replay)  # refuses batches that do not fit, too
+    activations *= not on_gpu
     per_step = step_bytes(spaces)
     steps = config.replay.capacity
     if config.replay.capacity_bytes:

@@ -20,6 +20,7 @@ from worldflux_dist.config import Config
 from worldflux_dist.distributed.actors import RunnerReport
 from worldflux_dist.distributed.shard import ShardReport
 
+ROLES = ("runner", "shard", "acting")  # whose processes may die without ending the run
 MAX_LOSSES = 20
 STEPS_IN_FLIGHT = 3  # batches on their way: one in work, the others being gathered
 
@@ -35,7 +36,7 @@ class RayPorts:
     runners: list[Any]
     stopping: Callable[[], bool]
     gradient_steps: int = 0
-    restarts: dict[str, int] = field(default_factory=lambda: {"runner": 0, "shard": 0})
+    restarts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ROLES, 0))
     sizes: dict[int, ShardReport] = field(default_factory=dict)
     version: int = 0
     _collects: dict[ObjectRef, int] = field(default_factory=dict)
@@ -93,6 +94,7 @@ class RayPorts:
                         ) from error
                 else:
                     self.sizes |= reports[-1].shards
+                    self.restarts["acting"] += reports[-1].acting_losses > 0
                     self._losses_in_a_row = 0
             if timeout == 0 or self.stopping():
                 break

@@ -46,6 +46,11 @@ from worldflux_dist.metrics import Averages, Progress
 from worldflux_dist.replay.limiter import Limiter
 
 LOG_EVERY_S = 10.0
+DEATHS = {
+    "runner": "a runner's process",
+    "shard": "a shard's process",
+    "acting": "the process that acts",
+}
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ class Trainer:
         self._logged = self._saved = time.monotonic()
         self._busy = {"runner": 0.0, "replay": 0.0, "learner": 0.0}
         self._evaluated_at = -1
-        self._said = {"runner": 0, "shard": 0}
+        self._said = dict.fromkeys(DEATHS, 0)
         self.env_failures = 0
 
     def train(self, stop: StopSignals) -> Outcome | None:
@@ -169,7 +174,9 @@ class Trainer:
         gpu = min(1.0, gpus / (1 + apart))
         if apart:
             acting = ray.remote(num_cpus=1, num_gpus=gpu, max_restarts=-1)(ActingActor)
-            self._acting = acting.options(name=ACTING).remote(config, self.task.spaces)
+            self._acting = acting.options(name=ACTING).remote(
+                config, self.task.spaces, self.limiter.env_steps
+            )
         learner = ray.remote(num_cpus=1, num_gpus=gpu)(LearnerActor)
         runner = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=0)(EnvRunnerActor)
         return RayPorts(
@@ -221,7 +228,7 @@ class Trainer:
         for role, num in self.ports.restarts.items():
             if num > self._said[role]:
                 self._said[role] = num
-                self.progress.print(f"a {role}'s process died; it is started again")
+                self.progress.print(f"{DEATHS[role]} died; it is started again")
         for report in reports:
             self.env_failures += report.env_failures
             self._busy["runner"] += report.collect_seconds / self.config.scale.num_runners

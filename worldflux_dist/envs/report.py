@@ -280,9 +280,8 @@ def _part(nested: Any, spec: ObsSpec) -> Any:
 def _obs_text(leaf: Any, spec: ObsSpec) -> str:
     shape = " x ".join(map(str, spec.shape))
     kind, reader = ("image", "image encoder") if spec.kind == "image" else ("vector of", "MLP")
-    scale = "" if spec.kind == "image" else " on symlog"
     inside = f"{kind} {shape} {np.dtype(spec.dtype).name}"
-    return f"{inside}; conversion: {_conversion(leaf, spec)}; read by the {reader}{scale}"
+    return f"{inside}; conversion: {_conversion(leaf, spec)}; read by the {reader}"
 
 
 def _conversion(leaf: Any, spec: ObsSpec) -> str:

@@ -101,14 +101,16 @@ class LossOutput:
 
     `states` are the posteriors: behaviors imagine from them, detached. `path` are the states that
     behaviors may add losses on, with gradient, which is how value gradients reach the model: the
-    posteriors themselves, or predictions of them from the first observation alone. `batch` is the
-    one given or, where a family trains on shorter windows, its rows cut into such windows.
+    posteriors themselves, or predictions of them from the first observation alone, of which step t
+    counts `weight[t]` (T,). `batch` is the one given or, where a family trains on shorter windows,
+    its rows cut into such windows.
     """
 
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor]
     states: State
     path: State
+    weight: Tensor
     batch: Batch
 
 
@@ -183,6 +185,11 @@ class WorldModel(nn.Module, ABC):
         """Names of the submodules that `update` needs, and with `planning` also `transition` and
         the decoding of reward and continue: what runners are sent."""
 
+    def essential(self, state: State) -> State:
+        """The part of a state that `transition`, `decode` and `features` need: what is carried
+        through imagination."""
+        return state
+
     def encode(self, obs: Any) -> State:
         """The state of a first look: update(initial, 0, obs, is_first=True)."""
         obs = self.tensors(obs)
@@ -208,6 +215,7 @@ class WorldModel(nn.Module, ABC):
         if horizon is None:
             assert isinstance(actions, Tensor), "a policy needs a horizon"
             horizon = len(actions)
+        state = self.essential(state)
         states, taken = [state], []
         for h in range(horizon):
             action = actions[h] if isinstance(actions, Tensor) else actions(self.features(state))

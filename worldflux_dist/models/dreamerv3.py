@@ -371,7 +371,8 @@ class DreamerV3(WorldModel):
             "prior_entropy": -(prior * prior.log()).sum((-1, -2)).mean().detach(),
             "posterior_entropy": -(posterior * posterior.log()).sum((-1, -2)).mean().detach(),
         }
-        return LossOutput(losses, metrics, states, states, batch)
+        weight = torch.ones(length, device=batch.reward.device)
+        return LossOutput(losses, metrics, states, states, weight, batch)
 
     def reconstruct(self, state: State) -> dict[str, Tensor]:
         """Decoder means of any leading shape: vectors in symlog space, images in [0, 1]."""

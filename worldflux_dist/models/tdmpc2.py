@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from worldflux_dist.data import Batch, Spaces
 from worldflux_dist.models.base import LossOutput, Prediction, State, WorldModel
 from worldflux_dist.nn import distributions as dist
-from worldflux_dist.nn.mish import MLP, BinOutput, Linear, NormedLinear, simnorm
+from worldflux_dist.nn.mish import MLP, BinOutput, Linear, NormedLinear
 from worldflux_dist.nn.optim import ClippedAdam
 from worldflux_dist.nn.vision import StridedEncoder, random_shift
 
@@ -43,8 +43,9 @@ class TDMPC2Config:
     """Sizes and constants; the defaults are the 5 M model and the published constants.
 
     `episode_length` in decisions sets the discount: clip((T/5 - 1) / (T/5), 0.95, 0.995).
-    `frames` is how many of the last images the encoder sees. `num_q`, `rho`, `target_rate` and the
-    `plan_` ones go to the native behavior and planner, as does the horizon.
+    `frames` is how many of the last images the encoder sees. `num_q`, `target_rate` and the `plan_`
+    ones go to the native behavior and planner, as does the horizon; the policy has a learning rate
+    of its own, the behavior's.
     """
 
     encoder_units: int = 256
@@ -70,11 +71,22 @@ class TDMPC2Config:
     plan_proposals: int = 24
 
     def __post_init__(self) -> None:
-        sizes = (self.encoder_units, self.encoder_layers, self.units, self.num_q - 1, self.frames)
-        if min(*sizes, self.horizon, self.channels, self.episode_length) < 1 or self.latent % 8:
+        sizes = [self.encoder_units, self.encoder_layers, self.units, self.num_q - 1, self.latent]
+        sizes += [self.horizon, self.frames, self.channels, self.episode_length]
+        if min(sizes) < 1 or self.latent % 8:
             raise ValueError(
                 f"model sizes must be positive, num_q at least 2 and latent {self.latent} a "
                 "multiple of 8"
+            )
+        if not (0 < self.rho <= 1 and self.learning_rate > 0):
+            raise ValueError(
+                f"rho is {self.rho} and learning_rate {self.learning_rate}: rho must lie in (0, 1] "
+                "and the learning rate be positive"
+            )
+        if self.plan_samples < 8 or self.plan_proposals >= self.plan_samples:
+            raise ValueError(
+                f"plan_samples is {self.plan_samples}: it must be at least 8 and more than "
+                f"plan_proposals {self.plan_proposals}"
             )
         if self.termination not in ("soft", "hard", "none"):
             raise ValueError(f"termination is {self.termination!r}: use soft, hard or none")
@@ -141,7 +153,9 @@ class Encoder(nn.Module):
         for key, cnn in zip(self.images, self.cnns, strict=True):
             parts.append(cnn(random_shift(obs[key], noise)))
         x = torch.cat(parts, -1)
-        return simnorm(x) if self.out is None else self.out(x)
+        if self.out is None:  # no norm before it, hence the softmax that nothing is too large for
+            return x.float().unflatten(-1, (-1, 8)).softmax(-1).flatten(-2)
+        return self.out(x)
 
 
 class TDMPC2(WorldModel):
@@ -171,7 +185,6 @@ class TDMPC2(WorldModel):
             "behavior": {
                 "kind": "latent_td",
                 "num_q": c.num_q,
-                "rho": c.rho,
                 "target_rate": c.target_rate,
             },
             "planner": {
@@ -233,6 +246,9 @@ class TDMPC2(WorldModel):
             new[f"frames/{key}"] = seen[:, 1:]
         return State({"latent": self.encoder(obs, noise)} | new)
 
+    def essential(self, state: State) -> State:
+        return State({name: state.tensors[name] for name in ("latent", "origin")})
+
     def transition(self, state: State, action: Tensor, noise: Tensor | None = None) -> State:
         origin = torch.cat([state.tensors["latent"], action], -1)
         return State(state.tensors | {"latent": self.dynamics(origin), "origin": origin})
@@ -284,7 +300,8 @@ class TDMPC2(WorldModel):
         seen = torch.cat([first, later], 1)  # (B, H + 1, L)
         path = self._unroll(seen, batch)
         keep = (~batch.is_first[:, 1:]).float()
-        weight = keep * c.rho ** torch.arange(c.horizon, device=keep.device)  # (B, H)
+        decay = c.rho ** torch.arange(c.horizon + 1, device=keep.device)
+        weight = keep * decay[:-1]  # (B, H)
         latent, logits = path.tensors["latent"][:, 1:], self.reward(path.tensors["origin"][:, 1:])
         wanted = dist.symlog(batch.reward[:, 1:])
         losses = {
@@ -296,7 +313,7 @@ class TDMPC2(WorldModel):
             losses["termination"] = keep * dist.bernoulli_loss(logit, ended)
         origin = torch.cat([seen[:, :-1], batch.action[:, 1:]], -1) * keep.unsqueeze(-1)
         states = State({"latent": seen, "origin": F.pad(origin, (0, 0, 1, 0))})
-        return LossOutput(losses, {}, states, path, batch)
+        return LossOutput(losses, {}, states, path, decay, batch)
 
     def _unroll(self, seen: Tensor, batch: Batch) -> State:
         """Predicted states (B, H + 1): from the first latent seen, anew after every reset."""
