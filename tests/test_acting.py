@@ -110,8 +110,9 @@ def test_an_error_reaches_everybody_who_waits(store: Any) -> None:
 
 
 def test_a_run_goes_on_after_the_process_that_acts_was_killed(tmp_path: Path) -> None:
-    with ToyRun(tmp_path, "scale.acting=actor", "train.threshold=null") as run:
-        run.wait_for("train ")
+    settings = ("scale.acting=actor", "train.threshold=null", "train.prefill=100")
+    with ToyRun(tmp_path, *settings) as run:
+        run.wait_for("evaluation at")  # by now it acts, and the run has far to go
         (process,) = run.processes("ray::ActingActor")
         process.kill()
         assert run.wait() == 0, run.output
