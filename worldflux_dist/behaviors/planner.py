@@ -16,6 +16,7 @@ plans with the same noise; models that draw at random see common random numbers 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -226,21 +227,19 @@ class _Search:
                 state = self.step(state, action, h)
         return torch.stack(actions)
 
+    def parts(self, *values: Tensor) -> Iterator[Any]:
+        """Each part of an action with its share of the values (..., A)."""
+        split = [value.split(self.planner.sizes, -1) for value in values]
+        return zip(self.planner.parts, *split, strict=True)
+
     def sample(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """Actions (..., A) from Gaussians cut to [-1, 1] and categoricals."""
-        sizes, drawn = self.planner.sizes, []
-        parts = zip(
-            self.planner.parts,
-            mean.split(sizes, -1),
-            std.split(sizes, -1),
-            noise.split(sizes, -1),
-            strict=True,
-        )
-        for part, center, spread, draw in parts:
-            if part.kind == "continuous":
-                drawn.append((center + spread * draw).clamp(-1, 1))
-            else:
-                drawn.append(dist.sample_onehot(center, draw[..., 0]))
+        drawn = [
+            (center + spread * draw).clamp(-1, 1)
+            if part.kind == "continuous"
+            else dist.sample_onehot(center, draw[..., 0])
+            for part, center, spread, draw in self.parts(mean, std, noise)
+        ]
         return torch.cat(drawn, -1)
 
     def score(self, actions: Tensor, value_noise: Any) -> Tensor:
@@ -273,22 +272,21 @@ class _Search:
 
     def smooth(self, mean: Tensor) -> Tensor:
         """Keep every class possible."""
-        share, parts = self.config.smoothing, []
-        for part, center in zip(
-            self.planner.parts, mean.split(self.planner.sizes, -1), strict=True
-        ):
-            discrete = part.kind == "discrete"
-            parts.append((1 - share) * center + share / part.size if discrete else center)
-        return torch.cat(parts, -1)
+        share = self.config.smoothing
+        mixed = [
+            center if part.kind == "continuous" else (1 - share) * center + share / part.size
+            for part, center in self.parts(mean)
+        ]
+        return torch.cat(mixed, -1)
 
     def choose(self, mean: Tensor, std: Tensor, greedy: bool) -> Tensor:
         """The action (B, A) to take: `mean`, or around it while exploring."""
         if not greedy:
             return self.sample(mean, std, self.noise.action)
-        parts = []
-        for part, center in zip(
-            self.planner.parts, mean.split(self.planner.sizes, -1), strict=True
-        ):
-            best = F.one_hot(center.argmax(-1), part.size).to(center.dtype)
-            parts.append(best if part.kind == "discrete" else center.clamp(-1, 1))
-        return torch.cat(parts, -1)
+        best = [
+            center.clamp(-1, 1)
+            if part.kind == "continuous"
+            else F.one_hot(center.argmax(-1), part.size).to(center.dtype)
+            for part, center in self.parts(mean)
+        ]
+        return torch.cat(best, -1)
