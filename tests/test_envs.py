@@ -372,3 +372,12 @@ def test_env_that_cannot_draw_says_so_once(caplog: pytest.LogCaptureFixture) -> 
     (record,) = caplog.records
     assert "no display" in record.getMessage()
     assert "MUJOCO_GL" in record.getMessage()
+
+
+def test_an_observation_of_another_kind_is_a_failure_and_a_reward_in_an_array_is_none() -> None:
+    """What Gymnasium's vector environment would raise in the middle of a run."""
+    envs = make_envs(EnvConfig("trouble_envs:Unholdable", max_failures=2), 0, num_envs=1)
+    with pytest.raises(RuntimeError, match=r"failed 2 times in a row.*as declared"):
+        collect(envs, 30)
+    envs = make_envs(EnvConfig("trouble_envs:ArrayReward", max_failures=1), 0, num_envs=1)
+    assert collect(envs, 30).reward.max() == 1

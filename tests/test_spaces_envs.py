@@ -260,8 +260,9 @@ def test_warnings(name: str, words: str) -> None:
     assert found.lines()[-1] == "usable"
 
 
-def test_no_warning_of_a_rounding() -> None:
-    assert not check("OutsideByRounding").warnings
+@pytest.mark.parametrize("name", ["OutsideByRounding", "ArrayReward"])
+def test_no_warning_of_what_does_no_harm(name: str) -> None:
+    assert check(name).usable and not check(name).warnings
 
 
 @pytest.mark.parametrize(
@@ -274,7 +275,6 @@ def test_no_warning_of_a_rounding() -> None:
         ("PartMissing", "the observation lacks b: return all its parts"),
         ("TextReward", "the reward is 'one': return one finite number"),
         ("NoReward", "the reward is None: return one finite number"),
-        ("ArrayReward", "the reward is array([1.]): return one finite number, as float(reward)"),
         ("Unbounded", "action space Box(-inf, inf, (2,), float32) has no finite bounds: give it"),
         ("HalfBounded", "action space Box([ 0. -1.], [inf 1.], (2,), float32) has no finite boun"),
         ("Unsupported", "observation space Text("),

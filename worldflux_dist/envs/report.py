@@ -210,6 +210,8 @@ def _step(env: gymnasium.Env, action: Any, report: Report) -> bool:
         )
     obs, reward, terminated, truncated, _ = result
     report.check_obs(obs)
+    if isinstance(reward, np.ndarray) and reward.size == 1:
+        reward = reward.item()
     if not _is_number(reward):
         raise ValueError(f"the reward is {reward!r}: return one finite number, as float(reward)")
     return bool(terminated or truncated)

@@ -112,7 +112,7 @@ class Guard(gymnasium.Wrapper):
 
 
 def check_obs(space: gymnasium.Space, obs: Any) -> None:
-    """Raise ValueError where an observation has not the space's shape or is not finite.
+    """Raise ValueError where an observation has not the space's shape or kind or is not finite.
 
     Bounds of a Box are not enforced: many an environment oversteps its own by a rounding.
     """
@@ -126,6 +126,8 @@ def check_obs(space: gymnasium.Space, obs: Any) -> None:
         value = np.asarray(obs)
         if value.shape != space.shape:
             raise ValueError(f"the observation has shape {value.shape}, not {space.shape}")
+        if not np.can_cast(value.dtype, space.dtype, "same_kind"):
+            raise ValueError(f"the observation is {value.dtype}, not {space.dtype} as declared")
         if value.dtype.kind == "f" and not np.isfinite(value.astype(np.float32)).all():
             raise ValueError("the observation is not finite")
     elif not space.contains(obs):
