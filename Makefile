@@ -22,7 +22,7 @@ check: $(INSTALLED)  ## under a minute: all of lint beside the fast tests
 	@$(MAKE) --no-print-directory -j2 lint fast
 
 fast: $(INSTALLED)  ## the fast tests
-	$(BIN)/pytest -q -m "not ray and not learning"
+	$(BIN)/pytest -q -m "not ray and not learning and not slow"
 
 lint: $(INSTALLED)  ## format, lint, types and import rules
 	$(BIN)/ruff format --check .

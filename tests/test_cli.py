@@ -104,6 +104,7 @@ def test_config_prints_yaml_that_loads_back(
     assert config.load([tmp_path / "printed.yaml"]) == config.load([path], ["seed=3"])
 
 
+@pytest.mark.slow
 def test_as_a_process_a_mistake_shows_no_stack(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "worldflux_dist.cli", "config", "env.num_envs=x"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)

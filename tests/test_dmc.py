@@ -174,6 +174,7 @@ def test_options_out_of_range(suite: Any) -> None:
 # ---------------------------------------------------------------------------------------- drawing
 
 
+@pytest.mark.slow
 def test_proprio_needs_no_display_and_says_nothing(suite: Any) -> None:
     out = make()
     assert out.startswith("{'obs'")
@@ -181,24 +182,28 @@ def test_proprio_needs_no_display_and_says_nothing(suite: Any) -> None:
 
 
 @pytest.mark.parametrize("gl", [{}, {"MUJOCO_GL": "glfw"}, {"MUJOCO_GL": "disable"}])
+@pytest.mark.slow
 def test_pixels_without_a_display_name_the_variable(suite: Any, gl: dict[str, str]) -> None:
     (line,) = make("dmc_obs='pixels'", gl).splitlines()
     assert line.startswith(f"said: env {BALANCE} could not be made: ")
     assert "set MUJOCO_GL=egl or MUJOCO_GL=osmesa" in line
 
 
+@pytest.mark.slow
 def test_proprio_task_that_draws_names_the_variable_too(suite: Any) -> None:
     out = make(gl={"MUJOCO_GL": "disable"}, env_id="dmc/quadruped-escape")
     assert "said: env dmc/quadruped-escape could not be made: " in out
     assert "set MUJOCO_GL=egl or MUJOCO_GL=osmesa" in out
 
 
+@pytest.mark.slow
 def test_nonsense_in_the_variable_is_named(suite: Any) -> None:
     (line,) = make("", {"MUJOCO_GL": "nonsense"}).splitlines()
     assert line.startswith(f"said: env {BALANCE}: MUJOCO_GL=nonsense cannot be used here")
     assert "set MUJOCO_GL=egl or MUJOCO_GL=osmesa" in line
 
 
+@pytest.mark.slow
 def test_video_without_a_display_warns_once(suite: Any) -> None:
     out = say(
         "import logging, numpy as np; logging.basicConfig()\n"
@@ -226,6 +231,7 @@ envs.close()
 """
 
 
+@pytest.mark.slow
 def test_pixels_and_videos(suite: Any) -> None:
     for gl in ("egl", "osmesa"):
         if "said" not in make("dmc_obs='pixels'", {"MUJOCO_GL": gl}):

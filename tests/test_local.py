@@ -39,6 +39,7 @@ def losses_of(settings: local.Config) -> list[tuple[int, float]]:
     return seen
 
 
+@pytest.mark.learning
 def test_one_seed_gives_one_run_and_another_seed_another(tmp_path: Path) -> None:
     short = ("train.env_steps=384", "train.prefill=256", "train.train_ratio=7.5")
     settings = toy_task.make_config(tmp_path, *short, "train.eval_episodes=2")

@@ -21,6 +21,7 @@ def memory(plan: cluster.Plan, name: str) -> int:
     return next(role.nbytes for role in plan.roles if role.name == name)
 
 
+@pytest.mark.slow
 def test_replay_is_counted_to_the_byte() -> None:
     assert cluster.step_bytes(VECTOR) == 4 * 4 + 4 * 2 + 4 + 3
     assert cluster.step_bytes(IMAGE) == 64 * 64 * 3 + 4 * 6 + 4 + 3
@@ -29,6 +30,7 @@ def test_replay_is_counted_to_the_byte() -> None:
     assert shards[1] - shards[0] == 10_000 * (12_319 - 31)
 
 
+@pytest.mark.slow
 def test_the_learner_counts_what_backward_needs() -> None:
     settings = config.load([], TINY)
     doubled = config.load([], [*TINY, "replay.batch_size=32"])

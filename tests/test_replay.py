@@ -306,6 +306,7 @@ def test_sampling_too_early_and_impossible_configs_say_so():
         ReplayConfig(batch_size=0)
 
 
+@pytest.mark.slow
 def test_a_buffer_takes_no_memory_before_it_fills_and_gives_it_back() -> None:
     """Also in a process whose allocator was told to keep what is freed."""
     code = (

@@ -12,6 +12,8 @@ from space_envs import SPACE_ENVS
 from worldflux_dist import config, local
 from worldflux_dist.models.base import families
 
+pytestmark = pytest.mark.learning
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "dreamerv3": {
         "model": "dreamerv3:tiny",

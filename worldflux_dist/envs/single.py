@@ -126,7 +126,7 @@ def check_obs(space: gymnasium.Space, obs: Any) -> None:
         value = np.asarray(obs)
         if value.shape != space.shape:
             raise ValueError(f"the observation has shape {value.shape}, not {space.shape}")
-        if not np.can_cast(value.dtype, space.dtype, "same_kind"):
+        if not np.can_cast(value.dtype, np.dtype(space.dtype), "same_kind"):
             raise ValueError(f"the observation is {value.dtype}, not {space.dtype} as declared")
         if value.dtype.kind == "f" and not np.isfinite(value.astype(np.float32)).all():
             raise ValueError("the observation is not finite")
