@@ -121,7 +121,8 @@ class LatentTD(Behavior):
                 actions.append(torch.tanh(mean + draw * log_std.exp()))
                 gaussian = -0.5 * draw**2 - log_std - 0.5 * math.log(2 * math.pi)
                 entropy = entropy - part.size * gaussian.sum(-1)
-                log_prob = log_prob + dist.squashed_log_prob(draw, log_std, actions[-1])
+                squashing = torch.log(F.relu(1 - actions[-1] ** 2) + 1e-6)
+                log_prob = log_prob + (gaussian - squashing).sum(-1)
         return Policy(torch.cat(actions, -1), entropy, log_prob)
 
     def gaussian(self, raw: Tensor) -> tuple[Tensor, Tensor]:

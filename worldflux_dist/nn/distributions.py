@@ -125,13 +125,6 @@ def normal_entropy(std: Tensor) -> Tensor:
     return (0.5 * math.log(2 * math.pi) + 0.5 + std.log()).sum(-1)
 
 
-def squashed_log_prob(noise: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
-    """ln pi(a) of a = tanh(mean + e^log_std noise), summed over the last axis:
-    sum_i -noise_i^2 / 2 - log_std_i - ln(2 pi) / 2 - ln(relu(1 - a_i^2) + 1e-6)."""
-    gaussian = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
-    return (gaussian - torch.log(F.relu(1 - action**2) + 1e-6)).sum(-1)
-
-
 def action_noise(parts: Sequence[ActionPart], shape: Sequence[int], device: Any) -> Tensor:
     """Draws (*shape, A) that fix a sampled action: standard normal for continuous parts, uniform
     in [0, 1) for discrete ones, which use the first of their entries."""
