@@ -38,7 +38,7 @@ behavior: {{horizon: 3, entropy_scale: 0.1}}
 env: {{id: "worldflux_dist.envs.toy:BanditEnv", num_envs: 4}}
 replay: {{batch_size: 32, batch_length: 6, capacity: 20000}}
 train:
-  env_steps: 3072
+  env_steps: 4096
   train_ratio: 40
   prefill: 1024
   eval_every: 1000
