@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fast lint bench clean
+.PHONY: help demo test chaos check fast lint bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 8
@@ -15,14 +15,17 @@ help:  ## list the targets
 demo: $(INSTALLED)  ## train a world model through Ray in minutes, then judge it: PASSED or FAILED
 	$(BIN)/worldflux-dist train configs/demo.yaml --run-dir runs/demo
 
-test: lint  ## everything: format, lint, types, import rules and all tests
-	$(BIN)/pytest
+test: lint  ## everything: format, lint, types, import rules and all tests but chaos
+	$(BIN)/pytest -m "not chaos"
+
+chaos: $(INSTALLED)  ## nodes and processes killed for twenty minutes
+	$(BIN)/pytest -m chaos -rA
 
 check: $(INSTALLED)  ## under a minute: all of lint beside the fast tests
 	@$(MAKE) --no-print-directory -j2 lint fast
 
 fast: $(INSTALLED)  ## the fast tests
-	$(BIN)/pytest -q -m "not ray and not learning and not slow"
+	$(BIN)/pytest -q -m "not ray and not learning and not slow and not chaos"
 
 lint: $(INSTALLED)  ## format, lint, types and import rules
 	$(BIN)/ruff format --check .

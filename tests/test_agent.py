@@ -58,7 +58,7 @@ def test_loss_is_the_weighted_sum_of_all_means() -> None:
 # ------------------------------------------------------------------------- broken files
 
 
-@pytest.mark.parametrize("name", ["agent.safetensors", "agent.json"])
+@pytest.mark.parametrize("name", ["world_model.safetensors", "behavior.safetensors", "agent.json"])
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
 def test_broken_files_are_named(name: str, damage: str, tmp_path: Path) -> None:
     make_agent("cont").save(tmp_path)

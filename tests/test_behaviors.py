@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from worldflux_dist.behaviors import returns
 from worldflux_dist.behaviors.actor_critic import Actor, ActorCritic, ActorCriticConfig
+from worldflux_dist.behaviors.base import Imagined
 from worldflux_dist.data import ActionPart, Batch, Spaces
 from worldflux_dist.models.base import Rollout, State
 from worldflux_dist.nn import distributions as dist
@@ -330,16 +331,19 @@ def test_bfloat16_reaches_every_parameter() -> None:
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in agent.parameters())
 
 
-def test_policy_loss_of_a_rollout_is_the_part_of_forward() -> None:
-    """What a policy learner computes elsewhere is what the fused loss contains."""
+def test_what_is_imagined_teaches_the_behavior_alone() -> None:
+    """The stage on imagined batches is the fused losses' weighted sum, on the starts' features."""
     agent: Any = perturbed(make_agent("disc"))
     batch = tensors(random_batch(agent.spaces))
     output = agent.world_model.loss(batch)
     rollout = agent.behavior.imagine(agent.world_model, output.states.flatten())
     fused = copy.deepcopy(agent.behavior).loss(agent.world_model, output, rollout).losses
-    total, metrics = agent.policy_loss(rollout)
-    want = fused["policy"].mean() + fused["value"].mean()
+    total, metrics, _ = agent(Imagined.of(agent.world_model, rollout, batch), "imagined")
+    for name, loss in fused.items():
+        torch.testing.assert_close(metrics[f"loss/{name}"], loss.mean())
+    want = fused["policy"].mean() + fused["value"].mean() + 0.3 * fused["replay_value"].mean()
     torch.testing.assert_close(total, want)
-    torch.testing.assert_close(metrics["loss/policy"], fused["policy"].mean())
     total.backward()
-    assert all(p.grad is None for p in agent.world_model.parameters())
+    assert all(param.grad is None for param in agent.world_model.parameters())
+    learned = [param for param in agent.behavior.parameters() if param.requires_grad]
+    assert all(param.grad is not None for param in learned)

@@ -67,7 +67,7 @@ def test_a_plan_that_cannot_fit_names_its_numbers_and_a_remedy(
     replay = (2 * 400 * 2**20 + 10**8 * step) / 2**20
     assert f"replay alone {replay:,.0f} MB" in err
     assert "lower replay.capacity" in err
-    assert "env runner             2        1" in out  # two processes of one thread
+    assert "runner               2            1" in out  # two processes of one thread
 
 
 def test_a_run_directory_of_other_settings_is_refused_untouched(

@@ -100,7 +100,7 @@ def test_killed_runners_and_shards_come_back(tmp_path: Path) -> None:
     toy_task.check_ratio(settings, int(last["env_steps"]), int(last["gradient_steps"]))
     replay = replay_in(run.checkpoint_path(run.checkpoint_steps()[-1]))
     assert len(replay.lives) == 3  # the killed runner's second one
-    assert replay.steps < last["env_steps"] - 400  # the killed shard began anew
+    assert last["env_steps"] - 400 < replay.steps  # the killed shard had written most of its steps
     assert replay.streams == EVERY_STREAM_IN_ONE_SHARD
 
 

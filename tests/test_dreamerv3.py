@@ -74,7 +74,7 @@ def test_no_gradient_crosses_a_reset() -> None:
     batch = tensors(random_batch(model.spaces))  # rows 0 and 1 reset at t = 3, row 2 does not
     tokens = torch.randn(3, 6, model.encoder.size_out).requires_grad_()
     start = random_state(3).map(Tensor.requires_grad_)
-    states, _ = model.observe(tokens, batch.action, batch.is_first, start, uniform(3, 6, GROUPS))
+    states, _ = model.filter(tokens, batch.action, batch.is_first, start, uniform(3, 6, GROUPS))
     features = model.features(states)[:, 3:].square().sum()
     features.backward()
     assert tokens.grad is not None
@@ -140,7 +140,7 @@ def raw_kl(model: Any, batch: Batch, start: State, noise: Tensor) -> Tensor:
     """KL(posterior || prior) (B, T) before the clip, of mixed probabilities."""
     shape = batch.reward.shape
     tokens = model.encoder({key: value.flatten(0, 1) for key, value in batch.obs.items()})
-    states, logits = model.observe(
+    states, logits = model.filter(
         tokens.unflatten(0, shape), batch.action, batch.is_first, start, noise
     )
     post = 0.99 * logits.softmax(-1) + 0.01 / CLASSES

@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -73,6 +74,8 @@ class Failing(Counting):
             obs[:] = 77 if self.how == "raise" else obs
             if self.how == "raise":
                 raise OSError("simulator gone")
+            if self.how == "hang":
+                time.sleep(1000)
             if self.how == "nan reward":
                 reward = float("nan")
             if self.how == "nan obs":
@@ -204,9 +207,9 @@ def _first_life() -> None:
     Failing.lives_begun, Failing.seeds = 0, []
 
 
-@pytest.mark.parametrize("how", ["raise", "nan reward", "nan obs", "wrong shape"])
+@pytest.mark.parametrize("how", ["raise", "hang", "nan reward", "nan obs", "wrong shape"])
 def test_failed_episode_is_a_truncation(how: str, caplog: pytest.LogCaptureFixture) -> None:
-    config = EnvConfig(f"{HERE}:Failing", 1, {"how": how})
+    config = EnvConfig(f"{HERE}:Failing", 1, {"how": how}, patience=0.2)
     envs = make_envs(config, seed=0)
     with caplog.at_level(logging.WARNING):
         steps = [envs.step(zeros(envs)) for _ in range(7)]
@@ -223,7 +226,18 @@ def test_failed_episode_is_a_truncation(how: str, caplog: pytest.LogCaptureFixtu
     (record,) = caplog.records
     line = record.getMessage()
     assert f"{HERE}:Failing lane 0" in line
-    assert {"raise": "OSError: simulator gone", "wrong shape": "shape (3,)"}.get(how, "") in line
+    words = {"raise": "OSError: simulator gone", "wrong shape": "shape (3,)"}
+    assert words.get(how, "env.patience seconds" if how == "hang" else "") in line
+
+
+def test_only_the_lane_that_hangs_is_reset() -> None:
+    """T2: the others go on, in the same process."""
+    envs = make_envs(EnvConfig(f"{HERE}:Failing", 3, {"how": "hang"}, patience=0.2), seed=0)
+    steps = [envs.step(zeros(envs)) for _ in range(5)]
+    lasts = np.array([step.is_last for step in steps])
+    # Only the first environment made has the fault: it ends at its second step, others at three.
+    assert lasts[:, 0].tolist() == [False, False, True, False, False]
+    assert lasts[:, 1].tolist() == lasts[:, 2].tolist() == [False, False, False, True, False]
 
 
 def test_failed_reset_is_tried_again_and_ends_no_episode(caplog: pytest.LogCaptureFixture) -> None:

@@ -94,7 +94,7 @@ def trained(ref: Values, kind: str) -> Trained:
         output = model.loss(batch, start, noise)
     with torch.no_grad():
         tokens = layers["tokens"].unflatten(0, noise.shape[:2])
-        _, logits = model.observe(tokens, batch.action, batch.is_first, start, noise)
+        _, logits = model.filter(tokens, batch.action, batch.is_first, start, noise)
         actions = one_hot(ref[f"{kind}/img/act"]).transpose(0, 1)[:-1]  # the last one is unused
         draws = noise_for(ref[f"{kind}/img/feat_stoch"], ref[f"{kind}/img/feat_logit"])
         rollout = model.rollout(
@@ -157,7 +157,7 @@ def test_filter_step_with_a_reset(ref: Values, kind: str) -> None:
     noise = noise_for(ref[f"{kind}/obs1_stoch"], logit)
     tokens = ref[f"{kind}/obs1_tokens"]
     with torch.no_grad(), layer_outputs(agent) as layers:
-        states, logits = agent.world_model.observe(
+        states, logits = agent.world_model.filter(
             tokens[:, None], action[:, None], reset[:, None], start, noise[:, None]
         )
     assert reset.any()

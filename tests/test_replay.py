@@ -1,4 +1,4 @@
-"""The replay buffer: what goes in comes out in order, uniformly, once online, and after a restart.
+"""The replay buffer: what goes in comes out in order, uniformly, and once online.
 
 Every step carries its stream and its time in the observation, so that a window proves itself.
 """
@@ -43,12 +43,6 @@ def filled(config, num_chunks=8, streams=(0, 1), num=7, seed=0, image=False):
     buffer = ReplayBuffer(config, seed)
     for seq in range(num_chunks):
         buffer.add(make_chunk(streams, seq * num, num, seq, image=image))
-    return buffer
-
-
-def restored(directory, config, seed=0):
-    buffer = ReplayBuffer(config, seed)
-    buffer.restore(directory)
     return buffer
 
 
@@ -175,8 +169,7 @@ def test_known_chunks_outlive_eviction_and_lost_ones_cost_no_memory():
     assert buffer.add(make_chunk([0], 0, 7, seq=0)) == 0
     for seq in range(51, 1051):  # 50 never arrives
         buffer.add(make_chunk([0], 0, 1, seq))
-    assert len(buffer._seen["w", "a"].late) == 0
-    assert buffer._seen["w", "a"].mark == 1050
+    assert buffer.marks.state() == [("w", "a", 1050, [])]
 
 
 def test_windows_do_not_span_a_lost_chunk():
@@ -224,55 +217,6 @@ def test_the_seed_decides_the_samples():
     draws = [filled(config, seed=seed).sample().obs["obs"] for seed in (3, 3, 4)]
     np.testing.assert_array_equal(draws[0], draws[1])
     assert (draws[0] != draws[2]).any()
-
-
-@pytest.mark.parametrize("num_chunks", [0, 3, 23])
-def test_the_same_samples_follow_after_a_load(tmp_path, num_chunks):
-    config = ReplayConfig(4, 4, capacity=60)
-    buffer = filled(config, num_chunks, streams=(0, 1), seed=5)
-    if num_chunks:
-        buffer.sample(3)
-    for _ in range(2):  # the second save replaces the first
-        buffer.save(tmp_path)
-    loaded = restored(tmp_path, config, seed=99)
-    assert loaded.stats() == buffer.stats()
-    for each in (buffer, loaded):
-        assert num_chunks == 0 or each.add(make_chunk((0, 1), 0, 7, 0)) == 0
-    for seq in range(num_chunks, num_chunks + 20):
-        for each in (buffer, loaded):
-            each.add(make_chunk((0, 1), seq * 7, 7, seq))
-        ours, theirs = buffer.sample().columns(), loaded.sample().columns()
-        for name in ours:
-            np.testing.assert_array_equal(ours[name], theirs[name])
-    assert loaded.stats() == buffer.stats()
-
-
-@pytest.mark.parametrize("capacity", [32, 500])
-def test_a_load_with_another_capacity_keeps_the_newest(tmp_path, capacity):
-    filled(ReplayConfig(4, 4, 60), 23).save(tmp_path)
-    loaded = restored(tmp_path, ReplayConfig(200, 4, capacity, online=False))
-    assert loaded.num_steps == pytest.approx(min(60, capacity), abs=8)
-    loaded.add(make_chunk((0, 1), 23 * 7, 7, 23))
-    batch = loaded.sample()
-    assert_windows_hold_together(batch)
-    assert batch.reward.max() == 24 * 7 - 1
-    assert batch.reward.min() >= 24 * 7 - capacity / 2 - 20
-
-
-def test_a_damaged_save_is_refused(tmp_path):
-    config = ReplayConfig(4, 4, 60)
-    buffer = filled(config)
-    buffer.save(tmp_path)
-    with pytest.raises(RuntimeError, match="restore into a new one"):
-        buffer.restore(tmp_path)
-    with pytest.raises(ValueError, match="batch_length 4, the config 5"):
-        restored(tmp_path, ReplayConfig(4, 5, 60))
-    column = tmp_path / "column0.npy"
-    column.write_bytes(column.read_bytes()[:-8])
-    with pytest.raises(ValueError, match="incomplete or damaged"):
-        restored(tmp_path, config)
-    with pytest.raises(ValueError, match="incomplete or damaged"):
-        restored(tmp_path / "nothing", config)
 
 
 def test_chunks_that_do_not_fit_are_refused():

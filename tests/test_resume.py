@@ -53,7 +53,7 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
         # Had replay not been restored, it would hold fewer steps than were counted.
         assert check_complete(run.checkpoint_path(step)) >= env_steps
 
-    weights = run.checkpoint_path(newest) / "agent.safetensors"
+    weights = run.checkpoint_path(newest) / "behavior.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with ToyRun(tmp_path, OFTEN) as run:
         assert run.wait() == 0, run.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import psutil
 import toy_task
 
 from worldflux_dist import checkpoint
+from worldflux_dist.replay.segment import read_segment
 
 TESTS = Path(__file__).parent
 PATIENCE_S = 240.0
@@ -53,6 +55,14 @@ class ToyRun:
     @property
     def output(self) -> str:
         return self._log.read_text()
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    @property
+    def driver(self) -> psutil.Process:
+        return psutil.Process(self._process.pid)
 
     def processes(self, title: str = "") -> list[psutil.Process]:
         """Processes below the driver whose title begins with `title`."""
@@ -127,10 +137,20 @@ class Replay:
 
 
 def replay_in(folder: Path) -> Replay:
-    checkpoint.verify(folder)
-    saved = [checkpoint.read_json(path) for path in sorted(folder.glob("replay-*/replay.json"))]
+    """What a checkpoint says of replay; the segments it names are all there."""
+    saved = checkpoint.verify(folder)["counters"]["shards"]
+    root = folder.parent.parent / "replay"
+    streams: list[list[int]] = []
+    for shard in saved:
+        found: set[int] = set()
+        for segment in shard["segments"]:
+            data = (root / segment["name"]).read_bytes()
+            assert hashlib.sha256(data).hexdigest() == segment["sha256"]
+            for chunk in read_segment(data)[1]:
+                found |= set(chunk.streams.tolist())
+        streams.append(sorted(found))
     return Replay(
-        sum(sum(shard["fill"]) for shard in saved),
-        [sorted(tail[0] for tail in shard["tails"]) for shard in saved],
+        sum(shard["steps"] for shard in saved),
+        streams,
         {(writer.split("/")[0], life) for shard in saved for writer, life, *_ in shard["seen"]},
     )

@@ -1,15 +1,16 @@
 """The agent: a world model and a behavior, with one loss, one way to act and one file format.
 
 `forward(batch)` is the loss: one forward and one backward for each optimizer, and there is a
-second optimizer only where a policy learns apart, once all else has stepped.
+second optimizer only where a policy learns apart, once all else has stepped. The world model and a
+behavior that learns in imagination can also learn in different processes: what an agent learns
+with, sends and saves can be asked for by part, "agent", "world_model" or "behavior".
 Checkpoints are safetensors and JSON, never pickle.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from worldflux_dist import checkpoint
 from worldflux_dist.behaviors.actor_critic import ActorCritic, ActorCriticConfig
-from worldflux_dist.behaviors.base import Behavior
+from worldflux_dist.behaviors.base import Behavior, BehaviorLoss, Imagined
 from worldflux_dist.behaviors.latent_td import LatentTD, LatentTDConfig
 from worldflux_dist.behaviors.planner import Planner, PlannerConfig
 from worldflux_dist.data import Batch, Spaces
@@ -30,6 +31,10 @@ from worldflux_dist.models.base import (
     with_options,
 )
 
+if TYPE_CHECKING:
+    from worldflux_dist.checkpoint import AnyPath
+
+PARTS = ("world_model", "behavior")  # of an agent, each with a file of its own
 Carry = dict[str, Tensor]
 BEHAVIORS: dict[str, tuple[Any, type[Behavior]]] = {
     "actor_critic": (ActorCriticConfig(), ActorCritic),
@@ -60,7 +65,7 @@ class Agent(nn.Module):
         planning = with_options(
             PlannerConfig(), self.world_model.native["planner"] | (planner or {}), "planner"
         )
-        self.recipe = {
+        self.recipe: dict[str, Any] = {
             "model": model,
             "model_options": dict(model_options or {}),
             "behavior": {"kind": kind, **asdict(config)},
@@ -83,48 +88,76 @@ class Agent(nn.Module):
     # ------------------------------------------------------------------------------- learning
 
     def forward(
-        self, batch: Batch, stage: str = "model", path: tuple[Tensor, Tensor] | None = None
+        self,
+        batch: Batch | Imagined,
+        stage: str = "model",
+        path: tuple[Tensor, Tensor] | None = None,
+        rows: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor] | None]:
         """The loss of a (B, T) batch of tensors, for one of the `optimizers`.
 
-        "model": weighted sum of the means of all losses; also gives the path from which the stage
+        A weighted sum of the means of all losses; "model" also gives the path from which the stage
         "policy" starts, where there is one. Metrics are scalar tensors, with each loss
-        (`loss/<name>`, detached) among them.
+        (`loss/<name>`, detached) among them; `rows` adds "row_losses" (B,), the world model's loss
+        of every row.
         """
         if stage == "policy":
             assert path is not None
             loss, metrics = self.behavior.policy_loss(*path)
             return loss, {"loss/policy": loss.detach()} | metrics, None
-        output = self.world_model.loss(batch)
-        more = self.behavior.loss(self.world_model, output)
+        losses, metrics, more = {}, {}, BehaviorLoss({}, {})
+        if stage == "imagined":
+            assert isinstance(batch, Imagined)
+            more = self.imagining().imagined_loss(batch, self.world_model.discount)
+        else:
+            assert isinstance(batch, Batch)
+            output = self.world_model.loss(batch)
+            losses, metrics = output.losses, output.metrics
+            if stage == "model":
+                more = self.behavior.loss(self.world_model, output)
+            if rows:
+                metrics = metrics | {"row_losses": self._row_losses(losses, len(batch.reward))}
         scales = self.world_model.loss_scales | self.behavior.loss_scales
-        means = {name: loss.mean() for name, loss in (output.losses | more.losses).items()}
+        means = {name: loss.mean() for name, loss in (losses | more.losses).items()}
         total = torch.stack([scales.get(name, 1.0) * mean for name, mean in means.items()]).sum()
         logged = {f"loss/{name}": mean.detach() for name, mean in means.items()}
-        logged |= {"loss": total.detach()} | output.metrics | more.metrics
+        logged |= {"loss": total.detach()} | metrics | more.metrics
         return total, logged, more.path
 
-    def policy_loss(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """The behavior's loss alone, on an imagined trajectory; the model gets no gradient.
+    def _row_losses(self, losses: dict[str, Tensor], num: int) -> Tensor:
+        """The weighted sum of the means over each of `num` rows, (B,) float32."""
+        scales = self.world_model.loss_scales
+        means = [
+            scales.get(n, 1.0) * x.detach().float().reshape(num, -1).mean(1)
+            for n, x in losses.items()
+        ]
+        return torch.stack(means).sum(0)
 
-        Raises ValueError for a behavior that does not learn in imagination.
+    def optimizers(self, part: str = "agent") -> dict[str, torch.optim.Optimizer]:
+        """By stage, in order, all by the family's recipe unless said otherwise.
+
+        "agent": "model" for all but a policy that learns apart, and "policy" for that one, by its
+        own recipe. "world_model": the stage of that name. "behavior": "imagined", on `Imagined`
+        batches; raises ValueError for a behavior that does not learn in imagination.
         """
-        if not isinstance(self.behavior, ActorCritic):
-            raise ValueError("only behavior.kind actor_critic learns in imagination")
-        features = self.world_model.features(rollout.states).detach()
-        losses, metrics, _ = self.behavior.imagination_loss(rollout, features)
-        means = {name: loss.mean() for name, loss in losses.items()}
-        logged = {f"loss/{name}": mean.detach() for name, mean in means.items()}
-        return torch.stack(list(means.values())).sum(), logged | metrics
-
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """By stage, in order: "model", by the family's recipe, for all but a policy that learns
-        apart, and "policy" for that one."""
+        if part == "world_model":
+            return {"world_model": self.world_model.optimizer(_learned(self.world_model))}
+        if part == "behavior":
+            return {"imagined": self.world_model.optimizer(_learned(self.imagining()))}
         policy = self.behavior.policy_optimizer()
         apart = {id(p) for g in policy.param_groups for p in g["params"]} if policy else set()
-        params = [p for p in self.parameters() if p.requires_grad and id(p) not in apart]
+        params = [p for p in _learned(self) if id(p) not in apart]
         first = {"model": self.world_model.optimizer(params)}
         return first | {"policy": policy} if policy else first
+
+    def imagining(self) -> ActorCritic:
+        """The behavior. Raises ValueError for one that does not learn in imagination."""
+        if not isinstance(self.behavior, ActorCritic):
+            raise ValueError(
+                f"behavior.kind {self.recipe['behavior']['kind']} does not learn in imagination: "
+                "set behavior.kind to actor_critic, or imagination.mode to fused"
+            )
+        return self.behavior
 
     def update_targets(self) -> None:
         """After every gradient step."""
@@ -227,14 +260,14 @@ class Agent(nn.Module):
 
     # --------------------------------------------------------------------------------- saving
 
-    def inference_state(self) -> dict[str, np.ndarray]:
-        """Copies of the parameters that acting needs: what runners are sent."""
+    def inference_state(self, part: str = "agent") -> dict[str, np.ndarray]:
+        """Copies of the parameters of a part that acting needs: what runners are sent."""
         planning = self.planner is not None
         wanted = [f"world_model.{name}." for name in self.world_model.inference_modules(planning)]
         wanted += [f"behavior.{name}." for name in self.behavior.inference_modules(planning)]
         return {
             name: value.detach().cpu().numpy().copy()
-            for name, value in self.state_dict().items()
+            for name, value in self.part_state(part).items()
             if name.startswith(tuple(wanted))
         }
 
@@ -244,34 +277,45 @@ class Agent(nn.Module):
         for name, value in arrays.items():
             state[name].copy_(torch.tensor(value))  # a copy: shared memory is read-only
 
-    def load_file(self, path: Path) -> None:
-        """Take over all weights from agent.safetensors. Raises CheckpointError if they differ."""
-        arrays, _ = checkpoint.load_arrays(path)
-        ours = {name: tuple(value.shape) for name, value in self.state_dict().items()}
-        found = {name: value.shape for name, value in arrays.items()}
-        wrong = sorted(n for n in ours.keys() | found.keys() if ours.get(n) != found.get(n))
-        if wrong:
-            raise checkpoint.CheckpointError(
-                f"{path} holds another agent's weights ({len(wrong)} tensors differ, first "
-                f"{wrong[0]}: {found.get(wrong[0])} there, {ours.get(wrong[0])} here)"
-            )
-        self.load_arrays(arrays)
+    def part_state(self, part: str = "agent") -> dict[str, Tensor]:
+        """The `state_dict` of a part."""
+        prefix = "" if part == "agent" else f"{part}."
+        return {name: x for name, x in self.state_dict().items() if name.startswith(prefix)}
 
-    def save(self, folder: Path | str) -> None:
-        """Write agent.safetensors and agent.json."""
-        folder = Path(folder)
+    def load_files(self, folder: AnyPath, part: str = "agent") -> None:
+        """Take over a part's weights from where `save` wrote them. Raises CheckpointError if they
+        differ."""
+        for name in PARTS if part == "agent" else (part,):
+            path = folder / f"{name}.safetensors"
+            arrays, _ = checkpoint.load_arrays(path)
+            ours = {key: tuple(value.shape) for key, value in self.part_state(name).items()}
+            found = {key: value.shape for key, value in arrays.items()}
+            wrong = sorted(n for n in ours.keys() | found.keys() if ours.get(n) != found.get(n))
+            if wrong:
+                raise checkpoint.CheckpointError(
+                    f"{path} holds another agent's weights ({len(wrong)} tensors differ, first "
+                    f"{wrong[0]}: {found.get(wrong[0])} there, {ours.get(wrong[0])} here)"
+                )
+            self.load_arrays(arrays)
+
+    def save(self, folder: AnyPath | str, part: str = "agent") -> None:
+        """Write world_model.safetensors and behavior.safetensors, or that of one part, and, but for
+        the behavior alone, agent.json."""
+        folder = checkpoint.as_path(folder) if isinstance(folder, str) else folder
         folder.mkdir(parents=True, exist_ok=True)
-        arrays = {name: value.detach().cpu().numpy() for name, value in self.state_dict().items()}
-        checkpoint.save_arrays(folder / "agent.safetensors", arrays)
-        checkpoint.write_json(folder / "agent.json", self.recipe)
+        for name in PARTS if part == "agent" else (part,):
+            arrays = {key: x.detach().cpu().numpy() for key, x in self.part_state(name).items()}
+            checkpoint.save_arrays(folder / f"{name}.safetensors", arrays)
+        if part != "behavior":
+            checkpoint.write_json(folder / "agent.json", self.recipe)
 
     @classmethod
-    def load(cls, path: Path | str) -> Agent:
+    def load(cls, path: AnyPath | str) -> Agent:
         """The agent in a folder written by `save`, or of a run's newest good checkpoint.
 
         Raises CheckpointError or FileNotFoundError naming the path when there is none.
         """
-        folder = Path(path)
+        folder = checkpoint.as_path(path) if isinstance(path, str) else path
         if not (folder / "agent.json").exists():
             found = checkpoint.newest(folder / "checkpoints")
             if found is None:
@@ -280,7 +324,7 @@ class Agent(nn.Module):
                 )
             folder = found[0]
         agent = cls.from_recipe(checkpoint.read_json(folder / "agent.json"))
-        agent.load_file(folder / "agent.safetensors")
+        agent.load_files(folder)
         return agent
 
     @classmethod
@@ -299,6 +343,10 @@ def _behavior_config(world_model: WorldModel, options: dict[str, Any]) -> tuple[
     values = (native if kind == native["kind"] else {}) | options
     values = {name: value for name, value in values.items() if name != "kind"}
     return kind, with_options(BEHAVIORS[kind][0], values, "behavior")
+
+
+def _learned(module: nn.Module) -> list[nn.Parameter]:
+    return [param for param in module.parameters() if param.requires_grad]
 
 
 def _add_axis(value: Any) -> Any:

@@ -48,11 +48,15 @@ def train(
         Path | None, typer.Option(help="Where the run lives; an existing run goes on.")
     ] = None,
     plain: Annotated[bool, typer.Option(help="Plain log lines, on a terminal too.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what the run asks for.")] = False,
 ) -> None:
     """Train an agent through Ray. The same command again resumes."""
     from worldflux_dist.distributed import trainer
 
     config = _load(settings)
+    if plan:
+        trainer.show_plan(config)
+        return
     name = f"{config.env.id}-{config.model}-seed{config.seed}"
     run_dir = run_dir or Path("runs") / name.replace("/", "_").replace(":", "_")
     outcome = trainer.train(config, run_dir, plain or None)
@@ -63,6 +67,35 @@ def train(
     print("pictures: " + "   ".join(map(str, pictures)))
     if outcome.passed is False:
         raise typer.Exit(1)
+
+
+@app.command()
+def submit(
+    settings: Settings = None,
+    run_dir: Annotated[
+        Path, typer.Option(help="Where the run lives: an absolute path that all nodes see.")
+    ] = Path(),
+    address: Annotated[
+        str | None, typer.Option(help="The cluster's dashboard; default: RAY_API_SERVER_ADDRESS.")
+    ] = None,
+    follow: Annotated[bool, typer.Option(help="Show the job's log until it ends.")] = True,
+) -> None:
+    """Train as a job of a Ray cluster. The same command again resumes."""
+    from worldflux_dist.distributed import submit as jobs
+
+    if not run_dir.is_absolute():
+        raise ValueError("--run-dir must be an absolute path that all nodes see: the job resumes")
+    _load(settings)  # a mistake is said here, not in the cluster
+    arguments = [*(settings or []), "--run-dir", str(run_dir)]
+    raise typer.Exit(jobs.submit(arguments, address, Path(), follow))
+
+
+@app.command()
+def status(run_dir: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+    """Say how a run is doing, and what holds it up."""
+    from worldflux_dist.distributed import status as view
+
+    print(*view.lines(run_dir), sep="\n")
 
 
 @app.command("eval")

@@ -52,21 +52,51 @@ class TrainConfig:
             )
 
 
+LEAST_STALENESS = 32  # weights are published every 16 gradient steps, and two rounds overlap
+
+
 @dataclass(frozen=True)
 class ScaleConfig:
     """How many processes of each role, and how many steps a chunk holds.
 
-    `acting` actor: one more process, with the GPU where there is one, acts for all runners.
+    `num_learners` processes share every batch. `acting` actor: one more process, with the GPU where
+    there is one, acts for all runners. `storage` keeps checkpoints and replay: a path or URL that
+    all nodes see; empty is the run directory. A runner that is silent for `patience` seconds is
+    restarted.
     """
 
     num_runners: int = 2
     num_shards: int = 2
+    num_learners: int = 1
     chunk_length: int = 64
     runner_threads: int = 1
     acting: Literal["runner", "actor"] = "runner"
+    storage: str = ""
+    patience: float = 300.0
 
     def __post_init__(self) -> None:
-        _check_least("scale", self, num_runners=1, num_shards=1, chunk_length=1, runner_threads=1)
+        _check_least("scale", self, num_runners=1, num_shards=1, num_learners=1)
+        _check_least("scale", self, chunk_length=1, runner_threads=1, patience=1)
+
+
+@dataclass(frozen=True)
+class ImaginationConfig:
+    """Where the policy learns: with the model (`fused`), or in processes of its own (`actors`) on
+    what `num_imaginers` imagine for `num_policy_learners`.
+
+    `queue_size` imagined batches at most wait for the policy learners. One that is more than
+    `max_staleness` gradient steps behind, of the model or of the policy, is thrown away.
+    """
+
+    mode: Literal["fused", "actors"] = "fused"
+    num_imaginers: int = 1
+    num_policy_learners: int = 1
+    queue_size: int = 4
+    max_staleness: int = 64
+
+    def __post_init__(self) -> None:
+        _check_least("imagination", self, num_imaginers=1, num_policy_learners=1)
+        _check_least("imagination", self, queue_size=1, max_staleness=LEAST_STALENESS)
 
 
 @dataclass(frozen=True)
@@ -87,10 +117,21 @@ class Config:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
+    imagination: ImaginationConfig = field(default_factory=ImaginationConfig)
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}: it must be at least 0")
+        if self.replay.batch_size % self.scale.num_learners:
+            raise ValueError(
+                f"replay.batch_size {self.replay.batch_size} cannot be shared by "
+                f"scale.num_learners {self.scale.num_learners}: make it a multiple of them"
+            )
+        if self.imagination.queue_size < self.imagination.num_policy_learners:
+            raise ValueError(
+                f"imagination.queue_size is {self.imagination.queue_size}: it must be at least "
+                f"imagination.num_policy_learners, {self.imagination.num_policy_learners}"
+            )
 
     def make_agent(self, spaces: Spaces) -> Agent:
         """A fresh agent. Raises ValueError for options that do not exist or do not fit."""

@@ -1,25 +1,39 @@
 """The learner: gradient steps of an agent, and everything needed to continue them later.
 
-Plain Python, no Ray. Tensors begin here: batches come in as numpy.
+Plain Python, no Ray. Tensors begin here: batches come in as numpy. Several learners can be the
+ranks of a group: each takes a part of every batch, and what must stay true is that they hold the
+same weights after every step and that one's trouble is seen by all.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import math
+import operator
 import re
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from worldflux_dist import checkpoint
 from worldflux_dist.agent import Agent
+from worldflux_dist.behaviors.base import Imagined
 from worldflux_dist.data import Batch
+from worldflux_dist.nn.group import average
+
+if TYPE_CHECKING:
+    from worldflux_dist.checkpoint import AnyPath
+
+logger = logging.getLogger(__name__)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -28,17 +42,28 @@ class NonFiniteLossError(RuntimeError):
 
 @dataclass(frozen=True)
 class LearnerConfig:
-    """device "auto" is the GPU where there is one; threads 0 leaves torch's own number."""
+    """device "auto" is the GPU where there is one; threads 0 leaves torch's own number.
+
+    `accumulate` takes each batch in so many parts, one after the other, to save memory: the same
+    gradients, but the running scales of returns move once per part. `compile` has torch.compile
+    make each stage, `pin_memory` makes copies to a GPU faster. What a machine does not have is left
+    out with a warning.
+    """
 
     precision: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
     threads: int = 1
+    accumulate: int = 1
+    compile: bool = False
+    pin_memory: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"learner.device is {self.device!r}: use auto, cpu, cuda or cuda:N")
         if self.threads < 0:
             raise ValueError(f"learner.threads is {self.threads}: it must be at least 0")
+        if self.accumulate < 1:
+            raise ValueError(f"learner.accumulate is {self.accumulate}: it must be at least 1")
 
 
 def keep_freed_memory() -> None:
@@ -53,49 +78,160 @@ def keep_freed_memory() -> None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: and the heap is never trimmed
 
 
-class Learner:
-    """Owns the agent's weights, the optimizers and the count of gradient steps."""
+class Stage(nn.Module):
+    """The loss of one of an agent's optimizers, as a module that owns that optimizer's parameters
+    and no others: by this a group knows which gradients its ranks share."""
 
-    def __init__(self, agent: Agent, config: LearnerConfig | None = None) -> None:
-        self.config = config or LearnerConfig()
-        if self.config.threads:
-            torch.set_num_threads(self.config.threads)
-        device = self.config.device
+    def __init__(
+        self, name: str, optimizer: torch.optim.Optimizer, run: Callable[..., Any]
+    ) -> None:
+        super().__init__()
+        self.name, self.run = name, run
+        self.params = nn.ParameterList(p for g in optimizer.param_groups for p in g["params"])
+
+    def forward(self, batch: Batch | Imagined, path: Any, rows: bool) -> Any:
+        return self.run(batch, self.name, path, rows)
+
+
+class Learner:
+    """Owns the weights of an agent or of one part of it, the optimizers and the count of gradient
+    steps. With `rows`, each step leaves the world model's loss of every row in `row_losses` (B,).
+
+    Raises ValueError for the part "behavior" of an agent that does not learn in imagination.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        config: LearnerConfig | None = None,
+        part: str = "agent",
+        rows: bool = False,
+    ) -> None:
+        config = config or LearnerConfig()
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        device = config.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.agent = agent.to(self.device)
-        self.optimizers = agent.optimizers()
-        self.gradient_steps = 0
+        self.config = _possible(config, self.device)
+        self.agent, self.part, self.rows = agent.to(self.device), part, rows
+        self.optimizers = agent.optimizers(part)
+        run = torch.compile(agent.forward) if config.compile else agent.forward
+        self._stages = {name: Stage(name, each, run) for name, each in self.optimizers.items()}
+        self._shared: dict[str, DistributedDataParallel] = {}
+        self._untried = set(self._stages) if config.compile else set()
+        self.gradient_steps = self.rank = 0
+        self.row_losses = np.zeros(0, np.float32)
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        """One gradient step on a (B, T) batch of arrays; gives the losses and metrics.
+    def join(self, store: dist.Store, rank: int, world_size: int, timeout_s: float = 30.0) -> None:
+        """Become one rank of a group, once in a process's life. All ranks then have the weights of
+        rank 0 and step together, each on as many rows as the others.
+
+        Raises RuntimeError, here and in later steps, where another rank is gone or is waited for
+        longer than `timeout_s`.
+        """
+        dist.init_process_group(
+            "nccl" if self.device.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+        self.rank = rank
+        for value in self.agent.state_dict().values():
+            dist.broadcast(value, 0)
+        for name, stage in self._stages.items():
+            self._shared[name] = DistributedDataParallel(
+                stage, init_sync=False, gradient_as_bucket_view=True
+            )
+
+    def step(self, batch: Batch | Imagined) -> dict[str, float]:
+        """One gradient step on a (B, T) batch of arrays; gives the losses and metrics, in a group
+        their means over the ranks.
 
         A policy that learns apart has a stage of its own, after all else has stepped. Raises
-        NonFiniteLossError before the weights of its stage are changed.
+        NonFiniteLossError, on every rank, before the weights of its stage are changed.
         """
-        tensors = batch.map(self._tensor)
+        parts = self._parts(batch.map(self._tensor))
         values: dict[str, float] = {}
-        path = None
-        for stage, optimizer in self.optimizers.items():
-            with self._autocast():
-                loss, metrics, path = self.agent(tensors, stage, path)
-            found = torch.stack(list(metrics.values())).tolist()
+        paths: list[Any] = [None] * len(parts)
+        for name, optimizer in self.optimizers.items():
+            metrics, paths = self._backward(name, parts, paths)
+            found = average(torch.stack(list(metrics.values()))).tolist()
             values |= dict(zip(metrics, found, strict=True))
             self._check(values)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward(inputs=[p for g in optimizer.param_groups for p in g["params"]])
             optimizer.step()
-        self.agent.update_targets()
+        if self.part != "world_model":
+            self.agent.update_targets()
         self.gradient_steps += 1
         return values
+
+    def _backward(
+        self, name: str, parts: list[Any], paths: list[Any]
+    ) -> tuple[dict[str, Tensor], list[Any]]:
+        """Compute a stage's gradients; gives the metrics and where the next stage starts."""
+        try:
+            result = self._gradients(name, parts, paths)
+        except Exception as error:
+            if name not in self._untried:
+                raise
+            reason = next(iter(str(error).split("\n")))
+            logger.warning("learner.compile is left out: torch.compile failed with %s", reason)
+            self._untried.clear()
+            for stage in self._stages.values():
+                stage.run = self.agent.forward
+            result = self._gradients(name, parts, paths)
+        self._untried.discard(name)
+        return result
+
+    def _gradients(
+        self, name: str, parts: list[Any], paths: list[Any]
+    ) -> tuple[dict[str, Tensor], list[Any]]:
+        stage, shared = self._stages[name], self._shared.get(name)
+        self.optimizers[name].zero_grad(set_to_none=True)
+        rows: list[Tensor] = []
+        found: list[dict[str, Tensor]] = []
+        ends: list[Any] = []
+        for part, path in zip(parts, paths, strict=True):
+            more = len(found) + 1 < len(parts)
+            with shared.no_sync() if shared and more else contextlib.nullcontext():
+                with self._autocast():
+                    loss, metrics, end = (shared or stage)(part, path, self.rows)
+                (loss / len(parts)).backward(inputs=list(stage.params))
+            if "row_losses" in metrics:
+                rows.append(metrics.pop("row_losses"))
+            found.append(metrics)
+            ends.append(end)
+        if rows:
+            self.row_losses = torch.cat(rows).cpu().numpy()
+        if len(found) == 1:
+            return found[0], ends
+        means = {key: torch.stack([each[key] for each in found]).mean() for key in found[0]}
+        return means, ends
+
+    def _parts(self, batch: Batch | Imagined) -> list[Any]:
+        """A batch of tensors in `accumulate` parts of equally many rows."""
+        num, rows = self.config.accumulate, len(batch.reward)
+        if rows % num:
+            raise ValueError(
+                f"a learner gets {rows} rows at a time, which cannot be taken in "
+                f"learner.accumulate {num} parts: make replay.batch_size a multiple of it"
+            )
+        parts = [slice(i * rows // num, (i + 1) * rows // num) for i in range(num)]
+        if isinstance(batch, Imagined):
+            return [batch.rows(part) for part in parts]
+        return [batch.map(operator.itemgetter(part)) for part in parts]
 
     def _tensor(self, value: np.ndarray) -> Tensor:
         if not value.flags.writeable:  # shared memory of another process: torch wants its own
             value = value.copy()
-        return torch.from_numpy(value).to(self.device, non_blocking=True)
+        tensor = torch.from_numpy(value)
+        if self.config.pin_memory:
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     def _autocast(self) -> Any:
         if self.config.precision == "float32":
@@ -114,8 +250,8 @@ class Learner:
 
     # --------------------------------------------------------------------------------- saving
 
-    def save(self, folder: Path) -> None:
-        """Write agent, optimizers, counters and random state.
+    def save(self, folder: AnyPath) -> None:
+        """Write this rank's random state, and rank 0 also weights, optimizers and counters.
 
         Raises NonFiniteLossError instead where a weight is broken: what is saved is good.
         """
@@ -125,7 +261,33 @@ class Learner:
                     f"the weights {name} are not finite after gradient step {self.gradient_steps}: "
                     "lower the learning rate; the last checkpoint is kept"
                 )
-        self.agent.save(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.rank == 0:
+            self.agent.save(folder, self.part)
+            self._save_optimizers(folder)
+        random = {"cpu": torch.get_rng_state().numpy()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device).numpy()
+        checkpoint.save_arrays(self._random_path(folder), random)
+
+    def load(self, folder: AnyPath, gradient_steps: int | None = None) -> None:
+        """Continue from what `save` wrote, counting on from `gradient_steps` where it is given.
+
+        In a group, after `join`; a rank that the group did not have then keeps its random state.
+        """
+        self.agent.load_files(folder, self.part)
+        steps = self._load_optimizers(folder)
+        self.gradient_steps = steps if gradient_steps is None else gradient_steps
+        if self._random_path(folder).exists():
+            random, _ = checkpoint.load_arrays(self._random_path(folder))
+            torch.set_rng_state(torch.from_numpy(random["cpu"].copy()))
+            if self.device.type == "cuda" and "cuda" in random:
+                torch.cuda.set_rng_state(torch.from_numpy(random["cuda"].copy()), self.device)
+
+    def _random_path(self, folder: AnyPath) -> AnyPath:
+        return folder / f"rng-{self.part}-{self.rank}.safetensors"
+
+    def _save_optimizers(self, folder: AnyPath) -> None:
         tensors, scalars = {}, {}
         for name, optimizer in self.optimizers.items():
             saved = optimizer.state_dict()
@@ -133,21 +295,15 @@ class Learner:
                 for key, value in entry.items():
                     tensors[f"{name}/{index}/{key}"] = value.cpu().numpy()
             scalars[name] = saved["param_groups"]
-        tensors["rng/cpu"] = torch.get_rng_state().numpy()
-        if self.device.type == "cuda":
-            tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device).numpy()
-        checkpoint.save_arrays(folder / "learner.safetensors", tensors)
+        checkpoint.save_arrays(folder / f"learner-{self.part}.safetensors", tensors)
         checkpoint.write_json(
-            folder / "learner.json",
+            folder / f"learner-{self.part}.json",
             {"gradient_steps": self.gradient_steps, "param_groups": scalars},
         )
 
-    def load(self, folder: Path) -> None:
-        """Continue from what `save` wrote."""
-        self.agent.load_file(folder / "agent.safetensors")
-        arrays, _ = checkpoint.load_arrays(folder / "learner.safetensors")
-        saved = checkpoint.read_json(folder / "learner.json")
-        self.gradient_steps = saved["gradient_steps"]
+    def _load_optimizers(self, folder: AnyPath) -> int:
+        arrays, _ = checkpoint.load_arrays(folder / f"learner-{self.part}.safetensors")
+        saved = checkpoint.read_json(folder / f"learner-{self.part}.json")
         for name, optimizer in self.optimizers.items():
             state: dict[int, dict[str, Tensor]] = {}
             for path, value in arrays.items():
@@ -157,6 +313,16 @@ class Learner:
                     state.setdefault(int(index), {})[key] = torch.from_numpy(value.copy())
             groups = saved["param_groups"][name]
             optimizer.load_state_dict({"state": state, "param_groups": groups})
-        torch.set_rng_state(torch.from_numpy(arrays["rng/cpu"].copy()))
-        if self.device.type == "cuda" and "rng/cuda" in arrays:
-            torch.cuda.set_rng_state(torch.from_numpy(arrays["rng/cuda"].copy()), self.device)
+        return int(saved["gradient_steps"])
+
+
+def _possible(config: LearnerConfig, device: torch.device) -> LearnerConfig:
+    """The config without what the device does not have; says so in a line for each."""
+    cuda = device.type == "cuda"
+    if config.pin_memory and not cuda:
+        logger.warning("learner.pin_memory is left out: there is no GPU to copy to")
+        config = replace(config, pin_memory=False)
+    if config.precision == "bfloat16" and cuda and not torch.cuda.is_bf16_supported(False):
+        logger.warning("learner.precision is float32: this GPU does not compute in bfloat16")
+        config = replace(config, precision="float32")
+    return config

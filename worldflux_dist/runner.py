@@ -53,8 +53,8 @@ class EnvRunner:
                     shape = (len(value), length, *value.shape[1:])
                     columns[name] = np.empty(shape, value.dtype)
                 columns[name][:, t] = value
-        self.seq += 1
         key = (self.writer, self.incarnation, self.seq)
+        self.seq += 1
         chunk = Chunk.from_columns(columns, streams=self.streams, version=self.version, key=key)
         chunk.check()
         return chunk

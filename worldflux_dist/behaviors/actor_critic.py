@@ -2,7 +2,7 @@
 
 The rollout is imagined without gradient from detached posteriors; the policy learns by REINFORCE
 and the critic by two-hot cross-entropy on lambda-returns. A third loss teaches the critic on the
-replayed steps themselves, and its gradient does reach the world model.
+replayed steps themselves, and its gradient does reach the world model where both learn together.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldflux_dist.behaviors import returns
-from worldflux_dist.behaviors.base import Behavior, BehaviorLoss
+from worldflux_dist.behaviors.base import Behavior, BehaviorLoss, Imagined
 from worldflux_dist.data import ActionPart, Batch
 from worldflux_dist.models.base import LossOutput, Rollout, State, WorldModel
 from worldflux_dist.nn import distributions as dist
@@ -153,19 +153,27 @@ class ActorCritic(Behavior):
     ) -> BehaviorLoss:
         """Policy and value (H, B * T), imagined from every posterior, and replay_value (T - 1, B)
         on the steps' own states, with gradient into the model."""
-        batch = output.batch
         if rollout is None:
             rollout = self.imagine(world_model, output.states.flatten())
-        features = world_model.features(rollout.states).detach()  # (H + 1, N, F)
-        losses, metrics, imagined = self.imagination_loss(rollout, features)
-        start_returns = imagined[0].unflatten(0, batch.reward.shape)  # (B, T)
-        losses["replay_value"] = self.replay_value_loss(
-            world_model.features(output.path), batch, start_returns, world_model.discount
-        )
+        imagined = Imagined.of(world_model, rollout, output.batch)
+        path = world_model.features(output.path)
+        return self.imagined_loss(imagined, world_model.discount, path)
+
+    def imagined_loss(
+        self, imagined: Imagined, discount: float, path: Tensor | None = None
+    ) -> BehaviorLoss:
+        """Policy and value (H, N) of a batch of tensors, and replay_value (T - 1, B) on `path`
+        (B, T, F) or, without one, on the starts' own features."""
+        losses, metrics, target = self.imagination_loss(imagined, imagined.features)
+        shape = imagined.reward.shape
+        if path is None:
+            path = imagined.features[0].unflatten(0, shape)
+        start_returns = target[0].unflatten(0, shape)
+        losses["replay_value"] = self.replay_value_loss(path, imagined, start_returns, discount)
         return BehaviorLoss(losses, metrics)
 
     def imagination_loss(
-        self, rollout: Rollout, features: Tensor
+        self, rollout: Rollout | Imagined, features: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """Policy and value losses on H of the H + 1 states; also metrics and the returns (H, N)."""
         config = self.config
@@ -198,11 +206,11 @@ class ActorCritic(Behavior):
         return losses, metrics, target
 
     def replay_value_loss(
-        self, features: Tensor, batch: Batch, start_returns: Tensor, discount: float
+        self, features: Tensor, batch: Batch | Imagined, start_returns: Tensor, discount: float
     ) -> Tensor:
         """Value loss (T - 1, B) on replayed steps: lambda-returns over real rewards.
 
-        features (B, T, F) carry gradient into the world model. Every bootstrap, intermediate
+        features (B, T, F) may carry gradient into the world model. Every bootstrap, intermediate
         ones too, is the imagined return of that state (B, T). Where is_last the row is masked.
         """
         config = self.config

@@ -1,20 +1,81 @@
 """What a behavior is: it sees features of any family, acts, values, and adds its losses.
 
-Two learn here: actor_critic.py in imagination, latent_td.py by temporal differences on replayed
-steps. planner.py chooses actions with a model and a behavior's values and proposals.
+Two learn here: actor_critic.py in imagination, also apart from the model on `Imagined` batches;
+latent_td.py by temporal differences on replayed steps. planner.py chooses actions with a model and
+a behavior's values and proposals.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from worldflux_dist.models.base import LossOutput, WorldModel
+from worldflux_dist.data import Batch
+from worldflux_dist.models.base import LossOutput, Rollout, WorldModel
+
+
+@dataclass
+class Imagined:
+    """Trajectories imagined from all N = B * T states of a replayed batch, row after row; arrays or
+    tensors without gradient.
+
+    features (H + 1, N, F) with the starts, actions (H, N, A), rewards (H, N) and continues (H, N)
+    of states 1..H, start_continue (N,); reward, is_last and is_terminal (B, T) are the replayed
+    steps' own. The versions are those of the weights that imagined.
+    """
+
+    features: Any
+    actions: Any
+    rewards: Any
+    continues: Any
+    start_continue: Any
+    reward: Any
+    is_last: Any
+    is_terminal: Any
+    model_version: int = 0
+    policy_version: int = 0
+
+    @classmethod
+    def of(cls, world_model: WorldModel, rollout: Rollout, batch: Batch) -> Imagined:
+        """A rollout from the flattened states of `batch`, as policies and critics see it."""
+        return cls(
+            world_model.features(rollout.states).detach(),
+            rollout.actions,
+            rollout.rewards,
+            rollout.continues,
+            rollout.start_continue,
+            batch.reward,
+            batch.is_last,
+            batch.is_terminal,
+        )
+
+    def map(self, function: Callable[[Any], Any]) -> Imagined:
+        """Apply `function` to every array."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Imagined(**{n: v if isinstance(v, int) else function(v) for n, v in values.items()})
+
+    def rows(self, index: slice) -> Imagined:
+        """What was imagined from these rows (a slice of B without a step)."""
+        num, length = self.reward.shape
+        first, last, _ = index.indices(num)
+        starts = slice(first * length, last * length)
+        return Imagined(
+            self.features[:, starts],
+            self.actions[:, starts],
+            self.rewards[:, starts],
+            self.continues[:, starts],
+            self.start_continue[starts],
+            self.reward[index],
+            self.is_last[index],
+            self.is_terminal[index],
+            self.model_version,
+            self.policy_version,
+        )
 
 
 @dataclass

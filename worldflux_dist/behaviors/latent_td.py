@@ -30,6 +30,7 @@ from worldflux_dist.behaviors.base import Behavior, BehaviorLoss
 from worldflux_dist.data import ActionPart
 from worldflux_dist.models.base import LossOutput, WorldModel
 from worldflux_dist.nn import distributions as dist
+from worldflux_dist.nn.group import gather
 from worldflux_dist.nn.mish import MLP, BinOutput, Ensemble, Linear
 from worldflux_dist.nn.optim import ClippedAdam
 
@@ -222,9 +223,9 @@ class LatentTD(Behavior):
 
     @torch.no_grad()
     def update_scale(self, q: Tensor) -> Tensor:
-        """S <- S + rate (max(1, P95 - P5) - S) of Qs of any shape; gives S ()."""
+        """S <- S + rate (max(1, P95 - P5) - S) of Qs of any shape, all ranks'; gives S ()."""
         percentiles = torch.tensor([0.05, 0.95], device=q.device)
-        low, high = torch.quantile(q.detach().float().flatten(), percentiles)
+        low, high = torch.quantile(gather(q.detach().float().flatten()), percentiles)
         spread = (high - low).clamp(min=1)
         # A broken batch stops the run; it must not break the average that is saved.
         self.scale.lerp_(torch.where(spread.isfinite(), spread, self.scale), self.config.scale_rate)

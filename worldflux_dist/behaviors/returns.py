@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from worldflux_dist.nn.distributions import twohot_loss
+from worldflux_dist.nn.group import gather
 
 
 def lambda_return(
@@ -48,9 +49,9 @@ class ReturnNormalizer(nn.Module):
 
     @torch.no_grad()
     def update(self, returns: Tensor) -> Tensor:
-        """Take in returns of any shape; gives the scale ()."""
+        """Take in returns of any shape, those of all ranks; gives the scale ()."""
         q = torch.tensor(self.percentiles, device=returns.device) / 100
-        low, high = torch.quantile(returns.float().flatten(), q)
+        low, high = torch.quantile(gather(returns.float().flatten()), q)
         # A broken batch stops the run; it must not break the average that is saved.
         self.low.lerp_(torch.where(low.isfinite(), low, self.low), self.rate)
         self.high.lerp_(torch.where(high.isfinite(), high, self.high), self.rate)

@@ -17,7 +17,7 @@ from ray.exceptions import ActorUnavailableError
 
 from worldflux_dist.config import Config
 from worldflux_dist.data import Spaces
-from worldflux_dist.distributed.weights import WEIGHTS
+from worldflux_dist.distributed.weights import WeightReader
 from worldflux_dist.learner import keep_freed_memory
 
 ACTING = "acting"  # the actor's name in the namespace of its run
@@ -40,7 +40,7 @@ class ActingActor:
         self.agent = config.make_agent(spaces)
         if config.learner.device != "cpu" and torch.cuda.is_available():
             self.agent = self.agent.cuda()
-        self.store, self.version, self._pulled = ray.get_actor(WEIGHTS), -1, -PULL_EVERY_S
+        self.weights, self._pulled = WeightReader(), -PULL_EVERY_S
         self._waiting: list[tuple[Any, np.ndarray, Any, asyncio.Future[Answer]]] = []
         self._work: asyncio.Task[None] | None = None
         self._took = 0.0
@@ -87,7 +87,7 @@ class ActingActor:
         self._took = time.monotonic() - start
         after = {name: np.split(value.cpu().numpy(), sizes) for name, value in carry.items()}
         return [
-            (rows, {name: values[i] for name, values in after.items()}, self.version)
+            (rows, {name: values[i] for name, values in after.items()}, self.weights.oldest)
             for i, rows in enumerate(np.split(action, sizes))
         ]
 
@@ -96,10 +96,7 @@ class ActingActor:
         if time.monotonic() - self._pulled < PULL_EVERY_S:
             return
         self._pulled = time.monotonic()
-        found: Any = ray.get(self.store.newer_than.remote(self.version))
-        if found is not None:
-            self.version, (weights,) = found
-            self.agent.load_arrays(ray.get(weights))
+        self.weights.pull(self.agent)
 
 
 class RemoteAct:

@@ -1,4 +1,4 @@
-"""Runner, learner and evaluation as Ray actors: thin shells around the plain roles.
+"""Runner, imaginer and evaluation as Ray actors: thin shells around the plain roles.
 
 Data goes from runner to shard and from shard to learner as object references; the driver sees
 reports and references only. The trainer makes actors of them.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,14 +18,16 @@ from ray import ObjectRef
 from ray.exceptions import ActorUnavailableError
 
 from worldflux_dist import evaluate
+from worldflux_dist.behaviors.base import Imagined
 from worldflux_dist.config import Config
 from worldflux_dist.data import Batch, Chunk, Spaces
 from worldflux_dist.distributed.acting import RemoteAct
 from worldflux_dist.distributed.shard import ShardReport, shard_name
-from worldflux_dist.distributed.weights import WEIGHTS
+from worldflux_dist.distributed.weights import WeightReader
 from worldflux_dist.envs import make_envs
 from worldflux_dist.envs.acting import random_act
-from worldflux_dist.learner import Learner, keep_freed_memory
+from worldflux_dist.imaginer import Imaginer
+from worldflux_dist.learner import keep_freed_memory
 from worldflux_dist.runner import EnvRunner, Episode
 
 SHARD_WAIT_S = 60.0  # a shard's process is back after two to ten seconds
@@ -65,8 +66,7 @@ class EnvRunnerActor:
         first = index * envs.num_envs
         act = random_act(envs.spaces, int(seed))  # until weights come that have learned something
         self.runner = EnvRunner(envs, act, f"runner-{index}", first)
-        self.runner.version, self.published = 0, -1
-        self.store = ray.get_actor(WEIGHTS)
+        self.runner.version, self.weights = 0, WeightReader()
         self.shards = [ray.get_actor(shard_name(i)) for i in range(config.scale.num_shards)]
 
     def collect(self, length: int) -> RunnerReport:
@@ -91,18 +91,13 @@ class EnvRunnerActor:
 
     def _pull(self) -> None:
         """Take the newest weights, if there are newer ones."""
-        found: Any = ray.get(self.store.newer_than.remote(self.published))
-        if found is None:
-            return
-        self.published, (weights,) = found
-        if self.published == 0:
-            return  # nothing has been learned: random actions explore better
+        if not (self.weights.pull(self.agent) and self.weights.learned):
+            return  # until something has been learned, random actions explore better
         if self.remote is not None:
             self.runner.act = self.remote
         else:
             assert self.agent is not None
-            self.agent.load_arrays(ray.get(weights))
-            self.runner.act, self.runner.version = self.agent.act_batch, self.published
+            self.runner.act, self.runner.version = self.agent.act_batch, self.weights.oldest
 
     def _send(self, chunk: Chunk) -> dict[int, ShardReport]:
         """One part to each shard. A part that may be lost is sent again with the same key."""
@@ -129,45 +124,44 @@ class EnvRunnerActor:
             time.sleep(0.2)
 
 
-class LearnerActor:
-    """The learner's shell: batches come as references and are fetched before a step begins."""
+@dataclass(frozen=True)
+class ImaginedReport:
+    """What one imagine call brought: counts and times, and the weights it was imagined with."""
 
-    def __init__(self, config: Config, spaces: Spaces, folder: Path | None) -> None:
-        torch.manual_seed(config.seed)
-        self.learner = Learner(config.make_agent(spaces), config.learner)
-        self.store = ray.get_actor(WEIGHTS)
-        if folder is not None:
-            self.learner.load(folder)
-        self._idle_since = time.monotonic()
+    model_version: int
+    policy_version: int
+    num_steps: int
+    seconds: float
 
-    def step(self, batch: Batch | None) -> dict[str, float] | None:
-        """One gradient step; metrics, with seconds spent stepping and waiting for work.
 
-        None without a batch: its shard had nothing to give.
-        """
-        if batch is None:
-            return None
+class ImaginerActor:
+    """Imagines with the newest weights from where replayed steps led to."""
+
+    def __init__(self, config: Config, spaces: Spaces, index: int) -> None:
+        torch.set_num_threads(config.scale.runner_threads)
+        keep_freed_memory()
+        life = ray.get_runtime_context().was_current_actor_reconstructed * time.time_ns()
+        torch.manual_seed(config.seed * 1000 + 500 + index + life % 2**31)
+        self.agent = config.make_agent(spaces)
+        if config.learner.device != "cpu" and torch.cuda.is_available():
+            self.agent = self.agent.cuda()
+        self.imaginer, self.weights = Imaginer(self.agent), WeightReader()
+
+    @ray.method(num_returns=2)
+    def imagine(self, given: tuple[Batch, np.ndarray]) -> tuple[ImaginedReport, Imagined]:
+        """Imagine from every step of a batch."""
         start = time.monotonic()
-        metrics = self.learner.step(batch)
-        end = time.monotonic()
-        metrics["time/learner_step"] = end - start
-        metrics["time/learner_wait"] = start - self._idle_since
-        self._idle_since = end
-        return metrics
-
-    def publish(self) -> int:
-        """Send the inference weights to the store; gives their version, the gradient steps."""
-        version = self.learner.gradient_steps
-        ray.get(self.store.publish.remote(version, self.learner.agent.inference_state()))
-        return version
-
-    def agent_arrays(self) -> dict[str, np.ndarray]:
-        """All weights, for evaluation elsewhere."""
-        state = self.learner.agent.state_dict()
-        return {name: value.cpu().numpy().copy() for name, value in state.items()}
-
-    def save(self, folder: Path) -> None:
-        self.learner.save(folder)
+        self.weights.pull(self.agent)
+        imagined = self.imaginer.imagine(given[0])
+        imagined.model_version = self.weights.steps("world_model")
+        imagined.policy_version = self.weights.steps("behavior")
+        report = ImaginedReport(
+            imagined.model_version,
+            imagined.policy_version,
+            int(imagined.rewards.size),
+            time.monotonic() - start,
+        )
+        return report, imagined
 
 
 @dataclass(frozen=True)
@@ -183,14 +177,15 @@ class EvaluationRequest:
 
 @ray.remote(num_cpus=0, max_retries=2)
 def evaluate_remotely(
-    config: Config, spaces: Spaces, arrays: dict[str, np.ndarray], request: EvaluationRequest
+    config: Config, spaces: Spaces, request: EvaluationRequest, *arrays: dict[str, np.ndarray]
 ) -> dict[str, Any]:
     """Evaluate weights in a process of its own: returns, and pictures where asked."""
     keep_freed_memory()
     torch.set_num_threads(config.scale.runner_threads)
     torch.manual_seed(request.seed)
     agent = config.make_agent(spaces)
-    agent.load_arrays(arrays)
+    for part in arrays:
+        agent.load_arrays(part)
     found: dict[str, Any] = {
         "agent": evaluate.evaluate(agent, config.env, request.episodes, request.seed)
     }

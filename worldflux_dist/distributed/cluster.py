@@ -1,14 +1,16 @@
-"""What a run asks of the machine, said before it starts, and the local Ray it runs on.
+"""What a run asks for, said before it starts: of this machine, or of the cluster it joins.
 
 A plan that cannot fit is refused with its numbers: a run that dies of memory after a day has cost
-a day.
+a day. What each process asks for is decided in `shares` alone; placement reads it from the plan.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,27 +26,48 @@ from worldflux_dist.replay.buffer import ReplayConfig
 MB = 1024**2
 PROCESS_BYTES = 400 * MB  # a Python process with torch and Ray loaded, measured
 BATCHES_IN_FLIGHT = 4
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+Node = Mapping[str, float]  # its resources as Ray names them: CPU, GPU, memory in bytes
 
 
 @dataclass(frozen=True)
 class Role:
-    """One line of the plan: how many processes of what, with how many torch threads each."""
+    """One line of the plan: how many processes of what, with how many torch threads each.
+
+    `nbytes` is the memory of all together, `share` the CPUs and GPUs of each.
+    """
 
     name: str
     processes: int
     threads: int
     nbytes: int
     note: str
+    share: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What one process asks of the node it runs on."""
+        asked = {kind: amount for kind, amount in self.share.items() if amount}
+        return asked | {"memory": -(-self.nbytes // self.processes)}
+
+    def room(self, nodes: tuple[Node, ...]) -> int:
+        """How many of its processes the nodes could hold if they held nothing else."""
+        return sum(
+            min(int(node.get(kind, 0) / each + 1e-6) for kind, each in self.bundle.items())
+            for node in nodes
+        )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Roles and memory of a run on this machine."""
+    """What a run asks for and what there is; without `nodes` it runs on this machine."""
 
     roles: tuple[Role, ...]
     object_store: int
     available: int
-    cores: int
+    cores: float
+    gpus: float = 0
+    nodes: tuple[Node, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -54,89 +77,231 @@ class Plan:
     def processes(self) -> int:
         return sum(role.processes for role in self.roles)
 
+    def asked(self, kind: str) -> float:
+        """CPU or GPU of all processes together."""
+        return round(sum(role.processes * role.share.get(kind, 0) for role in self.roles), 3)
+
     def lines(self) -> list[str]:
-        """The plan as a table of plain lines."""
-        table = [f"{'role':<14}{'processes':>10}{'threads':>9}{'memory':>12}   what"]
-        for role in self.roles:
-            table.append(
-                f"{role.name:<14}{role.processes:>10}{role.threads:>9}"
-                f"{role.nbytes / MB:>9,.0f} MB   {role.note}"
+        """The plan as a table of plain lines: every role, then what is asked and what there is."""
+        where = f"on {len(self.nodes)} nodes" if self.nodes else "here, where processes share cores"
+        rows: list[tuple[Any, ...]] = [
+            (
+                *(role.name, role.processes, role.threads),
+                *(role.processes * role.share[kind] for kind in ("CPU", "GPU")),
+                *(role.nbytes, role.note),
             )
-        table.append(
-            f"{'object store':<14}{'':>10}{'':>9}{self.object_store / MB:>9,.0f} MB   "
-            "batches and weights in flight"
-        )
-        table.append(
-            f"{'in all':<14}{self.processes:>10}{'':>9}{self.nbytes / MB:>9,.0f} MB   "
-            f"of {self.available / MB:,.0f} MB available, {self.cores} cores"
-        )
+            for role in self.roles
+        ]
+        rows += [
+            ("object store", "", "", 0, 0, self.object_store, "batches and weights in flight"),
+            ("asked", self.processes, "", self.asked("CPU"), self.asked("GPU"), self.nbytes, ""),
+            ("there is", "", "", self.cores, self.gpus, self.available, where),
+        ]
+        form = "{:<13}{:>9}{:>13}{:>7.4g}{:>7.3g}{:>11,.0f} MB   {}"
+        table = ["role         processes threads each   CPUs   GPUs        memory   what"]
+        for *start, nbytes, what in rows:
+            table.append(form.format(*start, nbytes / MB, what).rstrip())
         return table
 
     def check(self) -> None:
-        """Raise ConfigError where the plan needs more memory than there is."""
+        """Raise ConfigError where the plan needs more than there is.
+
+        Of this machine only memory can run out: processes share its cores.
+        """
         if self.nbytes > self.available:
-            replay = next(role for role in self.roles if role.name == "replay shard")
+            replay = next(role for role in self.roles if role.name == "shard")
             raise ConfigError(
                 f"this run needs {self.nbytes / MB:,.0f} MB and {self.available / MB:,.0f} MB are "
                 f"available (replay alone {replay.nbytes / MB:,.0f} MB): lower replay.capacity or "
-                "set replay.capacity_bytes, or take a smaller model"
+                "set replay.capacity_bytes, or take a smaller model or fewer processes"
+            )
+        if self.asked("GPU") > self.gpus:
+            raise ConfigError(
+                f"this run asks for {self.asked('GPU'):g} GPUs and there are {self.gpus:g}: add "
+                "some or set learner.device=cpu"
+            )
+        if self.nodes:
+            self._check_nodes()
+
+    def _check_nodes(self) -> None:
+        if self.asked("CPU") > self.cores:
+            raise ConfigError(
+                f"this run asks for {self.asked('CPU'):g} CPUs and the cluster has {self.cores:g}: "
+                "add nodes or lower scale.num_runners"
+            )
+        for role in self.roles:
+            if role.room(self.nodes) < role.processes:
+                raise ConfigError(
+                    f"the nodes of the cluster have room for {role.room(self.nodes)} of "
+                    f"{role.processes} processes of the role {role.name}, each of which asks one "
+                    f"node for {spell(role.bundle)}: add nodes of that size"
+                )
+        store = sum(node.get("object_store_memory", 0) for node in self.nodes)
+        if self.object_store > store:
+            raise ConfigError(
+                f"this run keeps {self.object_store / MB:,.0f} MB in flight and the object stores "
+                f"of the cluster hold {store / MB:,.0f} MB: start Ray with a larger "
+                "--object-store-memory"
             )
 
 
-def make_plan(config: Config, spaces: Spaces) -> Plan:
-    """Count what the roles of `config` need; nothing is allocated."""
+def spell(bundle: Mapping[str, float]) -> str:
+    """Resources in words, such as 1 CPU, 0.5 GPU, 900 MB."""
+    return ", ".join(
+        f"{amount / MB:,.0f} MB" if kind == "memory" else f"{amount:g} {kind}"
+        for kind, amount in bundle.items()
+    )
+
+
+def shares(config: Config, resources: Node) -> dict[str, dict[str, float]]:
+    """CPUs and GPUs that one process of each role gets, of all that `resources` holds.
+
+    A CPU for each torch thread; roles that mostly wait get a part of one. Raises ConfigError where
+    the ranks of a group could not have a GPU each.
+    """
+    scale, imagination = config.scale, config.imagination
+    threads = config.learner.threads or torch.get_num_threads()
+    cpus: dict[str, float] = {"runner": scale.runner_threads, "shard": 0.5, "learner": threads}
+    if imagination.mode == "actors":
+        cpus |= {"imaginer": scale.runner_threads, "policy": threads}
+    if scale.acting == "actor":
+        cpus["acting"] = scale.runner_threads
+    cpus |= {"store": 0.1, "evaluator": 0.4}
+    rank, other = _gpu_shares(config, int(resources.get("GPU", 0)))
+    gpus = {"learner": rank, "policy": rank, "imaginer": other, "acting": other}
+    return {role: {"CPU": cpu, "GPU": gpus.get(role, 0)} for role, cpu in cpus.items()}
+
+
+def _gpu_shares(config: Config, gpus: int) -> tuple[float, float]:
+    """What a rank of a learner group, and what any other process with a model, gets of a GPU."""
+    actors, device = config.imagination.mode == "actors", config.learner.device
+    groups = [config.scale.num_learners]
+    groups += [config.imagination.num_policy_learners] if actors else []
+    ranks = sum(groups)
+    others = config.imagination.num_imaginers * actors + (config.scale.acting == "actor")
+    if device == "cpu" or (gpus == 0 and device == "auto"):
+        return 0, 0
+    if gpus == 0 or gpus >= ranks + others:  # asked for where there is none: refused by the check
+        return 1, 1
+    if gpus > ranks:
+        return 1, _part(1, others, gpus - ranks)
+    if max(groups) == 1:
+        share = _part(1, ranks + others, gpus)
+        return share, share
+    if gpus == ranks:  # more than half: two ranks never meet on one GPU, which NCCL refuses
+        return (0.6, _part(0.4, others, gpus)) if others else (1, 1)
+    raise ConfigError(
+        f"{ranks} ranks of learners need a GPU each and there are {gpus}: lower "
+        "scale.num_learners or imagination.num_policy_learners, or set learner.device=cpu"
+    )
+
+
+def _part(whole: float, processes: int, gpus: int) -> float:
+    """An equal part of `whole` GPUs such that all processes fit, in Ray's steps of 0.0001."""
+    return math.floor(1e4 * whole / math.ceil(processes / gpus)) / 1e4
+
+
+def make_plan(config: Config, spaces: Spaces, nodes: tuple[Node, ...] = ()) -> Plan:
+    """Count what the roles of `config` need, on these nodes or else here; nothing is allocated."""
     shard_config(config)  # refuses a share that is too small
     with torch.device("meta"):
         agent = config.make_agent(spaces)
     if agent.needs_goal:
         raise ConfigError("planner.objective is goal: set planner.goal to one flat observation")
-    weights = 4 * sum(p.numel() for p in agent.parameters())
-    on_gpu = config.learner.device != "cpu" and torch.cuda.is_available()
-    activations = activation_bytes(agent, config.replay)  # refuses batches that do not fit, too
-    activations *= not on_gpu
-    per_step = step_bytes(spaces)
+    if config.imagination.mode == "actors":
+        agent.imagining()  # refuses a behavior that does not learn so
+    here = {
+        "CPU": os.cpu_count() or 1,
+        "GPU": torch.cuda.device_count(),
+        "memory": psutil.virtual_memory().available,
+        "object_store_memory": 0,  # here it is part of the memory
+    }
+    has = {kind: sum(node.get(kind, 0) for node in nodes or (here,)) for kind in here}
+    return Plan(
+        _roles(config, agent, shares(config, has)),
+        _object_store(config, agent),
+        available=int(has["memory"] + has["object_store_memory"]),
+        cores=has["CPU"],
+        gpus=has["GPU"],
+        nodes=nodes,
+    )
+
+
+def _roles(config: Config, agent: Agent, share: dict[str, dict[str, float]]) -> tuple[Role, ...]:
+    """Every role with its memory; `share` says which there are."""
+    scale, imagination = config.scale, config.imagination
+    weights, per_step = weight_bytes(agent), step_bytes(agent.spaces)
+    learns_here = not share["learner"]["GPU"]  # with a GPU, activations are not in main memory
+    part = replace(config.replay, batch_size=config.replay.batch_size // scale.num_learners)
+    activations = activation_bytes(agent, part)  # refuses batches that do not fit, too
+    imagined = imagined_bytes(agent, config.replay) if "imaginer" in share else 0
     steps = config.replay.capacity
     if config.replay.capacity_bytes:
         steps = min(steps, config.replay.capacity_bytes // per_step)
-    batch = config.replay.batch_size * config.replay.batch_length * per_step
-    scale, size = config.scale, f"{weights / 4e6:.2f} M parameters"
-    acting = []
-    if scale.acting == "actor":
-        nbytes = PROCESS_BYTES + weights
-        acting.append(Role("acting", 1, scale.runner_threads, nbytes, "acts for all runners"))
-    return Plan(
-        roles=(
-            Role(
-                "env runner",
-                scale.num_runners,
-                scale.runner_threads,
-                scale.num_runners * (PROCESS_BYTES + weights),
-                f"{config.env.num_envs} envs of {config.env.id} each",
-            ),
-            Role(
-                "replay shard",
-                scale.num_shards,
-                1,
-                scale.num_shards * PROCESS_BYTES + steps * per_step,
-                f"{steps:,} steps x {per_step:,} bytes",
-            ),
-            Role(
-                "learner",
-                1,
-                config.learner.threads or torch.get_num_threads(),
-                PROCESS_BYTES + 4 * weights + activations,
-                f"{config.model}, {size}",
-            ),
-            Role("weight store", 1, 1, PROCESS_BYTES // 4, "the newest weights"),
-            *acting,
-            Role(
-                "evaluator", 1, scale.runner_threads, PROCESS_BYTES + weights, "only now and then"
-            ),
+    learner_threads = config.learner.threads or torch.get_num_threads()
+    acts = (scale.runner_threads, PROCESS_BYTES + weights)
+    size = f"{config.model}, {weights / 4e6:.2f} M parameters"
+    # By role: processes, threads, bytes of each, bytes of all, what.
+    rows: dict[str, tuple[int, int, int, int, str]] = {
+        "runner": (scale.num_runners, *acts, 0, f"{config.env.num_envs} envs of {config.env.id}"),
+        "shard": (
+            scale.num_shards,
+            1,
+            PROCESS_BYTES,
+            steps * per_step,
+            f"{steps:,} steps x {per_step:,} bytes of replay",
         ),
-        object_store=max(128 * MB, BATCHES_IN_FLIGHT * (batch + weights)),
-        available=psutil.virtual_memory().available,
-        cores=os.cpu_count() or 1,
+        "learner": (
+            scale.num_learners,
+            learner_threads,
+            PROCESS_BYTES + 4 * weights + activations * learns_here,
+            0,
+            size,
+        ),
+        "imaginer": (
+            imagination.num_imaginers,
+            scale.runner_threads,
+            PROCESS_BYTES + weights + 2 * imagined * learns_here,
+            0,
+            f"imagined batches of {imagined / MB:,.1f} MB",
+        ),
+        "policy": (
+            imagination.num_policy_learners,
+            learner_threads,
+            # Three networks of three layers each keep about what a batch of features holds.
+            PROCESS_BYTES + 4 * weights + 4 * imagined * learns_here,
+            0,
+            "learners of what is imagined",
+        ),
+        "acting": (1, *acts, 0, "acts for all runners"),
+        "store": (1, 1, PROCESS_BYTES // 4, 0, "the newest weights"),
+        "evaluator": (1, *acts, 0, "only now and then"),
+    }
+    return tuple(
+        Role(name, num, threads, num * each + every, note, share[name])
+        for name, (num, threads, each, every, note) in rows.items()
+        if name in share
     )
+
+
+def _object_store(config: Config, agent: Agent) -> int:
+    """Bytes in flight: batches, weights, and the queue of what is imagined."""
+    batch = config.replay.batch_size * config.replay.batch_length * step_bytes(agent.spaces)
+    nbytes = BATCHES_IN_FLIGHT * (batch + weight_bytes(agent))
+    if config.imagination.mode == "actors":
+        nbytes += config.imagination.queue_size * imagined_bytes(agent, config.replay)
+    return max(128 * MB, nbytes)
+
+
+def weight_bytes(agent: Agent) -> int:
+    """Bytes of all parameters."""
+    return 4 * sum(p.numel() for p in agent.parameters())
+
+
+def imagined_bytes(agent: Agent, replay: ReplayConfig) -> int:
+    """Bytes of the features (H + 1, B * T, F) that a batch of start states is rolled into."""
+    rows = (agent.imagining().config.horizon + 1) * replay.batch_size * replay.batch_length
+    return 4 * rows * agent.world_model.feature_dim
 
 
 def activation_bytes(agent: Agent, replay: ReplayConfig) -> int:
@@ -178,22 +343,32 @@ def shard_config(config: Config) -> ReplayConfig:
     return replace(r, capacity=r.capacity // num, capacity_bytes=-(-r.capacity_bytes // num))
 
 
-def start_ray(plan: Plan) -> None:
-    """Start Ray on this machine, or join the cluster that RAY_ADDRESS names.
+def join_cluster() -> tuple[Node, ...]:
+    """The living nodes of the cluster that RAY_ADDRESS names, joined first where it is not yet.
 
-    A local one listens on loopback for this process only, hence runs without a token unless
-    RAY_AUTH_MODE says otherwise.
+    Nothing where there is none: then Ray is started on this machine, by `start_ray`.
+    """
+    if not ray.is_initialized():
+        if "RAY_ADDRESS" not in os.environ:
+            return ()
+        ray.init(**QUIET)
+    return tuple(node["Resources"] for node in ray.nodes() if node["Alive"])
+
+
+def start_ray(plan: Plan) -> None:
+    """Start Ray on this machine, unless a cluster has been joined.
+
+    It listens on loopback for this process only, hence runs without a token unless RAY_AUTH_MODE
+    says otherwise. CPUs are counted such that every process finds its share.
     """
     if ray.is_initialized():
         return
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if "RAY_ADDRESS" not in os.environ:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        options |= {
-            "address": "local",
-            "include_dashboard": False,
-            "num_cpus": max(plan.cores, plan.processes),
-            "object_store_memory": plan.object_store,
-        }
-    ray.init(**options)
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {
+        "address": "local",
+        "include_dashboard": False,
+        "num_cpus": math.ceil(max(plan.cores, plan.asked("CPU"))),
+        "object_store_memory": plan.object_store,
+    }
+    ray.init(**options, **QUIET)

@@ -1,13 +1,14 @@
 """The flow's three ports, bound to Ray actors.
 
-References and reports pass through here, never data. Runners and shards restart by themselves;
-what they were doing when they died is simply asked for again.
+References and reports pass through here, never data. Runners, shards and imaginers restart by
+themselves; what they were doing when they died is simply asked for again. Learners are restarted
+here, from the newest checkpoint, and take again the steps that were lost with them.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,40 +17,89 @@ import ray
 from ray import ObjectRef
 from ray.exceptions import ActorUnavailableError
 
+from worldflux_dist import checkpoint
 from worldflux_dist.config import Config
-from worldflux_dist.distributed.actors import RunnerReport
+from worldflux_dist.distributed.actors import ImaginedReport, RunnerReport
+from worldflux_dist.distributed.feeding import ImaginedSource, ReplaySource, Stepper
+from worldflux_dist.distributed.flow import UPDATES_PER_ROUND
+from worldflux_dist.distributed.group import GroupLostError, LearnerGroup
 from worldflux_dist.distributed.shard import ShardReport
+from worldflux_dist.distributed.supervision import Budget
 
-ROLES = ("runner", "shard", "acting")  # whose processes may die without ending the run
-MAX_LOSSES = 20
-STEPS_IN_FLIGHT = 3  # batches on their way: one in work, the others being gathered
+WAIT_S = 0.5  # the longest that one look at everything under way may block
+
+
+@dataclass
+class Roles:
+    """Handles of a run's processes. `policy` and `imaginers` exist where the policy learns apart;
+    `root` is where checkpoints are."""
+
+    model: LearnerGroup
+    policy: LearnerGroup | None
+    imaginers: Sequence[Any]
+    shards: Sequence[Any]
+    runners: Sequence[Any]
+    root: Any
+    named: Sequence[Any]  # found by their names, kept alive by these handles
+
+    @property
+    def groups(self) -> list[LearnerGroup]:
+        return [self.model] if self.policy is None else [self.model, self.policy]
 
 
 @dataclass
 class RayPorts:
-    """The actors of a run and the calls under way. Owns what is known of them; a runner or a shard
-    that dies costs its call and nothing else."""
+    """The calls under way. Owns what is known of the processes, and their restarts."""
 
     config: Config
-    learner: Any
-    shards: list[Any]
-    runners: list[Any]
+    roles: Roles
     stopping: Callable[[], bool]
-    gradient_steps: int = 0
-    restarts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ROLES, 0))
     sizes: dict[int, ShardReport] = field(default_factory=dict)
-    version: int = 0
-    _collects: dict[ObjectRef, int] = field(default_factory=dict)
-    _losses_in_a_row: int = 0
+    shard_losses: int = 0
+    acting_losses: int = 0
 
     def __post_init__(self) -> None:
-        self._rng = np.random.default_rng([self.config.seed, self.gradient_steps])
-        self.version = ray.get(self.learner.publish.remote())
+        roles, config = self.roles, self.config
+        rng = np.random.default_rng([config.seed, roles.model.gradient_steps])
+        self.budgets = {"runner": Budget("runner"), "learner": Budget("learner")}
+        self._collects: dict[ObjectRef, tuple[int, float]] = {}
+        self._redo = 0
+
+        def replay(num: int, online: bool) -> ReplaySource:
+            size = config.replay.batch_size // num
+            return ReplaySource(roles.shards, self.sizes, size, rng, self._lost_shard, online)
+
+        self.replay = replay(config.scale.num_learners, online=True)
+        self.steppers = [Stepper(roles.model, self.replay)]
+        self.imagined: ImaginedSource | None = None
+        if roles.policy is not None:
+            policy, imagination = roles.policy, config.imagination
+            self.imagined = ImaginedSource(
+                roles.imaginers,
+                replay(imagination.num_policy_learners, online=False),
+                imagination.queue_size,
+                imagination.max_staleness,
+                lambda: (roles.model.gradient_steps, policy.gradient_steps),
+            )
+            self.steppers.append(Stepper(policy, self.imagined))
+        self.publish()
         self.ask_sizes()
+
+    @property
+    def version(self) -> int:
+        """Gradient steps behind the newest published weights that act."""
+        return self._published
+
+    @property
+    def restarts(self) -> dict[str, int]:
+        """Processes that died, by role."""
+        found = {role: budget.losses for role, budget in self.budgets.items()}
+        found |= {"shard": self.shard_losses, "acting": self.acting_losses}
+        return found | ({} if self.imagined is None else {"imaginer": self.imagined.budget.losses})
 
     def ask_sizes(self) -> None:
         """What every shard holds now; in between, runners' reports keep it roughly up to date."""
-        refs = [shard.report.remote() for shard in self.shards]
+        refs = [shard.report.remote() for shard in self.roles.shards]
         for index, ref in enumerate(refs):
             try:
                 report: ShardReport = ray.get(ref)
@@ -58,44 +108,41 @@ class RayPorts:
                 self.sizes.pop(index, None)
 
     @property
-    def ready(self) -> bool:
-        """Whether any shard is known to have something to sample."""
-        return any(report.ready for report in self.sizes.values())
-
-    @property
     def num_collects(self) -> int:
         """Collect calls under way."""
         return len(self._collects)
 
     def start_collect(self) -> None:
-        busy = set(self._collects.values())
-        for index, runner in enumerate(self.runners):
-            if index not in busy:
+        busy = {index for index, _ in self._collects.values()}
+        for index, runner in enumerate(self.roles.runners):
+            if index not in busy and not self.budgets["runner"].resting(index):
                 ref = runner.collect.remote(self.config.scale.chunk_length)
-                self._collects[ref] = index
+                self._collects[ref] = index, time.monotonic()
 
     def finished_collects(self, wait: bool) -> list[RunnerReport]:
+        """Reports that have come in. A runner that is silent for too long is restarted."""
         reports: list[RunnerReport] = []
         while self._collects:
             refs = list(self._collects)
             timeout = 1.0 if wait and not reports else 0.0
-            done, _ = ray.wait(refs, num_returns=len(refs) if timeout == 0 else 1, timeout=timeout)
+            done, silent = ray.wait(
+                refs, num_returns=len(refs) if timeout == 0 else 1, timeout=timeout
+            )
             for ref in done:
-                del self._collects[ref]
+                index, _ = self._collects.pop(ref)
                 try:
-                    reports.append(ray.get(ref))
-                except ActorUnavailableError as error:
-                    self.restarts["runner"] += 1
-                    self._losses_in_a_row += 1
-                    if self._losses_in_a_row > MAX_LOSSES:
-                        raise RuntimeError(
-                            f"env runners died {MAX_LOSSES} times without bringing a chunk: look "
-                            "for an environment that crashes its process or for want of memory"
-                        ) from error
-                else:
-                    self.sizes |= reports[-1].shards
-                    self.restarts["acting"] += reports[-1].acting_losses > 0
-                    self._losses_in_a_row = 0
+                    report: RunnerReport = ray.get(ref)
+                except ActorUnavailableError:
+                    self.budgets["runner"].lost(index)
+                    continue
+                self.budgets["runner"].brought(index)
+                reports.append(report)
+                self.sizes |= report.shards
+                self.acting_losses += report.acting_losses > 0
+            for ref in silent:
+                index, since = self._collects[ref]
+                if time.monotonic() - since > self.config.scale.patience:
+                    ray.kill(self.roles.runners[index], no_restart=False)
             if timeout == 0 or self.stopping():
                 break
         return reports
@@ -108,42 +155,82 @@ class RayPorts:
         return reports
 
     def update(self, num: int) -> list[dict[str, float]]:
-        if num and not self.ready:
+        """Up to `num` gradient steps of the model and, where it learns apart, as many of the policy
+        as it is behind. A step's metrics of both come together."""
+        if num and not self.replay.ready:
             self.ask_sizes()  # a shard may have come back
-        taken: list[dict[str, float]] = []
-        under_way: deque[tuple[int, ObjectRef]] = deque()
-        started = 0
-        while started < num or under_way:
-            if started < num and len(under_way) < STEPS_IN_FLIGHT and not self.stopping():
-                shard = self._choose_shard()
-                if shard is not None:
-                    batch = self.shards[shard].sample.remote()
-                    under_way.append((shard, self.learner.step.remote(batch)))
-                    started += 1
-                    continue
-            if not under_way:
+        self.steppers[0].begin(num)
+        for stepper in self.steppers[1:]:
+            behind = self.roles.model.effective_steps + num - stepper.group.effective_steps
+            stepper.begin(max(0, min(behind, 2 * UPDATES_PER_ROUND)))
+        while not all(stepper.done for stepper in self.steppers):
+            for stepper in self.steppers:
+                try:
+                    stepper.pump(self.stopping())
+                except GroupLostError:
+                    self._restart(stepper)
+            waiting = [ref for stepper in self.steppers for ref in stepper.waiting()]
+            if self.stopping() and not any(stepper.stepping for stepper in self.steppers):
                 break
-            shard, ref = under_way.popleft()
-            try:
-                metrics: dict[str, float] | None = ray.get(ref)
-            except ActorUnavailableError:
-                self.restarts["shard"] += 1
-                metrics = None
-            if metrics is None:
-                self.sizes.pop(shard, None)  # until a runner reports it alive and filled
-            else:
-                taken.append(metrics)
-        self.gradient_steps += len(taken)
-        return taken
+            if not waiting and self._starved():
+                break
+            if waiting:
+                ray.wait(waiting, num_returns=1, timeout=WAIT_S, fetch_local=False)
+        if any(stepper.taken for stepper in self.steppers):
+            self.budgets["learner"].brought(0)
+        return self._join([stepper.taken for stepper in self.steppers])
 
     def publish(self) -> None:
-        self.learner.publish.remote()
-        self.version = self.gradient_steps
+        for group in self.roles.groups:
+            group.publish()
+        self._published = min(group.gradient_steps for group in self.roles.groups)
 
-    def _choose_shard(self) -> int | None:
-        """A shard with data, in proportion to what it holds: all steps are equally likely."""
-        ready = [index for index, report in self.sizes.items() if report.ready]
-        if not ready:
-            return None
-        weights = np.array([self.sizes[index].num_steps for index in ready], float)
-        return int(self._rng.choice(ready, p=weights / weights.sum()))
+    def take_redo(self) -> int:
+        """Gradient steps that were lost with learners since the last call."""
+        taken, self._redo = self._redo, 0
+        return taken
+
+    def take_imagined(self) -> list[ImaginedReport]:
+        """What imaginers have brought since the last call."""
+        if self.imagined is None:
+            return []
+        taken, self.imagined.reports = self.imagined.reports, []
+        return taken
+
+    def _starved(self) -> bool:
+        """Whether nothing can come, since no shard has anything; imaginers at rest do come back."""
+        if not self.replay.ready:
+            return True
+        time.sleep(0.05)
+        return False
+
+    def _join(self, taken: list[list[dict[str, float]]]) -> list[dict[str, float]]:
+        """The policy's metrics beside the model's of the same round."""
+        model, *apart = taken
+        for metrics in apart:
+            for number, values in enumerate(metrics[: len(model)]):
+                own = {f"policy/{n}" if n in model[number] else n: v for n, v in values.items()}
+                model[number] |= own
+        return model
+
+    def _restart(self, stepper: Stepper) -> None:
+        """Start a group anew from the newest checkpoint."""
+        group = stepper.group
+        while True:
+            time.sleep(self.budgets["learner"].lost(0))
+            found = checkpoint.newest(self.roles.root)
+            saved = found[1]["counters"]["effective_steps"][group.part] if found else 0
+            lost = group.effective_steps - saved
+            try:
+                group.start(found[0] if found else None, group.gradient_steps)
+                group.meet()
+            except GroupLostError:
+                continue
+            group.lost_steps += lost
+            if group is self.roles.model:
+                self._redo += lost
+            group.publish()
+            return
+
+    def _lost_shard(self) -> None:
+        self.shard_losses += 1

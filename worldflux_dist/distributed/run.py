@@ -12,9 +12,8 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -23,8 +22,18 @@ from worldflux_dist.evaluate import OpenLoop
 from worldflux_dist.metrics import RunLog, read_lines
 from worldflux_dist.replay.limiter import Limiter
 
-# What may differ when a run goes on: how long and how often to look, not what is learned.
-FREE = ("env_steps", "eval_every", "eval_episodes", "checkpoint_every", "threshold")
+if TYPE_CHECKING:
+    from worldflux_dist.checkpoint import AnyPath
+
+# What may differ when a run goes on: how long, how fast, where and on how many processes, and how
+# often to look; not what is learned.
+FREE = {
+    *("train.env_steps", "train.train_ratio", "train.threshold", "train.checkpoint_every"),
+    *("train.eval_every", "train.eval_episodes", "learner.device", "learner.threads"),
+    *("scale.num_runners", "scale.num_shards", "scale.num_learners", "scale.runner_threads"),
+    *("scale.acting", "scale.patience", "imagination.num_imaginers", "imagination.queue_size"),
+    *("imagination.num_policy_learners", "imagination.max_staleness"),
+}
 
 
 class RunDirectory:
@@ -32,7 +41,9 @@ class RunDirectory:
 
     def __init__(self, path: Path, settings: config.Config) -> None:
         self.path, self.settings = path, settings
-        self.checkpoints = path / "checkpoints"
+        storage = settings.scale.storage
+        self.storage: AnyPath = checkpoint.as_path(storage) if storage else path
+        self.checkpoints = self.storage / "checkpoints"
         path.mkdir(parents=True, exist_ok=True)
         self._lock = (path / ".lock").open("w")
         try:
@@ -67,7 +78,7 @@ class RunDirectory:
             "again"
         )
 
-    def resume(self, limiter: Limiter, num_steps: int) -> tuple[Path, dict[str, Any]] | None:
+    def resume(self, limiter: Limiter, num_steps: int) -> tuple[AnyPath, dict[str, Any]] | None:
         """The newest good checkpoint and its counters, the limiter set and later lines dropped.
 
         `num_steps` is what runners collect at a time.
@@ -128,11 +139,8 @@ class RunDirectory:
         saved = self.path / "config.yaml"
         if not saved.exists():
             return
-        before = config.load([saved])
-        kept = {name: getattr(self.settings.train, name) for name in FREE}
-        before = replace(before, train=replace(before.train, **kept))
-        old, new = _flat(config.to_dict(before)), _flat(config.to_dict(self.settings))
-        differing = [key for key in old | new if old.get(key) != new.get(key)]
+        old, new = (_flat(config.to_dict(c)) for c in (config.load([saved]), self.settings))
+        differing = [k for k in old | new if k not in FREE and old.get(k) != new.get(k)]
         if differing:
             listed = ", ".join(f"{k} ({old.get(k)} before, {new.get(k)} now)" for k in differing)
             raise config.ConfigError(

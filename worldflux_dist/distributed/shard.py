@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
 
 from worldflux_dist import checkpoint
 from worldflux_dist.data import Batch, Chunk
-from worldflux_dist.replay.buffer import ReplayBuffer, ReplayConfig
+from worldflux_dist.replay import ReplayConfig, ReplayShard
 
 
 def shard_name(index: int) -> str:
@@ -17,33 +22,81 @@ def shard_name(index: int) -> str:
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What a shard holds after an insert."""
+    """What a shard holds after an insert; `total_steps` counts those evicted since, too.
+
+    `degraded` says why it is not on disk, where it is not.
+    """
 
     num_steps: int
+    total_steps: int
+    durable_steps: int
+    dropped_steps: int
     nbytes: int
+    duplicates: int
     ready: bool
+    degraded: str
+
+
+@dataclass(frozen=True)
+class ShardPlace:
+    """Where a shard belongs: in the run's replay folder, in the driver's life, among the shards."""
+
+    root: str
+    life: str
+    index: int
+    num_shards: int
 
 
 class ReplayShardActor:
-    """One shard of the replay. A restarted one continues from the newest checkpoint's copy."""
+    """One shard. Waiting for the disk has a thread of its own, so that it never delays a sample."""
 
-    def __init__(self, config: ReplayConfig, seed: int, checkpoints: Path, name: str) -> None:
-        self.buffer = ReplayBuffer(config, seed)
-        found = checkpoint.newest(checkpoints, name)
-        if found is not None:
-            self.buffer.restore(found[0] / name)
+    def __init__(
+        self, config: ReplayConfig, seed: int, place: ShardPlace, saved: Sequence[dict[str, Any]]
+    ) -> None:
+        root = checkpoint.as_path(place.root)
+        self.shard = ReplayShard(
+            config, seed, root, place.life, place.index, place.num_shards, saved
+        )
+        self._sealing: Future[dict[str, Any]] | None = None
 
     def add(self, chunk: Chunk) -> ShardReport:
         """Store a chunk, once: a re-sent one is acknowledged and not stored again."""
-        self.buffer.add(chunk)
+        self.shard.add(chunk)
         return self.report()
 
-    def sample(self) -> Batch | None:
-        """None where a restart has left too little to sample from."""
-        return self.buffer.sample() if self.buffer.ready else None
+    @ray.method(num_returns=2)
+    def sample(
+        self, batch_size: int, online: bool = True
+    ) -> tuple[bool, tuple[Batch, np.ndarray] | None]:
+        """Whether there is anything, apart from the batch itself and the ids of its windows.
+
+        Without `online`, fresh segments are left to whoever trains on each once.
+        """
+        if not self.shard.ready:
+            return False, None  # a restart has left too little
+        return True, self.shard.sample_with_ids(batch_size, online=online)
+
+    def prioritize(self, ids: np.ndarray, values: np.ndarray) -> None:
+        self.shard.prioritize(ids, values)
 
     def report(self) -> ShardReport:
-        return ShardReport(self.buffer.num_steps, self.buffer.nbytes, self.buffer.ready)
+        return ShardReport(**self.shard.report())
 
-    def save(self, folder: Path) -> None:
-        self.buffer.save(folder)
+    def seal(self) -> int:
+        """Note the state that a checkpoint is to have; `sealed` waits until it is on disk.
+
+        Gives the number of steps that were ever stored.
+        """
+        self._sealing = self.shard.seal()
+        return self.report().total_steps
+
+    @ray.method(concurrency_group="disk")
+    def sealed(self) -> dict[str, Any]:
+        """The state noted by `seal`, once all of it is on disk."""
+        if self._sealing is None:
+            raise checkpoint.CheckpointError("the shard was restarted before its state was on disk")
+        return self._sealing.result()
+
+    def retain(self, names: set[str]) -> None:
+        """Delete segments that are evicted and not among `names`."""
+        self.shard.retain(names)

@@ -6,15 +6,13 @@ and numbers. Running the same command again resumes from the newest good checkpo
 
 from __future__ import annotations
 
-import re
-import signal
-import threading
+import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -24,32 +22,32 @@ from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from worldflux_dist import checkpoint
 from worldflux_dist.config import Config
-from worldflux_dist.data import Spaces
-from worldflux_dist.distributed.acting import ACTING, ActingActor
-from worldflux_dist.distributed.actors import (
-    SHARD_WAIT_S,
-    EnvRunnerActor,
-    EvaluationRequest,
-    LearnerActor,
-    RunnerReport,
-    evaluate_remotely,
-)
-from worldflux_dist.distributed.cluster import make_plan, shard_config, start_ray
+from worldflux_dist.distributed.actors import EvaluationRequest, RunnerReport, evaluate_remotely
+from worldflux_dist.distributed.auth import check_auth, explained
+from worldflux_dist.distributed.cluster import Plan, join_cluster, make_plan, start_ray
+from worldflux_dist.distributed.ending import RoleLostError, StopSignals
 from worldflux_dist.distributed.flow import Flow
+from worldflux_dist.distributed.group import GroupLostError
+from worldflux_dist.distributed.placement import place
 from worldflux_dist.distributed.ports import RayPorts
+from worldflux_dist.distributed.roles import Task, probe, start_roles
 from worldflux_dist.distributed.run import RunDirectory
-from worldflux_dist.distributed.shard import ReplayShardActor, shard_name
-from worldflux_dist.distributed.weights import WEIGHTS, WeightStore
-from worldflux_dist.envs import make_envs
+from worldflux_dist.distributed.saving import Saver
+from worldflux_dist.distributed.telemetry import Telemetry
 from worldflux_dist.evaluate import Evaluation
+from worldflux_dist.learner import NonFiniteLossError
 from worldflux_dist.metrics import Averages, Progress
 from worldflux_dist.replay.limiter import Limiter
 
 LOG_EVERY_S = 10.0
+SAVE_AGAIN_S = 5.0  # after a checkpoint that could not be written
+LAST_SAVE_S = 60.0  # how long the last one is tried
 DEATHS = {
     "runner": "a runner's process",
     "shard": "a shard's process",
     "acting": "the process that acts",
+    "imaginer": "an imaginer's process",
+    "learner": "a learner's process",
 }
 
 
@@ -60,43 +58,6 @@ class Outcome:
     evaluation: Evaluation
     random: Evaluation
     passed: bool | None
-
-
-class RoleLostError(RuntimeError):
-    """A process died for good; the message says which and why."""
-
-    def __init__(self, error: RayError) -> None:
-        text = str(getattr(error, "cause", None) or error).strip()
-        found = re.search(r"class_name: (\w+)", text) or re.search(r"ray::(\w+)", text)
-        role = found[1] if found else "a process"
-        why = f"it was killed, perhaps for want of memory, or crashed ({type(error).__name__})"
-        if "creation task" in text:
-            why = f"it could not start: {text.splitlines()[-1].strip()}"
-        super().__init__(f"{role} is lost, {why}; run the same command again to go on")
-
-
-class StopSignals:
-    """Ctrl-C or SIGTERM once: save and stop; a second time: stop at once."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.stopping, self._say = False, say
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, previous in self._previous.items():
-            signal.signal(number, previous)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.stopping:
-            raise KeyboardInterrupt
-        self.stopping = True
-        self._say("stopping: saving a checkpoint first (once more to stop at once)")
 
 
 class Trainer:
@@ -111,26 +72,31 @@ class Trainer:
         self.episodes = 0
         self._evaluation: tuple[int, ObjectRef] | None = None
         self._logged = self._saved = time.monotonic()
-        self._busy = {"runner": 0.0, "replay": 0.0, "learner": 0.0}
+        self._log_counts = (0, 0, 0)
+        self._busy = dict.fromkeys(("runner", "replay", "learner", "imaginer", "policy"), 0.0)
         self._evaluated_at = -1
         self._said = dict.fromkeys(DEATHS, 0)
-        self.env_failures = 0
+        self._degraded = ""
+        self.env_failures = self.imagined_steps = 0
+        self.telemetry = Telemetry(run.path.name)
 
-    def train(self, stop: StopSignals) -> Outcome | None:
+    def train(self, stop: StopSignals, options: dict[str, list[dict[str, Any]]]) -> Outcome | None:
         """Run to the end, or until stopped: then None, and everything is in a checkpoint."""
-        config = self.config
+        config, self._options = self.config, options
         per_call = config.env.num_envs * config.scale.chunk_length
         steps = config.scale.num_runners * per_call
         found = self.run.resume(self.limiter, 2 * steps)
-        folder = found[0] if found else None
         if found:
             self.episodes = found[1]["episodes"]
             self._evaluated_at = self.run.last_score() // config.train.eval_every
             self.progress.print(
-                f"resumed from {folder}: {self.limiter.env_steps:,} env steps, "
+                f"resumed from {found[0]}: {self.limiter.env_steps:,} env steps, "
                 f"{self.limiter.gradient_steps:,} gradient steps"
             )
-        self.ports = self._start_roles(folder, stop)
+        roles = start_roles(config, self.task, self.run.storage, found, options)
+        self.ports = RayPorts(config, roles, lambda: stop.stopping)
+        self.saver = Saver(self.ports, self.limiter)
+        self._log_counts = (self.limiter.env_steps, self.limiter.gradient_steps, 0)
         flow: Flow[RunnerReport] = Flow(self.limiter, self.ports, steps)
         total = config.train.env_steps
         while not stop.stopping:
@@ -140,84 +106,61 @@ class Trainer:
             filling = self.limiter.env_steps < config.train.prefill
             self.progress.phase("prefill" if filling else "train")
             done = flow.round(collect)
+            self.limiter.redo(self.ports.take_redo())
             self._take_in(done.reports, done.updates)
-            if not (collect or self.ports.num_collects or self.ports.ready):
+            if not (collect or self.ports.num_collects or self.ports.replay.ready):
                 raise RuntimeError("replay was lost: run the same command again to go on")
             if self.limiter.env_steps < total:
                 self._maybe_evaluate()
             self._maybe_log()
-            if time.monotonic() - self._saved > config.train.checkpoint_every:
-                self.save()
-        self.save()
+            self._maybe_save()
+        self._save_everything()
         if stop.stopping:
             return None
         stop.stopping = True  # all is saved: from here on one Ctrl-C stops at once
         return self._finish()
 
-    def _start_roles(self, folder: Path | None, stop: StopSignals) -> RayPorts:
-        """Start every role's processes; `folder` is the checkpoint to go on from.
+    def _maybe_save(self) -> None:
+        """Begin a checkpoint when one is due, and put it in place once all have written.
 
-        Names come first: runners and the learner look the others up.
+        One that fails is tried again: a full disk, a storage that does not answer or a shard that
+        died must not end the training.
         """
-        config, scale = self.config, self.config.scale
-        store = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(WeightStore)
-        self._store = store.options(name=WEIGHTS).remote()  # named actors live by their handle
-        shard = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(ReplayShardActor)
-        shards = [
-            shard.options(name=shard_name(i)).remote(
-                shard_config(config), config.seed * 1000 + i, self.run.checkpoints, shard_name(i)
-            )
-            for i in range(scale.num_shards)
-        ]
-        gpus = ray.cluster_resources().get("GPU", 0) if config.learner.device != "cpu" else 0
-        apart = scale.acting == "actor"  # shares a single GPU with the learner
-        gpu = min(1.0, gpus / (1 + apart))
-        if apart:
-            acting = ray.remote(num_cpus=1, num_gpus=gpu, max_restarts=-1)(ActingActor)
-            self._acting = acting.options(name=ACTING).remote(
-                config, self.task.spaces, self.limiter.env_steps
-            )
-        learner = ray.remote(num_cpus=1, num_gpus=gpu)(LearnerActor)
-        runner = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=0)(EnvRunnerActor)
-        return RayPorts(
-            config,
-            learner.remote(config, self.task.spaces, folder),
-            shards,
-            [runner.remote(config, i, self.limiter.env_steps) for i in range(scale.num_runners)],
-            lambda: stop.stopping,
-            self.limiter.gradient_steps,
-        )
+        try:
+            if self.saver.writing is not None:
+                self.saver.finish(wait=False)
+            elif time.monotonic() - self._saved > self.config.train.checkpoint_every:
+                self._saved = time.monotonic()
+                self._log()
+                self.saver.begin(self.episodes)
+        except NonFiniteLossError:
+            raise
+        except Exception as error:  # whatever a storage raises
+            self.saver.give_up()
+            wait = min(SAVE_AGAIN_S, self.config.train.checkpoint_every)
+            self._saved = time.monotonic() - self.config.train.checkpoint_every + wait
+            cause = getattr(error, "cause", None) or error
+            self.progress.print(f"no checkpoint this time: {str(cause).strip().splitlines()[-1]}")
 
-    def save(self) -> None:
-        """A checkpoint of everything; tried again where a shard dies on the way."""
-        deadline = time.monotonic() + SHARD_WAIT_S
-        while True:
-            try:
-                return self._write_checkpoint()
-            except ActorUnavailableError:
-                if time.monotonic() > deadline:
-                    raise
-                self.ports.restarts["shard"] += 1
-                time.sleep(0.5)
-
-    def _write_checkpoint(self) -> None:
-        """Taken while nothing moves, so that what is counted, stored and learned agrees."""
+    def _save_everything(self) -> None:
+        """The last checkpoint, taken while nothing moves; tried again where a shard dies."""
         self.progress.phase("save")
         reports = self.ports.drain()
         self.limiter.inserted(sum(report.env_steps for report in reports))
         self._take_in(reports, [])
         self.ports.ask_sizes()
         self._log()
-        counters = {"limiter": self.limiter.state_dict(), "episodes": self.episodes}
-        root = self.run.checkpoints
-        with checkpoint.writing(root, self.limiter.gradient_steps, counters=counters) as folder:
-            refs = [self.ports.learner.save.remote(folder)]
-            refs += [
-                shard.save.remote(folder / shard_name(index))
-                for index, shard in enumerate(self.ports.shards)
-            ]
-            ray.get(refs)
-        self._saved = time.monotonic()
+        deadline = time.monotonic() + LAST_SAVE_S
+        while True:
+            try:
+                self.saver.finish(wait=True)
+                self.saver.begin(self.episodes)
+                self.saver.finish(wait=True)
+                return
+            except (ActorUnavailableError, checkpoint.CheckpointError):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
 
     # -------------------------------------------------------------------------- looking at it
 
@@ -229,6 +172,7 @@ class Trainer:
             if num > self._said[role]:
                 self._said[role] = num
                 self.progress.print(f"{DEATHS[role]} died; it is started again")
+        self._say_degraded()
         for report in reports:
             self.env_failures += report.env_failures
             self._busy["runner"] += report.collect_seconds / self.config.scale.num_runners
@@ -239,8 +183,12 @@ class Trainer:
                 self.returns.append(episode.total_reward)
                 self.averages.mean("episode/return", episode.total_reward)
                 self.averages.mean("episode/length", episode.length)
+        for imagined in self.ports.take_imagined():
+            self._busy["imaginer"] += imagined.seconds / self.config.imagination.num_imaginers
+            self.imagined_steps += imagined.num_steps
         for number, metrics in enumerate(updates):
             self._busy["learner"] += metrics["time/learner_step"]
+            self._busy["policy"] += metrics.get("policy/time/learner_step", 0.0)
             if number:  # the first step of a round waits for nobody but its being owed
                 self._busy["replay"] += metrics["time/learner_wait"]
             for name, value in metrics.items():
@@ -264,6 +212,16 @@ class Trainer:
             staleness = np.mean([self.ports.version - report.version for report in reports])
             self.progress.update(staleness=float(staleness))
 
+    def _say_degraded(self) -> None:
+        """Say once when replay is no longer kept on disk, and once when it is again."""
+        reports = self.ports.sizes.values()
+        why = next((report.degraded for report in reports if report.degraded), "")
+        if bool(why) != bool(self._degraded):
+            self.progress.print(
+                f"replay is not being kept on disk: {why}" if why else "replay is on disk again"
+            )
+        self._degraded = why
+
     def _maybe_log(self) -> None:
         if time.monotonic() - self._logged > LOG_EVERY_S:
             self._log()
@@ -272,25 +230,35 @@ class Trainer:
         """One line of metrics: means since the last one, counters, and who is holding up."""
         now = time.monotonic()
         wall = max(now - self._logged, 1e-3)
-        bottleneck = max(self._busy, key=self._busy.__getitem__)
-        self.progress.update(bottleneck=bottleneck)
+        busy = {role: seconds / wall for role, seconds in self._busy.items()}
+        self.progress.update(bottleneck=max(busy, key=busy.__getitem__))
+        limiter, means = self.limiter, self.averages.pop()
+        counts = (limiter.env_steps, limiter.gradient_steps, self.imagined_steps)
+        names = ("rate/env_steps", "rate/gradient_steps", "rate/imagined_steps")
+        rates = {n: (a - b) / wall for n, a, b in zip(names, counts, self._log_counts, strict=True)}
         counters = {
-            "frames": self.limiter.env_steps * self.task.action_repeat,
-            "gradient_steps": self.limiter.gradient_steps,
+            "frames": limiter.env_steps * self.task.action_repeat,
+            "gradient_steps": limiter.gradient_steps,
+            "gradient_steps/redone": limiter.redone,
             "episodes": self.episodes,
             "env_failures": self.env_failures,
-            "train_ratio/achieved": self.limiter.achieved,
+            "train_ratio/achieved": limiter.achieved,
             "train_ratio/asked": self.config.train.train_ratio,
             "weights_version": self.ports.version,
+            "stall/learner": busy["replay"] / max(busy["replay"] + busy["learner"], 1e-9),
+            "replay/not_durable": float(bool(self._degraded)),
         }
-        counters |= {f"busy/{role}": seconds / wall for role, seconds in self._busy.items()}
+        counters |= {f"busy/{role}": share for role, share in busy.items()}
         counters |= {f"restarts/{role}": num for role, num in self.ports.restarts.items()}
-        counters |= {
-            f"replay/shard{index}_steps": report.num_steps
-            for index, report in self.ports.sizes.items()
-        }
-        self.run.log.log(self.limiter.env_steps, counters | self.averages.pop())
-        self._busy = dict.fromkeys(self._busy, 0.0)
+        for index, report in self.ports.sizes.items():
+            counters[f"replay/shard{index}_steps"] = report.num_steps
+            counters[f"replay/shard{index}_bytes"] = report.nbytes
+        if self.ports.imagined is not None:
+            counters["imagination/stale"] = self.ports.imagined.stale
+        line = counters | rates | means
+        self.run.log.log(limiter.env_steps, line)
+        self.telemetry.record(line)
+        self._busy, self._log_counts = dict.fromkeys(self._busy, 0.0), counts
         self._logged = now
 
     # ------------------------------------------------------------------------------ evaluating
@@ -309,8 +277,9 @@ class Trainer:
         request = EvaluationRequest(
             self.config.train.eval_episodes, self.config.seed + 1000, random, pictures
         )
-        arrays = self.ports.learner.agent_arrays.remote()
-        ref = evaluate_remotely.remote(self.config, self.task.spaces, arrays, request)
+        arrays = [group.agent_arrays() for group in self.ports.roles.groups]
+        evaluator = evaluate_remotely.options(**self._options["evaluator"][0])
+        ref = evaluator.remote(self.config, self.task.spaces, request, *arrays)
         self._evaluation = (self.limiter.env_steps, ref)
 
     def _score(self) -> dict[str, Any]:
@@ -345,20 +314,26 @@ class Trainer:
         return Outcome(agent, random, passed)
 
 
-@dataclass(frozen=True)
-class Task:
-    """What the driver must know of the environment."""
+def show_plan(config: Config) -> None:
+    """Print what a run asks for and what there is, here or in the cluster RAY_ADDRESS names.
 
-    spaces: Spaces
-    action_repeat: int
+    Raises ConfigError where it cannot fit.
+    """
+    try:
+        _plan(config, probe(config))
+    finally:
+        ray.shutdown()
 
 
-def probe(config: Config) -> Task:
-    """Make one environment here, so that a wrong id or space is said before anything starts."""
-    envs = make_envs(config.env, config.seed, num_envs=1)
-    task = Task(envs.spaces, envs.action_repeat)
-    envs.close()
-    return task
+def _plan(config: Config, task: Task) -> Plan:
+    with explained(os.environ.get("RAY_ADDRESS", "")):
+        nodes = join_cluster()
+    if nodes:
+        check_auth()
+    plan = make_plan(config, task.spaces, nodes)
+    print("\n".join(plan.lines()), flush=True)
+    plan.check()
+    return plan
 
 
 def train(config: Config, run_dir: Path, plain: bool | None = None) -> Outcome | None:
@@ -370,23 +345,31 @@ def train(config: Config, run_dir: Path, plain: bool | None = None) -> Outcome |
     """
     run_dir = run_dir.resolve()  # other processes write there too
     task = probe(config)
-    plan = make_plan(config, task.spaces)
-    print("\n".join(plan.lines()), flush=True)
-    plan.check()
-    with (
-        RunDirectory(run_dir, config) as run,
-        Progress(config.train.env_steps, plain) as progress,
-    ):
-        progress.phase("start")
-        start_ray(plan)
-        try:
-            with StopSignals(progress.print) as stop:  # Ray sets handlers of its own when it starts
-                return Trainer(config, run, progress, task).train(stop)
-        except OSError as error:
-            raise run.explain(error) from error
-        except RayError as error:
-            if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError):
-                raise  # an error of ours, from another process
-            raise RoleLostError(error) from error
-        finally:
-            ray.shutdown()
+    try:
+        plan = _plan(config, task)
+        with (
+            RunDirectory(run_dir, config) as run,
+            Progress(config.train.env_steps, plain) as progress,
+        ):
+            progress.phase("start")
+            start_ray(plan)
+            return _train(config, run, progress, task, plan)
+    finally:
+        ray.shutdown()
+
+
+def _train(
+    config: Config, run: RunDirectory, progress: Progress, task: Task, plan: Plan
+) -> Outcome | None:
+    try:
+        with (
+            StopSignals(progress.print) as stop,  # Ray sets handlers of its own when it starts
+            closing(place(plan, stopping=lambda: stop.stopping)) as placement,
+        ):
+            return Trainer(config, run, progress, task).train(stop, placement.options)
+    except OSError as error:
+        raise run.explain(error) from error
+    except (RayError, GroupLostError) as error:
+        if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError):
+            raise  # an error of ours, from another process
+        raise RoleLostError(error) from error

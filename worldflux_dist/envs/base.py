@@ -37,6 +37,7 @@ class EnvConfig:
     kwargs: dict[str, Any] = field(default_factory=dict)
     max_episode_steps: int = 0  # 0: the environment's own limit
     max_failures: int = 5  # failures in a row of one environment before the run stops
+    patience: float = 60.0  # seconds that one step may take before it counts as a failure
 
     image_size: int = 64  # height and width, of Atari and of DeepMind Control's pixels
 
@@ -60,6 +61,7 @@ class EnvConfig:
             "num_envs": 1,
             "max_episode_steps": 0,
             "max_failures": 1,
+            "patience": 0,
             "image_size": 8,
             "dmc_action_repeat": 1,
             "frame_skip": 1,

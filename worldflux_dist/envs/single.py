@@ -13,12 +13,14 @@ import inspect
 import logging
 import math
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
 from functools import partial
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 import gymnasium
@@ -37,16 +39,23 @@ GOOD_RUN = 100  # steps without a failure after which earlier failures are forgo
 class Guard(gymnasium.Wrapper):
     """One environment that survives its own failures. Owns the environment and its builder.
 
-    A failure is an exception, a non-finite reward, or an observation that is not finite or not of
-    the space's shape, in step or in reset. In a step the last observation is repeated with zero
-    reward and `truncated`; the next reset builds a new environment. `max_failures` in a row, with
-    no run of GOOD_RUN steps between them, raise RuntimeError.
+    A failure is an exception, a non-finite reward, an observation that is not finite or not of
+    the space's shape, or more than `patience` seconds in Python, in step or in reset. In a step
+    the last observation is repeated with zero reward and `truncated`; the next reset builds a new
+    environment. `max_failures` in a row, with no run of GOOD_RUN steps between them, raise
+    RuntimeError.
     """
 
     def __init__(
-        self, build: Callable[[], gymnasium.Env], name: str, lane: int, max_failures: int
+        self,
+        build: Callable[[], gymnasium.Env],
+        name: str,
+        lane: int,
+        max_failures: int,
+        patience: float = 0.0,
     ) -> None:
         super().__init__(build())
+        self._patience = patience if _can_interrupt() else 0.0
         self._build, self._name, self._lane = build, name, lane
         self._max_failures, self._failures, self._good = max_failures, 0, 0
         self.num_failures, self._broken = 0, False
@@ -65,7 +74,9 @@ class Guard(gymnasium.Wrapper):
                     self.env = self._build()
                     self._broken = False
                     seed = int(self._rng.integers(2**31))
+                signal.setitimer(signal.ITIMER_REAL, self._patience)
                 obs, info = self.env.reset(seed=seed, options=options)
+                signal.setitimer(signal.ITIMER_REAL, 0)
                 check_obs(self.observation_space, obs)
             except Exception as error:
                 self._failed(error)
@@ -75,7 +86,9 @@ class Guard(gymnasium.Wrapper):
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         try:
+            signal.setitimer(signal.ITIMER_REAL, self._patience)
             obs, reward, terminated, truncated, info = self.env.step(action)
+            signal.setitimer(signal.ITIMER_REAL, 0)
             check_obs(self.observation_space, obs)
             reward = np.asarray(reward).item()  # some hand out an array of one
             if not math.isfinite(np.float32(reward)):
@@ -94,6 +107,7 @@ class Guard(gymnasium.Wrapper):
         return None if self._broken else self.env.render()
 
     def _failed(self, error: Exception) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         self._failures += 1
         self.num_failures += 1
         self._good, self._broken = 0, True
@@ -109,6 +123,18 @@ class Guard(gymnasium.Wrapper):
                 f"env {self._name} lane {self._lane} failed {self._failures} times in a row, "
                 f"last with {what}; repair the environment or raise env.max_failures"
             ) from error
+
+
+def _can_interrupt() -> bool:
+    """Make SIGALRM interrupt what takes too long; False in a thread, which has no signals."""
+    if threading.current_thread() is not threading.main_thread():
+        return False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError("it did not come back in env.patience seconds")
+
+    signal.signal(signal.SIGALRM, interrupt)
+    return True
 
 
 def check_obs(space: gymnasium.Space, obs: Any) -> None:
@@ -137,7 +163,8 @@ def check_obs(space: gymnasium.Space, obs: Any) -> None:
 def single_envs(config: EnvConfig, seed: int, num_envs: int, render: bool) -> Envs:
     """`num_envs` environments of `config.id`, each behind a Guard."""
     build = builder(config, render)
-    guards = [Guard(build, config.id, lane, config.max_failures) for lane in range(num_envs)]
+    limits = (config.max_failures, config.patience)
+    guards = [Guard(build, config.id, lane, *limits) for lane in range(num_envs)]
     first = guards[0]
     try:
         spaces = Spaces(first.observation_space, first.action_space)

@@ -99,6 +99,7 @@ class Rollout:
 class LossOutput:
     """Unreduced losses by name, metrics, and states (B, T, ...) of the steps of `batch`.
 
+    The first axis of each loss is B, or B times a number of windows, those of a row side by side.
     `states` are the posteriors: behaviors imagine from them, detached. `path` are the states that
     behaviors may add losses on, with gradient, which is how value gradients reach the model: the
     posteriors themselves, or predictions of them from the first observation alone, of which step t
@@ -200,6 +201,19 @@ class WorldModel(nn.Module, ABC):
         return self.update(
             state, action, obs, torch.ones(num, dtype=torch.bool, device=like.device)
         )
+
+    @torch.no_grad()
+    def observe(self, batch: Batch, noise: Tensor | None = None) -> State:
+        """Posteriors (B, T), the essential part, of a batch of tensors: `update` step by step from
+        the initial state, without gradient. `noise` (B, T, ...) fixes its draws."""
+        num, length = batch.reward.shape
+        state, states = self.initial(num), []
+        for t in range(length):
+            obs = {key: value[:, t] for key, value in batch.obs.items()}
+            draws = None if noise is None else noise[:, t]
+            state = self.update(state, batch.action[:, t], obs, batch.is_first[:, t], draws)
+            states.append(self.essential(state))
+        return State.stack(states, 1)
 
     def rollout(
         self,

@@ -248,7 +248,7 @@ class DreamerV3(WorldModel):
         if is_first is None:
             is_first = torch.zeros(len(action), dtype=torch.bool, device=action.device)
         tokens = self.encoder(self.tensors(obs))
-        states, _ = self.observe(
+        states, _ = self.filter(
             tokens[:, None],
             action[:, None],
             is_first[:, None],
@@ -257,7 +257,7 @@ class DreamerV3(WorldModel):
         )
         return states[:, 0]
 
-    def observe(
+    def filter(
         self,
         tokens: Tensor,
         action: Tensor,
@@ -274,9 +274,9 @@ class DreamerV3(WorldModel):
         # Autocast does not know the meta device, on which plans are made.
         device = "cpu" if tokens.is_meta else tokens.device.type
         with torch.autocast(device, enabled=False):
-            return self._observe(tokens.float(), action, is_first, start, noise)
+            return self._filter(tokens.float(), action, is_first, start, noise)
 
-    def _observe(
+    def _filter(
         self,
         tokens: Tensor,
         action: Tensor,
@@ -306,6 +306,16 @@ class DreamerV3(WorldModel):
             logits.append(logit)
         states = State({"deter": torch.stack(deters, 1), "stoch": torch.stack(stochs, 1)})
         return states, torch.stack(logits, 1)
+
+    def _seen(self, batch: Batch, start: State, noise: Tensor | None) -> tuple[State, Tensor]:
+        flat = {key: value.flatten(0, 1) for key, value in batch.obs.items()}
+        tokens = self.encoder(flat).unflatten(0, batch.reward.shape)
+        return self.filter(tokens, batch.action, batch.is_first, start, noise)
+
+    @torch.no_grad()
+    def observe(self, batch: Batch, noise: Tensor | None = None) -> State:
+        start = self.initial(len(batch.reward))
+        return self._seen(batch, start, noise)[0]  # all observations are encoded at once
 
     def transition(self, state: State, action: Tensor, noise: Tensor | None = None) -> State:
         stoch = state.tensors["stoch"].flatten(-2)
@@ -344,11 +354,8 @@ class DreamerV3(WorldModel):
 
         The reward loss counts resets too (their reward is 0), as the reference's does.
         """
-        batch_size, length = batch.reward.shape
-        flat = {key: value.flatten(0, 1) for key, value in batch.obs.items()}
-        tokens = self.encoder(flat).unflatten(0, (batch_size, length))
-        start = self.initial(batch_size) if start is None else start
-        states, logits = self.observe(tokens, batch.action, batch.is_first, start, noise)
+        start = self.initial(len(batch.reward)) if start is None else start
+        states, logits = self._seen(batch, start, noise)
         posterior = dist.unimix(logits, self.config.unimix)
         prior = dist.unimix(self.prior_logits(states.tensors["deter"]), self.config.unimix)
         nats = self.config.free_nats
@@ -371,8 +378,7 @@ class DreamerV3(WorldModel):
             "prior_entropy": -(prior * prior.log()).sum((-1, -2)).mean().detach(),
             "posterior_entropy": -(posterior * posterior.log()).sum((-1, -2)).mean().detach(),
         }
-        weight = torch.ones(length, device=batch.reward.device)
-        return LossOutput(losses, metrics, states, states, weight, batch)
+        return LossOutput(losses, metrics, states, states, torch.ones_like(batch.reward[0]), batch)
 
     def reconstruct(self, state: State) -> dict[str, Tensor]:
         """Decoder means of any leading shape: vectors in symlog space, images in [0, 1]."""

@@ -16,47 +16,22 @@ behind them; a window never spans missing steps; a chunk counts once, however of
 
 from __future__ import annotations
 
-import json
 import math
 from collections import OrderedDict
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from worldflux_dist.data import Batch, Chunk
-from worldflux_dist.replay.memory import zeros
+from worldflux_dist.replay.columns import LARGE, Column, PackedColumn, RawColumn
+from worldflux_dist.replay.config import ReplayConfig
+from worldflux_dist.replay.marks import Key, Marks
+from worldflux_dist.replay.sampling import Sampler
+from worldflux_dist.replay.segment import Numbering
 
-Key = tuple[str, str, int]  # writer, incarnation, seq
 Spec = dict[str, tuple[np.dtype, tuple[int, ...]]]  # dtype and shape of a step's columns
-
-MAX_LATE = 64  # chunks of one writer that may overtake a missing one before it is given up
-LARGE = 1024  # bytes per step from which copying slices beats np.take
-
-
-@dataclass(frozen=True)
-class ReplayConfig:
-    """How much is kept and what a sample looks like.
-
-    `batch_size` windows of `batch_length` steps; at most `capacity` steps and, unless 0, at most
-    `capacity_bytes` bytes of them; `online` trains each fresh segment once before uniform replay.
-    """
-
-    batch_size: int = 16
-    batch_length: int = 64
-    capacity: int = 1_000_000
-    capacity_bytes: int = 0
-    online: bool = True
-
-    def __post_init__(self) -> None:
-        least = {"batch_size": 1, "batch_length": 2, "capacity_bytes": 0}
-        for name, limit in (least | {"capacity": 2 * self.batch_length}).items():
-            if getattr(self, name) < limit:
-                raise ValueError(
-                    f"replay {name} {getattr(self, name)} is too small: give it at least {limit} "
-                    f"(batch_length is {self.batch_length})"
-                )
 
 
 @dataclass
@@ -68,45 +43,26 @@ class _Tail:
     key: Key
 
 
-@dataclass
-class _Seen:
-    """Chunks that have arrived from one life of a writer: all up to `mark`, and some beyond it."""
-
-    mark: int = -1
-    late: set[int] = field(default_factory=set)
-
-    def add(self, seq: int) -> bool:
-        """Note a chunk; false where it is known already."""
-        if seq <= self.mark or seq in self.late:
-            return False
-        self.late.add(seq)
-        if len(self.late) > MAX_LATE:
-            self.mark = min(self.late) - 1
-        while self.mark + 1 in self.late:
-            self.mark += 1
-            self.late.remove(self.mark)
-        return True
-
-
 class ReplayBuffer:
     """Stores chunks and samples [B, T] batches. Owns the steps, the online queue and its RNG.
 
     Memory is reserved at the first chunk and taken up only as steps come in. Not thread-safe.
     """
 
-    def __init__(self, config: ReplayConfig, seed: int = 0) -> None:
+    def __init__(self, config: ReplayConfig, seed: int | Sequence[int] = 0) -> None:
         self.config, self._length = config, config.batch_length
         self.num_steps = 0
+        self.total_steps = 0  # ever stored, evicted ones too
         self.bytes_per_step = 0
         self.duplicates = 0
         self.online_dropped = 0
+        self.first = self.end = 0  # numbers of the oldest block and of the next to be opened
+        self.marks = Marks()
         self._rng = np.random.default_rng(seed)
-        self._columns: dict[str, np.ndarray] = {}  # (num_blocks, batch_length, *shape)
+        self._columns: dict[str, Column] = {}
         self._num_blocks = 0
-        self._first = self._end = 0  # numbers of the oldest block and of the next to be opened
         self._num_windows = 0
         self._tails: dict[int | str, _Tail] = {}
-        self._seen: dict[tuple[str, str], _Seen] = {}
         self._online: OrderedDict[int, None] = OrderedDict()
 
     @property
@@ -116,8 +72,10 @@ class ReplayBuffer:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the stored steps, in bytes."""
-        return self.num_steps * self.bytes_per_step
+        """Memory of the stored steps, in bytes; packed columns as they are packed."""
+        packed = [c for c in self._columns.values() if isinstance(c, PackedColumn)]
+        raw = self.bytes_per_step - sum(_step_bytes(c.dtype, c.shape) for c in packed)
+        return self.num_steps * raw + sum(column.nbytes for column in packed)
 
     def stats(self) -> dict[str, int]:
         """Sizes and counters for the metrics."""
@@ -142,22 +100,29 @@ class ReplayBuffer:
         missing, and no window will span the gap. Raises ValueError where columns, dtypes or
         shapes differ from the first chunk's, or where the capacity cannot serve all streams.
         """
+        columns = self._admit(chunk)
+        if not self.marks.add(chunk.key):
+            self.duplicates += 1
+            return 0
+        return self._store(chunk, columns)
+
+    def _admit(self, chunk: Chunk) -> dict[str, np.ndarray]:
         columns = chunk.columns()
         streams = _streams(chunk, columns)
         if not self._columns:
             self._reserve(_spec(columns))
         self._check(columns, streams)
-        writer, incarnation, seq = chunk.key
-        if not self._seen.setdefault((writer, incarnation), _Seen()).add(seq):
-            self.duplicates += 1
-            return 0
-        for row, stream in enumerate(streams):
+        return columns
+
+    def _store(self, chunk: Chunk, columns: dict[str, np.ndarray]) -> int:
+        for row, stream in enumerate(np.asarray(chunk.streams).tolist()):
             self._extend(stream, {name: value[row] for name, value in columns.items()}, chunk.key)
+        self.total_steps += chunk.num_steps
         return chunk.num_steps
 
     def _reserve(self, spec: Spec) -> None:
         """Reserve the ring for columns of the given dtypes and shapes per step."""
-        size = sum(kind.itemsize * math.prod(shape) for kind, shape in spec.values())
+        size = sum(_step_bytes(*column) for column in spec.values())
         steps = self.config.capacity
         if self.config.capacity_bytes:
             steps = min(steps, self.config.capacity_bytes // size)
@@ -167,26 +132,31 @@ class ReplayBuffer:
                 f"{size} bytes and at least {2 * self._length} steps are needed"
             )
         num = steps // self._length
-        lead = (num, self._length)
         try:
-            columns = {name: zeros(lead + shape, kind) for name, (kind, shape) in spec.items()}
+            self._columns = {name: self._column(num, *column) for name, column in spec.items()}
         except (MemoryError, OSError) as error:
             raise RuntimeError(
                 f"{num} x {self._length} steps of {size} bytes do not fit in memory: lower capacity"
             ) from error
-        self._columns, self._num_blocks, self.bytes_per_step = columns, num, size
+        self._num_blocks, self.bytes_per_step = num, size
         self._fill = [0] * num  # steps in each block
         self._next = np.full(num, -1)  # the block where the stream goes on, -1: none yet
         self._starts = np.zeros(num, np.int64)  # windows that begin in the block, at offsets 0..
+        self._sampler = Sampler(self._starts, self._length, self.config.shares, self._rng)
+
+    def _column(self, num_blocks: int, dtype: np.dtype, shape: tuple[int, ...]) -> Column:
+        packed = self.config.storage == "lz4" and _step_bytes(dtype, shape) >= LARGE
+        return (PackedColumn if packed else RawColumn)(num_blocks, self._length, dtype, shape)
 
     def _check(self, columns: dict[str, np.ndarray], streams: list[int | str]) -> None:
-        ours, given = _spec(self._columns), _spec(columns)
+        ours = {name: (c.dtype, c.shape) for name, c in self._columns.items()}
+        given = _spec(columns)
         if ours != given:
             names = sorted(k for k in ours.keys() | given.keys() if ours.get(k) != given.get(k))
             wrong = "; ".join(f"{k} is {given.get(k)}, not {ours.get(k)}" for k in names)
             raise ValueError(f"chunk columns differ from those in replay, use one env: {wrong}")
         if any(stream not in self._tails for stream in streams):
-            self._tails = {s: t for s, t in self._tails.items() if t.block >= self._first}
+            self._tails = {s: t for s, t in self._tails.items() if t.block >= self.first}
             num = len(self._tails.keys() | set(streams))
             if 2 * num > self._num_blocks:
                 raise ValueError(
@@ -198,12 +168,14 @@ class ReplayBuffer:
         """Write consecutive steps (T, *shape) to the end of a stream."""
         tail, reset = self._tails.get(stream), rows["is_first"][0]
         goes_on = reset or (tail is not None and (*key[:2], key[2] - 1) == tail.key)
-        if tail is None or tail.block < self._first or not goes_on:
+        if tail is None or tail.block < self.first or not goes_on:
             block, previous = self._open(-1), -1
         else:
             block, previous = tail.block, tail.previous
             slot = block % self._num_blocks
-            self._columns["is_last"][slot, self._fill[slot] - 1] |= reset
+            is_last = self._columns["is_last"]
+            assert isinstance(is_last, RawColumn)
+            is_last.array[slot, self._fill[slot] - 1] |= reset
         done, num = 0, len(rows["reward"])
         while done < num:
             if self._fill[block % self._num_blocks] == self._length:
@@ -211,8 +183,8 @@ class ReplayBuffer:
             slot = block % self._num_blocks
             start = self._fill[slot]
             size = min(num - done, self._length - start)
-            for name, pool in self._columns.items():
-                pool[slot, start : start + size] = rows[name][done : done + size]
+            for name, column in self._columns.items():
+                column.write(slot, start, rows[name][done : done + size])
             self._filled(block, previous, start + size)
             done += size
         self.num_steps += num
@@ -220,19 +192,26 @@ class ReplayBuffer:
 
     def _open(self, previous: int) -> int:
         """Open a block that follows `previous` (-1: none), evicting the oldest if there must be."""
-        block, self._end = self._end, self._end + 1
+        block, self.end = self.end, self.end + 1
+        if self.end - self.first > self._num_blocks:
+            self._evict()
         slot = block % self._num_blocks
-        if self._end - self._first > self._num_blocks:
-            self.num_steps -= self._fill[slot]
-            self._num_windows -= int(self._starts[slot])
-            if self._first in self._online:
-                del self._online[self._first]
-                self.online_dropped += 1
-            self._first += 1
         self._fill[slot], self._starts[slot], self._next[slot] = 0, 0, -1
-        if previous >= self._first:
+        if previous >= self.first:
             self._next[previous % self._num_blocks] = block
         return block
+
+    def _evict(self) -> None:
+        """Forget the oldest block."""
+        slot = self.first % self._num_blocks
+        self.num_steps -= self._fill[slot]
+        self._num_windows -= int(self._starts[slot])
+        self._fill[slot] = self._starts[slot] = 0
+        self._sampler.evicted(slot)
+        if self.first in self._online:
+            del self._online[self.first]
+            self.online_dropped += 1
+        self.first += 1
 
     def _filled(self, block: int, previous: int, fill: int) -> None:
         """`block` holds `fill` steps now: count the windows that this completes."""
@@ -241,12 +220,14 @@ class ReplayBuffer:
         self._fill[slot] = fill
         self._starts[slot] = int(full)
         self._num_windows += int(full)
-        if previous >= self._first:
+        if previous >= self.first:
             starts = min(self._length, fill + 1)
             self._num_windows += starts - int(self._starts[before])
             self._starts[before] = starts
-        if full and self.config.online:
-            self._online[block] = None
+        if full:
+            self._sampler.filled(slot)
+            if self.config.online:
+                self._online[block] = None
 
     # --------------------------------------------------------------------------------- sampling
 
@@ -254,134 +235,150 @@ class ReplayBuffer:
         """`batch_size` windows (default the config's) as a Batch of columns (B, T, *shape).
 
         Fresh segments come first, in the order they were completed, each once; the rest is drawn
-        uniformly from all windows. `out`, an earlier batch of the same size, is overwritten and
-        returned: faster for images, since new memory is mapped page by page. Raises RuntimeError
-        while there is no window.
+        from all windows in the config's shares. `out`, an earlier batch of the same size, is
+        overwritten and returned: faster for images, since new memory is mapped page by page.
+        Raises RuntimeError while there is no window.
+        """
+        return self.sample_with_ids(batch_size, out)[0]
+
+    def sample_with_ids(
+        self, batch_size: int | None = None, out: Batch | None = None, online: bool = True
+    ) -> tuple[Batch, np.ndarray]:
+        """As `sample`, with the ids (B,) int64 of the windows' blocks, for `prioritize`.
+
+        Without `online`, fresh segments are left to whoever trains on each of them once.
         """
         if not self.ready:
             raise RuntimeError(f"replay has no {self._length} consecutive steps: insert more first")
         size = self.config.batch_size if batch_size is None else batch_size
-        slots, offsets = self._choose(size)
+        chosen = self._choose(size, online)
+        ids, offsets = chosen // self._length, chosen % self._length
+        slots = ids % self._num_blocks
         after = self._next[slots] % self._num_blocks  # (B,) where windows that cross a block go on
         times = offsets[:, None] + np.arange(self._length)  # (B, T)
         block = np.where(times < self._length, slots[:, None], after[:, None] - 1)
         index = block * self._length + times  # (B, T) among all steps of the ring
         places = list(zip(slots.tolist(), offsets.tolist(), after.tolist(), strict=True))
+        lead = (size, self._length)
         if out is None:
-            shape = (size, self._length)
-            pools = self._columns.items()
-            out = Batch.from_columns({k: np.empty(shape + v.shape[2:], v.dtype) for k, v in pools})
-        for name, column in out.columns().items():
-            pool = self._columns[name]
-            assert column.shape == (size, self._length, *pool.shape[2:]), (name, column.shape)
-            if column[0, 0].nbytes < LARGE:
-                # The mode matters: with the default one numpy takes a detour through a copy.
-                steps = pool.reshape(-1, *pool.shape[2:])
-                steps.take(index, axis=0, out=column, mode="clip")
-                continue
-            for window, (slot, offset, follower) in zip(column, places, strict=True):
-                window[: self._length - offset] = pool[slot, offset:]
-                if offset:
-                    window[self._length - offset :] = pool[follower, :offset]
-        return out
+            columns = self._columns.items()
+            out = Batch.from_columns({k: np.empty(lead + c.shape, c.dtype) for k, c in columns})
+        for name, values in out.columns().items():
+            column = self._columns[name]
+            assert values.shape == lead + column.shape, (name, values.shape)
+            column.gather(values, index, places)
+        return out, ids
 
-    def _choose(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Slots and offsets (B,) where windows begin: fresh segments, then uniform ones."""
-        fresh = [self._online.popitem(last=False)[0] for _ in range(min(size, len(self._online)))]
-        found = [np.array(fresh, np.int64) * self._length]
-        missing = size - len(fresh)
-        # Rejection keeps it uniform at a cost that depends on how full blocks are, not how many.
-        places = (self._first * self._length, self._end * self._length)
-        tries = (places[1] - places[0]) / self._num_windows
-        while missing > 0:
-            drawn = self._rng.integers(*places, size=min(int(1.2 * missing * tries) + 4, 1 << 20))
-            slot, offset = drawn // self._length % self._num_blocks, drawn % self._length
-            found.append(drawn[offset < self._starts[slot]][:missing])
-            missing -= len(found[-1])
-        starts = np.concatenate(found)
-        return starts // self._length % self._num_blocks, starts % self._length
+    def _choose(self, size: int, online: bool) -> np.ndarray:
+        """Places (B,), block x batch_length + offset: fresh segments, then drawn ones."""
+        num = min(size, len(self._online)) if online else 0
+        fresh = [self._online.popitem(last=False)[0] for _ in range(num)]
+        found = np.array(fresh, np.int64) * self._length
+        if len(fresh) == size:
+            return found
+        drawn = self._sampler.draw(size - len(fresh), self.first, self.end, self._num_windows)
+        return np.concatenate([found, drawn])
 
-    # ---------------------------------------------------------------------------- save and load
+    def prioritize(self, ids: np.ndarray, values: np.ndarray) -> None:
+        """Set the priorities (B,) of blocks that `sample_with_ids` named; evicted ones are ignored.
 
-    def save(self, directory: Path) -> None:
-        """Write everything to `directory`, replacing an earlier save: .npy columns and a JSON.
-
-        The JSON is written last: without it `restore` refuses the save. Takes no extra memory.
-        Raises OSError where the disk is full.
+        A block's share is (|priority| + 1e-6) ** 0.6; a new block has the largest so far. Raises
+        ValueError for priorities that are not finite.
         """
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "replay.json").unlink(missing_ok=True)
-        slots = [block % self._num_blocks for block in range(self._first, self._end)]
-        wrap = self._num_blocks - slots[0] if slots else 0
-        for number, pool in enumerate(self._columns.values()):
-            header = np.lib.format.header_data_from_array_1_0(pool)
-            header["shape"] = (len(slots), *pool.shape[1:])
-            with open(directory / f"column{number}.npy", "wb") as file:
-                np.lib.format.write_array_header_1_0(file, header)
-                for part in filter(None, (slots[:wrap], slots[wrap:])):
-                    pool[part[0] : part[-1] + 1].tofile(file)
-        state = {
-            "batch_length": self._length,
-            "columns": list(self._columns),
-            "first": self._first,
-            "fill": [self._fill[slot] for slot in slots],
-            "next": [int(self._next[slot]) for slot in slots],
-            "tails": [[s, t.block, t.previous, t.key] for s, t in self._tails.items()],
-            "seen": [[*life, seen.mark, sorted(seen.late)] for life, seen in self._seen.items()],
-            "online": list(self._online),
-            "counters": [self.online_dropped, self.duplicates],
-            "rng": self._rng.bit_generator.state,
-        }
-        (directory / "replay.json").write_text(json.dumps(state))
-
-    def restore(self, directory: Path) -> None:
-        """Continue from a save: steps, known chunks, online queue and random state.
-
-        The same samples follow as from the buffer that was saved. The capacity may differ; the
-        newest blocks that fit are kept. Raises RuntimeError unless this buffer is new, ValueError
-        where the save is damaged or was made with another batch_length.
-        """
+        ids, values = np.asarray(ids, np.int64), np.asarray(values, np.float64)
+        if ids.shape != values.shape or not np.isfinite(values).all():
+            raise ValueError("priorities must be finite numbers, one for each id")
         if self._columns:
-            raise RuntimeError("this replay buffer has steps: restore into a new one")
-        try:
-            state = json.loads((directory / "replay.json").read_text())
-            saved = {
-                name: np.load(directory / f"column{number}.npy", mmap_mode="r", allow_pickle=False)
-                for number, name in enumerate(state["columns"])
-            }
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"the replay saved in {directory} is incomplete or damaged ({error}): restore an "
-                "older one, or delete it to begin with an empty replay"
-            ) from error
-        if state["batch_length"] != self._length:
-            raise ValueError(
-                f"the replay saved in {directory} has batch_length {state['batch_length']}, the "
-                f"config {self._length}: keep the saved value, or delete the save"
-            )
-        if saved:
-            self._reserve(_spec(saved))
-        self._restore_blocks(saved, state)
-        self._tails = {s: _Tail(b, before, tuple(key)) for s, b, before, key in state["tails"]}
-        self._seen = {(w, life): _Seen(mark, set(late)) for w, life, mark, late in state["seen"]}
-        if self.config.online:
-            self._online.update((block, None) for block in state["online"] if block >= self._first)
-        self.online_dropped, self.duplicates = state["counters"]
-        self._rng.bit_generator.state = state["rng"]
+            slots = ids % self._num_blocks
+            alive = (ids >= self.first) & (ids < self.end) & (self._starts[slots] > 0)
+            self._sampler.prioritize(slots[alive], values[alive])
 
-    def _restore_blocks(self, saved: dict[str, np.ndarray], state: dict[str, Any]) -> None:
-        oldest, fill, chain = state["first"], state["fill"], state["next"]
-        self._end = oldest + len(fill)
-        self._first = max(oldest, self._end - self._num_blocks)
-        for at in range(self._first - oldest, len(fill)):
-            slot = (oldest + at) % self._num_blocks
-            for name, pool in self._columns.items():
-                pool[slot] = saved[name][at]
-            self._fill[slot], self._next[slot] = fill[at], chain[at]
-            more = fill[chain[at] - oldest] if chain[at] >= 0 else 0
-            self._starts[slot] = min(self._length, more + 1) if fill[at] == self._length else 0
-            self._num_windows += int(self._starts[slot])
-        self.num_steps = sum(fill[self._first - oldest :])
+    # ------------------------------------------------------------------------- save and restore
+
+    def numbering(self) -> Numbering:
+        """What a journal segment that begins now must know, see `begin`."""
+        tails = [
+            (stream, t.block, t.previous, t.key, self._fill[t.block % self._num_blocks])
+            for stream, t in self._tails.items()
+            if t.block >= self.first
+        ]
+        seen = self.marks.state()
+        return Numbering(self._length, self.first, self.end, self.total_steps, tails, seen)
+
+    def cut(self) -> None:
+        """Let every stream go on in a new block: what came before may be missing on disk."""
+        self._tails.clear()
+
+    def begin(self, start: Numbering, chunk: Chunk) -> None:
+        """Take the numbering of the journal segment that begins with `chunk`.
+
+        In a new buffer, blocks from before are empty and must be dropped after the last segment
+        (`forget`). Later on the numbering agrees already, unless steps are missing in between:
+        then numbers are skipped, and no window will span the gap. Raises ValueError for a
+        numbering that cannot be.
+        """
+        if not self._columns:
+            self._reserve(_spec(chunk.columns()))
+        wrong = [t for t in start.tails if not 0 < t[4] <= self._length or t[1] >= start.end]
+        wrong += [t for t in start.tails if not -1 <= t[2] < t[1] or t[1] < start.first]
+        if wrong or start.first < 0 or start.end < max(self.end, start.first):
+            raise ValueError(f"block numbers are out of order at {start.end}")
+        fresh = self.end == 0
+        if fresh or start.end - self.end > self._num_blocks:
+            self.forget(self.end)
+            self.first = self.end = max(start.first, start.end - self._num_blocks)
+        while self.end < start.end:
+            self._open(-1)
+        self._tails = {}
+        for stream, block, previous, key, fill in start.tails:
+            slot = block % self._num_blocks
+            if fresh and block >= self.first:
+                self.num_steps += fill - self._fill[slot]
+                self._fill[slot] = fill
+            if block >= self.first and self._fill[slot] == fill:
+                self._tails[stream] = _Tail(block, previous, key)
+        self.total_steps = start.total_steps
+        self.marks.merge(start.seen)
+
+    def replay(self, chunk: Chunk) -> int:
+        """Store a chunk out of a journal, which holds each one once. Raises as `add`."""
+        columns = self._admit(chunk)
+        self.marks.add(chunk.key)
+        return self._store(chunk, columns)
+
+    def forget(self, end: int) -> None:
+        """Evict the blocks before `end`."""
+        while self.first < end:
+            self._evict()
+
+    def state(self) -> dict[str, Any]:
+        """What the journal does not hold, as JSON: random state, online queue, priorities."""
+        return {
+            "rng": self._rng.bit_generator.state,
+            "online": list(self._online),
+            "online_dropped": self.online_dropped,
+            "duplicates": self.duplicates,
+            "priorities": self._sampler.state() if self._columns else {},
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from `state`, after the journal's chunks; the same samples follow.
+
+        With an empty dict nothing is fresh and nothing has been counted yet.
+        """
+        full = {b for b in range(self.first, self.end) if self._starts[b % self._num_blocks]}
+        online = state.get("online", []) if self.config.online else []
+        self._online = OrderedDict((block, None) for block in online if block in full)
+        self.online_dropped = state.get("online_dropped", 0)
+        self.duplicates = state.get("duplicates", 0)
+        if self._columns:
+            self._sampler.load_state(state.get("priorities", {}))
+        if "rng" in state:
+            self._rng.bit_generator.state = state["rng"]
+
+
+def _step_bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
+    return dtype.itemsize * math.prod(shape)
 
 
 def _spec(columns: dict[str, np.ndarray]) -> Spec:

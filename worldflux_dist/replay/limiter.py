@@ -19,7 +19,7 @@ class Limiter:
     gradient step replays (batch_size x batch_length), `prefill` the env steps before the first
     gradient step. With all of them counted from the very first env step,
 
-        debt = env_steps * train_ratio / batch_steps - gradient_steps
+        debt = env_steps * train_ratio / batch_steps - (gradient_steps - redone)
 
     and never below zero. Collecting waits while more than `max_owed` gradient steps are owed.
     Raises ValueError for numbers that cannot be kept.
@@ -41,6 +41,7 @@ class Limiter:
         self.env_steps = 0
         self.gradient_steps = 0
         self.forgiven = 0
+        self.redone = 0
         self._debt = Fraction(0)
 
     def inserted(self, num_steps: int) -> None:
@@ -63,6 +64,12 @@ class Limiter:
         self.gradient_steps += num
         self._debt -= num
 
+    def redo(self, num: int) -> None:
+        """`num` gradient steps were lost with the learners that took them, and are owed again."""
+        assert num >= 0, num
+        self.redone += num
+        self._debt += num
+
     def may_collect(self, num_steps: int) -> bool:
         """Whether `num_steps` more env steps may be collected now.
 
@@ -73,8 +80,8 @@ class Limiter:
 
     @property
     def achieved(self) -> float:
-        """Replayed steps per env step so far; 0 before the first."""
-        return self.gradient_steps * self.batch_steps / max(1, self.env_steps)
+        """Replayed steps per env step so far, without those that were lost; 0 before the first."""
+        return (self.gradient_steps - self.redone) * self.batch_steps / max(1, self.env_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """The counters as JSON; the debt exactly, as the text of a fraction."""
@@ -82,6 +89,7 @@ class Limiter:
             "env_steps": self.env_steps,
             "gradient_steps": self.gradient_steps,
             "forgiven": self.forgiven,
+            "redone": self.redone,
             "debt": str(self._debt),
         }
 
@@ -98,4 +106,4 @@ class Limiter:
         excess = max(0, math.floor(debt) - allowed)
         self._debt = debt - excess
         self.env_steps, self.gradient_steps = state["env_steps"], state["gradient_steps"]
-        self.forgiven = state["forgiven"] + excess
+        self.forgiven, self.redone = state["forgiven"] + excess, state["redone"]

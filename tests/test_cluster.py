@@ -1,0 +1,52 @@
+"""A cluster of three nodes trains the toy task with two processes of every role, in both modes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import toy_task
+from ray_cluster import nodes
+from toy_run import read_metrics
+
+from worldflux_dist.agent import Agent
+from worldflux_dist.distributed import trainer
+
+pytestmark = pytest.mark.ray
+
+TWO_OF_EACH = ("scale.num_learners=2", "learner.device=cpu")
+ACTORS = (
+    "imagination.mode=actors",
+    "imagination.num_imaginers=2",
+    "imagination.num_policy_learners=2",
+)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with nodes([4, 4, 4]):
+        yield
+
+
+@pytest.mark.parametrize("mode", ["fused", "actors"])
+def test_the_toy_task_is_solved_on_three_nodes(cluster: None, tmp_path: Path, mode: str) -> None:
+    overrides = (*TWO_OF_EACH, *(ACTORS if mode == "actors" else ()))
+    settings = toy_task.make_config(tmp_path, *overrides)
+    outcome = trainer.train(settings, tmp_path / "run", plain=True)
+    assert outcome is not None and outcome.passed
+    toy_task.check_solved(outcome.evaluation, outcome.random)
+    last = read_metrics(tmp_path / "run")[-1]
+    toy_task.check_ratio(settings, int(last["env_steps"]), int(last["gradient_steps"]))
+    assert {name: last[f"restarts/{name}"] for name in ("runner", "shard", "learner")} == {
+        "runner": 0,
+        "shard": 0,
+        "learner": 0,
+    }
+    if mode == "actors":
+        assert last["restarts/imaginer"] == 0
+        assert last["busy/imaginer"] > 0 and last["busy/policy"] > 0
+    assert not ray.is_initialized()
+    agent = Agent.load(tmp_path / "run")
+    assert agent.behavior is not None

@@ -1,0 +1,124 @@
+"""The imaginer: every family's posteriors, imagined batches, and what is learned from them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fixed_draws import fix_draws
+from small import FAMILY, LENGTH, family_batch, make_small, perturbed, tensors
+
+from worldflux_dist.behaviors.base import Imagined
+from worldflux_dist.imaginer import Imaginer
+from worldflux_dist.learner import Learner, LearnerConfig
+from worldflux_dist.models.base import WorldModel
+
+CRITIC = {"kind": "actor_critic", "horizon": 4}
+ARRAYS = ("features", "actions", "rewards", "continues", "start_continue")
+
+
+def dreaming(family: str, obs: str = "dict", action: str = "mixed") -> Any:
+    torch.manual_seed(0)
+    return perturbed(make_small(family, obs, action, CRITIC))
+
+
+@FAMILY
+def test_observing_a_batch_is_updating_step_by_step(family: str) -> None:
+    model = dreaming(family).world_model
+    batch = tensors(family_batch(dreaming(family)))
+    noise = torch.rand(3, LENGTH, 8 if family == "dreamerv3" else 2)
+    states = model.observe(batch, noise)
+    scanned = WorldModel.observe(model, batch, noise)
+    state = model.initial(3)
+    for t in range(LENGTH):
+        obs = {key: value[:, t] for key, value in batch.obs.items()}
+        state = model.update(state, batch.action[:, t], obs, batch.is_first[:, t], noise[:, t])
+        for name, value in states.tensors.items():
+            torch.testing.assert_close(value[:, t], state.tensors[name])
+            torch.testing.assert_close(value[:, t], scanned.tensors[name][:, t])
+            assert not value.requires_grad
+    assert states.tensors.keys() == model.essential(state).tensors.keys()
+
+
+@pytest.mark.parametrize("action", ["continuous", "discrete"])
+@FAMILY
+def test_imagined_batches(family: str, action: str) -> None:
+    agent = dreaming(family, "vector", action)
+    batch = family_batch(agent)
+    for value in batch.columns().values():
+        value.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns when it is handed memory it may not write to
+        imagined = Imaginer(agent).imagine(batch)
+    num, features = 3 * LENGTH, agent.world_model.feature_dim
+    assert imagined.features.shape == (5, num, features)
+    assert imagined.actions.shape == (4, num, agent.spaces.action_dim)
+    assert imagined.rewards.shape == imagined.continues.shape == (4, num)
+    assert imagined.start_continue.shape == (num,)
+    for name in ARRAYS:
+        value = getattr(imagined, name)
+        assert value.dtype == np.float32 and value.base is None and value.flags.writeable, name
+        assert np.isfinite(value).all() and value.any(), name
+    for name in ("reward", "is_last", "is_terminal"):
+        assert np.array_equal(getattr(imagined, name), getattr(batch, name)), name
+    assert Imaginer(agent, horizon=2).imagine(batch).rewards.shape == (2, num)
+
+
+@FAMILY
+def test_rows_keep_what_was_imagined_from_them(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fix_draws(monkeypatch)
+    agent = dreaming(family)
+    batch = family_batch(agent)
+    whole = Imaginer(agent).imagine(batch)
+    whole.model_version, whole.policy_version = 7, 5
+    part, want = whole.rows(slice(1, 3)), Imaginer(agent).imagine(batch.map(lambda x: x[1:3]))
+    assert (part.model_version, part.policy_version) == (7, 5)
+    for name in (*ARRAYS, "reward", "is_last", "is_terminal"):
+        got = getattr(part, name)
+        np.testing.assert_allclose(got, getattr(want, name), rtol=1e-4, atol=1e-4, err_msg=name)
+    doubled = part.map(lambda value: 2 * value)
+    assert (doubled.model_version, doubled.rewards.sum()) == (7, 2 * part.rewards.sum())
+
+
+def test_a_policy_learns_elsewhere_what_it_learns_with_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All three losses and every gradient of the behavior, from the same weights and draws."""
+    fix_draws(monkeypatch)
+    together, apart = dreaming("dreamerv3"), dreaming("dreamerv3")
+    batch = family_batch(together)
+    fused = Learner(together, LearnerConfig(device="cpu")).step(batch)
+    imagined = Imaginer(apart).imagine(batch)
+    alone = Learner(apart, LearnerConfig(device="cpu"), "behavior").step(imagined)
+    names = {name for name in alone if name != "loss"}
+    assert {"loss/policy", "loss/value", "loss/replay_value", "return_scale"} <= names
+    for name in names:
+        assert alone[name] == pytest.approx(fused[name], rel=1e-4), name
+    wanted = dict(together.behavior.named_parameters())
+    for name, param in apart.behavior.named_parameters():
+        if param.requires_grad:
+            torch.testing.assert_close(param.grad, wanted[name].grad, rtol=1e-3, atol=1e-5)
+    assert all(param.grad is None for param in apart.world_model.parameters())
+
+
+def test_a_behavior_that_does_not_imagine_is_refused() -> None:
+    agent = make_small("tdmpc2")
+    sentence = "latent_td does not learn in imagination: set behavior.kind to actor_critic, or "
+    for ask in (lambda: Imaginer(agent), lambda: Learner(agent, part="behavior")):
+        with pytest.raises(ValueError, match=sentence + "imagination.mode to fused"):
+            ask()
+
+
+def test_imagined_is_made_of_tensors_without_gradient() -> None:
+    agent = dreaming("dreamerv3")
+    batch = tensors(family_batch(agent))
+    rollout = agent.world_model.rollout(
+        agent.world_model.loss(batch).states.flatten(), agent.behavior.act, 2
+    )
+    assert rollout.states.tensors["deter"].requires_grad
+    assert not Imagined.of(agent.world_model, rollout, batch).features.requires_grad

@@ -1,0 +1,47 @@
+"""How a run ends before its time: by a signal, or because a process is lost for good."""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+
+class RoleLostError(RuntimeError):
+    """A process died for good; the message says which and why."""
+
+    def __init__(self, error: Exception) -> None:
+        text = str(getattr(error, "cause", None) or error).strip()
+        found = re.search(r"class_name: (\w+)", text) or re.search(r"ray::(\w+)", text)
+        role = found[1] if found else "a process"
+        why = f"it was killed, perhaps for want of memory, or crashed ({type(error).__name__})"
+        if "creation task" in text:
+            why = f"it could not start: {text.splitlines()[-1].strip()}"
+        super().__init__(f"{role} is lost, {why}; run the same command again to go on")
+
+
+class StopSignals:
+    """Ctrl-C or SIGTERM once: save and stop; a second time: stop at once."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.stopping, self._say = False, say
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+        self._say("stopping: saving a checkpoint first (once more to stop at once)")

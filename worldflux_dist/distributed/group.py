@@ -1,0 +1,213 @@
+"""A group of learners: ranks that share every batch and hold the same weights.
+
+A rank that dies takes the others with it, since they wait for it in the middle of a step. The group
+is then started anew from the newest checkpoint with the next generation; what the old one may still
+want to publish is refused. Gradient steps go on counting upwards; those that were lost with the
+ranks are told, so that they can be taken again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+import torch
+from ray import ObjectRef
+from ray.exceptions import ObjectLostError, RayActorError, RayError
+from torch.distributed import TCPStore
+
+from worldflux_dist.behaviors.base import Imagined
+from worldflux_dist.config import Config
+from worldflux_dist.data import Batch, Spaces
+from worldflux_dist.distributed.shard import shard_name
+from worldflux_dist.distributed.weights import WEIGHTS
+from worldflux_dist.learner import Learner
+
+if TYPE_CHECKING:
+    from worldflux_dist.checkpoint import AnyPath
+
+GROUP_TIMEOUT_S = 60.0  # the longest that ranks wait for each other in a step
+
+
+class GroupLostError(RuntimeError):
+    """A rank died; the message says what is known of it."""
+
+
+class LearnerActor:
+    """One rank. Batches come as references and are fetched before a step begins."""
+
+    def __init__(
+        self, config: Config, spaces: Spaces, part: str, rank: int, generation: int
+    ) -> None:
+        torch.manual_seed(config.seed * 1000 + rank + 17 * generation)
+        agent = config.make_agent(spaces)
+        self.prioritized = config.replay.prioritized > 0 and part != "behavior"
+        self.learner = Learner(agent, config.learner, part, rows=self.prioritized)
+        self.part, self.rank, self.generation = part, rank, generation
+        self.learner.rank = rank  # each has its own random state, in a checkpoint too
+        self.store = ray.get_actor(WEIGHTS)
+        num_shards = config.scale.num_shards if self.prioritized else 0
+        self._shards = [ray.get_actor(shard_name(i)) for i in range(num_shards)]
+        self._idle_since = time.monotonic()
+
+    def open(self) -> tuple[str, int]:
+        """Where the ranks meet: a store that rank 0 keeps on a free port of its node."""
+        host = ray.util.get_node_ip_address()
+        self._meeting = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        return host, self._meeting.port
+
+    def join(self, meeting: tuple[str, int], num_ranks: int) -> None:
+        """Meet the other ranks; afterwards all have rank 0's weights."""
+        store = self._meeting if self.rank == 0 else TCPStore(*meeting, is_master=False)
+        store.set_timeout(timedelta(seconds=GROUP_TIMEOUT_S))
+        self.learner.join(store, self.rank, num_ranks, GROUP_TIMEOUT_S)
+
+    def load(self, folder: AnyPath, gradient_steps: int) -> None:
+        """Go on from a checkpoint, counting on from `gradient_steps`."""
+        self.learner.load(folder, gradient_steps)
+
+    def count_from(self, gradient_steps: int) -> None:
+        self.learner.gradient_steps = gradient_steps
+
+    def step(self, shard: int, given: tuple[Batch, np.ndarray] | Imagined) -> dict[str, float]:
+        """One gradient step; metrics, with seconds spent stepping and waiting for work."""
+        start = time.monotonic()
+        batch, ids = given if isinstance(given, tuple) else (given, None)
+        metrics = self.learner.step(batch)
+        if self.prioritized and ids is not None:
+            self._shards[shard].prioritize.remote(ids, self.learner.row_losses)
+        end = time.monotonic()
+        metrics["time/learner_step"] = end - start
+        metrics["time/learner_wait"] = start - self._idle_since
+        self._idle_since = end
+        return metrics
+
+    def publish(self) -> None:
+        """Send the inference weights to the store; their version is the gradient steps."""
+        version = (self.generation, self.learner.gradient_steps)
+        state = self.learner.agent.inference_state(self.part)
+        with suppress(RayActorError):  # a store that is away is brought up to date by the next one
+            ray.get(self.store.publish.remote(self.part, version, state))
+
+    def agent_arrays(self) -> dict[str, np.ndarray]:
+        """All weights of the group's part, for evaluation elsewhere."""
+        state = self.learner.agent.state_dict()
+        prefix = "" if self.part == "agent" else f"{self.part}."
+        return {n: v.cpu().numpy().copy() for n, v in state.items() if n.startswith(prefix)}
+
+    def save(self, folder: AnyPath) -> None:
+        self.learner.save(folder)
+
+
+class LearnerGroup:
+    """The driver's view of the ranks that train one part. Owns their handles and generation."""
+
+    def __init__(
+        self, config: Config, spaces: Spaces, part: str, options: Sequence[dict[str, Any]]
+    ) -> None:
+        self.config, self.spaces, self.part, self.options = config, spaces, part, options
+        self.ranks: list[Any] = []
+        self._loading: list[ObjectRef] = []
+        self.generation, self.gradient_steps, self.lost_steps = 0, 0, 0
+
+    @property
+    def effective_steps(self) -> int:
+        """Gradient steps behind the weights: those taken less those lost with dead ranks."""
+        return self.gradient_steps - self.lost_steps
+
+    def start(self, folder: AnyPath | None, gradient_steps: int) -> None:
+        """Start all ranks, from a checkpoint where there is one; `meet` waits for them."""
+        self.kill()
+        self.generation, self.gradient_steps = self.generation + 1, gradient_steps
+        make: Any = ray.remote(LearnerActor)
+        self.ranks = [
+            make.options(**options).remote(
+                self.config, self.spaces, self.part, rank, self.generation
+            )
+            for rank, options in enumerate(self.options)
+        ]
+        store = ray.get_actor(WEIGHTS)
+        store.fence.remote(self.part, self.generation)
+        self._loading = [
+            rank.count_from.remote(gradient_steps)
+            if folder is None
+            else rank.load.remote(folder, gradient_steps)
+            for rank in self.ranks
+        ]
+
+    def meet(self) -> None:
+        """Wait until all ranks have started and met.
+
+        Raises GroupLostError where one of them dies on the way.
+        """
+        self._wait(self._loading)
+        if len(self.ranks) > 1:
+            (meeting,) = self._wait([self.ranks[0].open.remote()])
+            self._wait([rank.join.remote(meeting, len(self.ranks)) for rank in self.ranks])
+
+    def step(self, shards: Sequence[int], given: Sequence[ObjectRef]) -> list[ObjectRef]:
+        """Begin one gradient step on a batch per rank; `result` takes what this gives."""
+        parts = zip(self.ranks, shards, given, strict=True)
+        return [rank.step.remote(shard, ref) for rank, shard, ref in parts]
+
+    def result(self, refs: Sequence[ObjectRef]) -> dict[str, float]:
+        """Wait for a step: rank 0's metrics. Raises GroupLostError, or an error of our own."""
+        metrics: dict[str, float] = self._wait(refs)[0]
+        self.gradient_steps += 1
+        return metrics
+
+    def publish(self) -> None:
+        """Have the newest weights published; does not wait."""
+        self.ranks[0].publish.remote()
+
+    def agent_arrays(self) -> ObjectRef:
+        return self.ranks[0].agent_arrays.remote()
+
+    def save(self, folder: AnyPath) -> list[ObjectRef]:
+        """Have every rank write its files; does not wait."""
+        return [rank.save.remote(folder) for rank in self.ranks]
+
+    def kill(self) -> None:
+        """End all ranks, also those that wait for a dead one."""
+        for rank in self.ranks:
+            with suppress(RayError):
+                ray.kill(rank, no_restart=True)
+        self.ranks = []
+
+    def _wait(self, refs: Sequence[ObjectRef]) -> list[Any]:
+        """All results. A rank's death is told from an error of ours by looking at every rank: the
+        survivors of a death only know that a connection broke."""
+        try:
+            return ray.get(list(refs))
+        except RayError as first:
+            ray.wait(list(refs), num_returns=len(refs), timeout=2 * GROUP_TIMEOUT_S)
+            done, waiting = ray.wait(list(refs), num_returns=len(refs), timeout=0)
+            errors = [error for ref in done if (error := _error_of(ref)) is not None]
+            dead = [error for error in errors if _is_loss(error)]
+            if not (dead or waiting):
+                raise
+            raise GroupLostError(str(dead[0]) if dead else str(first)) from first
+
+
+def _error_of(ref: ObjectRef) -> Exception | None:
+    try:
+        ray.get(ref)
+    except RayError as error:
+        return error
+    return None
+
+
+def _is_loss(error: Exception) -> bool:
+    """Whether a process or what it was sent is gone, or its connection to another rank broke."""
+    if "creation task" in str(error):
+        return False  # it could not start, and would not another time
+    cause = getattr(error, "cause", error)
+    lost = (RayActorError, ObjectLostError)
+    if isinstance(error, lost) or isinstance(cause, (*lost, torch.distributed.DistError)):
+        return True
+    return isinstance(cause, RuntimeError) and "gloo" in str(cause)  # its own errors have no class

@@ -1,0 +1,40 @@
+"""The imaginer: turns replayed batches into imagined ones, for policies that learn elsewhere.
+
+Plain Python, no Ray. Arrays come in and go out. What a policy learns from here is what it would
+learn from in a learner that trains the whole agent: imagined from every replayed state.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worldflux_dist.agent import Agent
+from worldflux_dist.behaviors.base import Imagined
+from worldflux_dist.data import Batch
+
+
+class Imaginer:
+    """Rolls an agent's policy in its world model from all states of a batch, for `horizon` steps
+    (the behavior's own by default), with whatever weights the agent then has.
+
+    Raises ValueError for a behavior that does not learn in imagination.
+    """
+
+    def __init__(self, agent: Agent, horizon: int | None = None) -> None:
+        self.agent, self.behavior, self.horizon = agent, agent.imagining(), horizon
+
+    @torch.no_grad()
+    def imagine(self, batch: Batch) -> Imagined:
+        """Imagined arrays of a replayed (B, T) batch of arrays; both versions are left at 0."""
+        model = self.agent.world_model
+        # A copy: batches of another process lie in memory that torch may not write to.
+        tensors = batch.map(lambda value: torch.tensor(value, device=self.agent.device))
+        starts = model.observe(tensors).flatten()
+        rollout = self.behavior.imagine(model, starts, self.horizon)
+        return Imagined.of(model, rollout, tensors).map(_owned)
+
+
+def _owned(value: Tensor) -> np.ndarray:
+    return value.cpu().numpy().copy()

@@ -1,0 +1,183 @@
+"""The file format of journal segments: chunks as framed JSON headers and packed column bytes.
+
+    MAGIC | frame: Head as JSON | frame: Record as JSON, then its columns, packed | frame ...
+    frame = sizes of both parts, CRC-32 of both, the parts
+
+Files may be damaged or hostile: every size is checked against the bytes at hand before anything is
+allocated, dtypes are plain numbers, and whatever is wrong ends in one ValueError.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lz4.block
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from worldflux_dist.data import Chunk
+from worldflux_dist.replay.marks import Key
+
+FORMAT = 1
+MAGIC = b"WFD-REPLAY\r\n\x1a\n"
+MAX_CHUNK = 1 << 30  # bytes of a chunk's columns
+_FRAME = struct.Struct("<IQI")  # bytes of the header, bytes of the body, CRC-32 of both
+_RATIO = 255  # no lz4 block expands to more than this many times its size
+_DTYPE = re.compile(r"[|<](b1|[iu][1248]|f[248])")
+
+
+@dataclass(frozen=True)
+class Numbering:
+    """How the ring is numbered where a journal segment begins: all but the steps themselves.
+
+    Blocks `first` .. `end` exist; `tails` holds (stream, block, the block before it, last chunk,
+    steps in the block) of every stream, `seen` what `Marks.state` gives.
+    """
+
+    batch_length: int
+    first: int
+    end: int
+    total_steps: int
+    tails: list[tuple[int | str, int, int, Key, int]]
+    seen: list[tuple[str, str, int, list[int]]]
+
+
+@dataclass(frozen=True)
+class Head:
+    """Begins every segment: how bodies are packed, and the ring's numbering at its start."""
+
+    format: Literal[1]
+    compress: Literal["lz4", "none"]
+    start: Numbering
+
+
+@dataclass(frozen=True)
+class Record:
+    """A chunk without its bytes; `columns` are (name, dtype, shape) with (N, T) leading."""
+
+    key: Key
+    streams: list[int | str]
+    version: int
+    columns: list[tuple[str, str, list[int]]]
+
+
+def pack_head(compress: str, start: Numbering) -> bytes:
+    """The beginning of a segment file."""
+    return MAGIC + _frame(_json({"format": FORMAT, "compress": compress, "start": start}), b"")
+
+
+def pack_chunk(chunk: Chunk) -> tuple[bytes, bytes]:
+    """A chunk's header and the bytes of its columns: a copy, the chunk may change afterwards.
+
+    Raises ValueError where it could not be read back: too large, or no plain numbers.
+    """
+    columns = {name: np.ascontiguousarray(value) for name, value in chunk.columns().items()}
+    if chunk.nbytes > MAX_CHUNK:
+        raise ValueError(f"a chunk takes more than {MAX_CHUNK} bytes: collect fewer steps at once")
+    for name, value in columns.items():
+        if not _DTYPE.fullmatch(value.dtype.str):
+            raise ValueError(f"chunk column {name} is {value.dtype}: only plain numbers are stored")
+    header = _json(
+        {
+            "key": chunk.key,
+            "streams": np.asarray(chunk.streams).tolist(),
+            "version": int(chunk.version),
+            "columns": [(name, v.dtype.str, v.shape) for name, v in columns.items()],
+        }
+    )
+    return header, b"".join(value.data for value in columns.values())
+
+
+def pack_record(compress: str, header: bytes, body: bytes) -> bytes:
+    """What is appended to a segment file for `pack_chunk`'s bytes."""
+    packed = lz4.block.compress(body, store_size=False) if compress == "lz4" else body
+    return _frame(header, packed)
+
+
+def read_segment(data: bytes) -> tuple[Head, Iterator[Chunk]]:
+    """A segment file's head and its chunks, which are read-only and unpacked one by one.
+
+    Raises ValueError, at once or while iterating, where a byte is not as it was written.
+    """
+    if data[: len(MAGIC)] != MAGIC:
+        raise ValueError("it is no replay segment of this release")
+    frames = _frames(memoryview(data)[len(MAGIC) :])
+    header, _ = next(frames, (b"", b""))
+    head: Head = _parse(Head, header)
+    return head, (_chunk(head.compress, header, body) for header, body in frames)
+
+
+def _json(value: Any) -> bytes:
+    return _adapter(Any).dump_json(value)
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter:
+    return TypeAdapter(kind)
+
+
+def _parse(kind: type, text: Any) -> Any:
+    try:
+        return _adapter(kind).validate_json(bytes(text), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(
+            f"its {kind.__name__} is wrong at {first['loc']}: {first['msg']}"
+        ) from None
+
+
+def _frame(header: bytes, body: bytes) -> bytes:
+    crc = zlib.crc32(body, zlib.crc32(header))
+    return b"".join((_FRAME.pack(len(header), len(body), crc), header, body))
+
+
+def _frames(rest: memoryview) -> Iterator[tuple[memoryview, memoryview]]:
+    while rest:
+        if len(rest) < _FRAME.size:
+            raise ValueError("it ends in the middle of a record")
+        head, body, crc = _FRAME.unpack(rest[: _FRAME.size])
+        rest = rest[_FRAME.size :]
+        if head + body > len(rest):
+            raise ValueError("it ends in the middle of a record")
+        parts = rest[:head], rest[head : head + body]
+        if zlib.crc32(parts[1], zlib.crc32(parts[0])) != crc:
+            raise ValueError("a record's checksum is wrong")
+        yield parts
+        rest = rest[head + body :]
+
+
+def _chunk(compress: str, header: memoryview, body: memoryview) -> Chunk:
+    found: Record = _parse(Record, header)
+    sizes = [_size(dtype, shape) for _, dtype, shape in found.columns]
+    total = sum(sizes)
+    if not 0 < total <= MAX_CHUNK or total > _RATIO * len(body) + 64:
+        raise ValueError(f"a record claims {total} bytes of columns")
+    if compress == "lz4":
+        try:
+            body = memoryview(lz4.block.decompress(body, uncompressed_size=total))
+        except lz4.block.LZ4BlockError as error:
+            raise ValueError(f"a record cannot be unpacked ({error})") from error
+    if len(body) != total:
+        raise ValueError(f"a record has {len(body)} bytes of columns instead of {total}")
+    columns, at = {}, 0
+    for (name, dtype, shape), size in zip(found.columns, sizes, strict=True):
+        columns[name] = np.frombuffer(body[at : at + size], np.dtype(dtype)).reshape(shape)
+        at += size
+    streams, key = np.array(found.streams), found.key
+    try:
+        return Chunk.from_columns(columns, streams=streams, version=found.version, key=key)
+    except KeyError as error:
+        raise ValueError(f"a record lacks the column {error}") from None
+
+
+def _size(dtype: str, shape: list[int]) -> int:
+    if not _DTYPE.fullmatch(dtype) or len(shape) > 16 or min(shape, default=0) < 1:
+        raise ValueError(f"a record has a column of {dtype} and shape {shape}")
+    return np.dtype(dtype).itemsize * math.prod(shape)

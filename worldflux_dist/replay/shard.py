@@ -1,0 +1,380 @@
+"""A replay shard that survives its process: a ReplayBuffer and the journal it is restored from.
+
+The run's replay folder holds `<life>/shard-<index>/NNNNNN.seg` and an `index.json` in each shard's
+folder: who writes there, and which segments of earlier lives it builds on. There are three ways
+to begin: anew, from the states of a checkpoint (exactly, or dealt out anew if the number of shards
+differs), and, when only the process died, from all that is on disk. What must stay true: a chunk
+counts once, whatever dies; nothing is read that does not have the recorded size and hash; and only
+what no kept checkpoint and no stored step needs is deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from worldflux_dist.data import Batch, Chunk
+from worldflux_dist.replay.buffer import ReplayBuffer
+from worldflux_dist.replay.config import ReplayConfig
+from worldflux_dist.replay.disk import Disk, Location
+from worldflux_dist.replay.journal import INDEX, Journal, SegmentInfo
+from worldflux_dist.replay.segment import pack_chunk, read_segment
+
+FORMAT = 1
+_FOLDER = re.compile(r"[A-Za-z0-9_-]{1,64}/shard-\d{1,6}")
+_NAME = re.compile(rf"{_FOLDER.pattern}/\d{{6}}\.seg")
+_LIMIT = 1 << 31  # bytes of a segment file
+
+
+class ReplayShard:
+    """One shard of the replay. Owns its folder `root`/`life`/shard-`index`; not thread-safe.
+
+    `root` is the run's replay folder, a local path or a UPath; `life` names one life of the driver.
+    `saved` are the states of all shards (what `seal` gave) in the checkpoint to resume from; a
+    process restarted within its life ignores them. With as many states as shards the same samples
+    follow as from the shard that was sealed; otherwise the rows whose stream modulo `num_shards`
+    is `index` are kept. Raises ValueError where a file is damaged or missing, OSError where the
+    folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        config: ReplayConfig,
+        seed: int,
+        root: Location,
+        life: str,
+        index: int,
+        num_shards: int,
+        saved: Sequence[dict[str, Any]] = (),
+        disk: Disk | None = None,
+    ) -> None:
+        assert 0 <= index < num_shards, (index, num_shards)
+        self.config, self._index, self._num_shards = config, index, num_shards
+        self._root = Path(os.fspath(root)) if isinstance(root, str | os.PathLike) else root
+        self._life, self._folder = life, f"{life}/shard-{index}"
+        if not _FOLDER.fullmatch(self._folder):
+            raise ValueError(f"life {life!r} must be letters, digits, - and _ only")
+        self._disk, self._owner = disk or Disk(), uuid.uuid4().hex
+        self._sealed: Future | None = None
+        self._inherited: list[Any] = []  # marks from before this life
+        self.buffer = ReplayBuffer(config, [seed, index])
+        found = self._take_over()
+        if found is not None:
+            self._return(found, seed)
+        elif len(saved) == num_shards and saved[index]["batch_length"] == config.batch_length:
+            self._resume(saved[index])
+        else:
+            self._deal(saved)
+        self._write_index()
+
+    # ------------------------------------------------------------------------------ the replay
+
+    def add(self, chunk: Chunk) -> int:
+        """Store a chunk, once; returns the steps stored, 0 for a known one. See ReplayBuffer.add.
+
+        It is on disk within seconds (`durable`). Raises FencedError where another process has
+        taken over the shard.
+        """
+        return self._store(chunk, self.buffer.add)
+
+    def sample(self, batch_size: int | None = None, out: Batch | None = None) -> Batch:
+        """As ReplayBuffer.sample."""
+        return self.buffer.sample(batch_size, out)
+
+    def sample_with_ids(
+        self, batch_size: int | None = None, out: Batch | None = None, online: bool = True
+    ) -> tuple[Batch, np.ndarray]:
+        """As ReplayBuffer.sample_with_ids."""
+        return self.buffer.sample_with_ids(batch_size, out, online)
+
+    def prioritize(self, ids: np.ndarray, values: np.ndarray) -> None:
+        """As ReplayBuffer.prioritize."""
+        self.buffer.prioritize(ids, values)
+
+    @property
+    def ready(self) -> bool:
+        """Whether at least one window can be sampled."""
+        return self.buffer.ready
+
+    @property
+    def degraded(self) -> str:
+        """Why what comes in is not made durable, in one sentence; empty while it is."""
+        return self._journal.degraded
+
+    def durable(self, key: tuple[str, str, int]) -> bool:
+        """Whether a chunk is on disk, so that no crash of the process can lose it."""
+        return key in self._journal.durable
+
+    def report(self) -> dict[str, Any]:
+        """Sizes, counters and health, as JSON."""
+        return {
+            "num_steps": self.buffer.num_steps,
+            "total_steps": self.buffer.total_steps,
+            "durable_steps": self._journal.durable_steps,
+            "dropped_steps": self._journal.dropped_steps,
+            "nbytes": self.buffer.nbytes,
+            "duplicates": self.buffer.duplicates,
+            "ready": self.ready,
+            "degraded": self.degraded,
+        }
+
+    def _store(self, chunk: Chunk, store: Callable[[Chunk], int]) -> int:
+        self._journal.reserve(chunk.nbytes)
+        record = pack_chunk(chunk)  # before the chunk is stored: it may be refused
+        if self._journal.full:
+            self._roll()
+        num = store(chunk)
+        if num:
+            self._journal.append(chunk, record, self.buffer.first, self.buffer.end)
+        return num
+
+    def _roll(self) -> None:
+        cut = self._journal.broken
+        if cut:
+            self.buffer.cut()
+        self._journal.roll(self.buffer.numbering(), cut)
+
+    # -------------------------------------------------------------------------------- saving
+
+    def flush(self) -> Future:
+        """A future that is done when all that was added is on disk; it raises OSError."""
+        return self._journal.flush()
+
+    def seal(self) -> Future:
+        """Close the segment; the future gives this moment's state, as JSON for a manifest.
+
+        Takes milliseconds; the thread writes what is missing. The future raises OSError, in one
+        sentence, where the disk fails, and FencedError.
+        """
+        self._roll()
+        first, newest = self.buffer.first, self._journal.newest
+        numbering = asdict(self.buffer.numbering())
+        state = {"format": FORMAT, "steps": self.buffer.num_steps, **self.buffer.state()}
+        state |= {name: numbering[name] for name in ("batch_length", "first", "end", "seen")}
+        state["total_steps"] = self.buffer.total_steps
+
+        def result() -> dict[str, Any]:
+            # A segment closed since then is not part of this moment.
+            own = [i for i in self._journal.segments if i.name.startswith(self._folder + "/")]
+            late = {info.name for info in own if info.name >= newest}
+            kept = [i for i in self._journal.segments if i.end > first and i.name not in late]
+            names = ("name", "size", "sha256", "steps")
+            return {"segments": [{n: getattr(i, n) for n in names} for i in kept], **state}
+
+        self._sealed = self._journal.flush(result)
+        return self._sealed
+
+    def retain(self, names: Iterable[str]) -> None:
+        """Delete segments that neither a kept checkpoint (`names`) nor a stored step needs.
+
+        This covers the folders of earlier lives that no shard builds on any more. Does nothing
+        while a seal is under way. Raises OSError and FencedError.
+        """
+        self._journal.check()
+        if self._sealed is not None and not self._sealed.done():
+            return
+        keep = set(names)
+        if self._sealed is not None and self._sealed.exception() is None:
+            keep |= {found["name"] for found in self._sealed.result()["segments"]}
+        self._journal.forget_evicted()
+        oldest_open = self._write_index()
+        keep |= {info.name for info in self._journal.segments}
+        for folder in self._folders():
+            for name in self._listing(folder):
+                unlisted = folder == self._folder and name >= oldest_open
+                if not unlisted and name not in keep:
+                    (self._root / name).unlink()
+
+    def close(self) -> None:
+        """Write what is left, if the disk allows, and stop. Nothing can be added afterwards."""
+        self._journal.close()
+
+    # ------------------------------------------------------------------------------- restoring
+
+    def _return(self, index: dict[str, Any], seed: int) -> None:
+        """Go on within the same life: with all that is on disk, and new random numbers."""
+        infos = _infos(index["segments"])
+        own = [name for name in self._listing(self._folder) if name >= index["oldest_open"]]
+        known = self._replay(infos + [SegmentInfo(name, -1, "", 0, 0) for name in own])
+        self.buffer.marks.merge(index["seen"])
+        rng = np.random.default_rng([seed, self._index, self.buffer.total_steps])
+        self.buffer.load_state({"rng": rng.bit_generator.state})
+        self._inherited = index["seen"]
+        self._start(known)
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        """Go on exactly where a shard was sealed."""
+        known = self._replay(_infos(state["segments"]))
+        if state["end"] != self.buffer.end:
+            raise ValueError(
+                f"the segments of replay shard {self._index} end at block {self.buffer.end} and "
+                f"not at {state['end']}: resume from an older checkpoint"
+            )
+        self.buffer.marks.merge(state["seen"])
+        self.buffer.load_state(state)
+        self._inherited = self.buffer.marks.state()
+        self._start(known)
+
+    def _deal(self, states: Sequence[dict[str, Any]]) -> None:
+        """Store this shard's rows of all shards' segments anew, in about the order they came."""
+        for state in states:
+            self.buffer.marks.merge(state["seen"])
+        self._inherited = self.buffer.marks.state()
+        self._start([])
+        parts = [_infos(state["segments"]) for state in states]
+        order = [(at / len(part), info) for part in parts for at, info in enumerate(part)]
+        for info, data in self._pages([info for _, info in sorted(order, key=lambda x: x[0])]):
+            with self._blame(info):
+                for chunk in read_segment(data)[1]:
+                    mine = chunk.streams % self._num_shards == self._index
+                    if mine.any():
+                        self._store(chunk.rows(mine), self.buffer.replay)
+        self.buffer.load_state({})
+        self._journal.flush().result()
+
+    def _replay(self, infos: list[SegmentInfo]) -> list[SegmentInfo]:
+        """Store the chunks of segments as they were stored before; gives their whole infos."""
+        known: list[SegmentInfo] = []
+        begin = 0
+        for info, data in self._pages(infos):
+            with self._blame(info):
+                head, chunks = read_segment(data)
+                if head.start.batch_length != self.config.batch_length:
+                    raise ValueError(f"it has batch_length {head.start.batch_length}")
+                steps = 0
+                for number, chunk in enumerate(chunks):
+                    if number == 0:
+                        begin = begin if known else head.start.end
+                        self.buffer.begin(head.start, chunk)
+                    steps += self.buffer.replay(chunk)
+            digest = info.sha256 or hashlib.sha256(data).hexdigest()
+            known.append(SegmentInfo(info.name, len(data), digest, steps, self.buffer.end))
+        # Blocks that began before the first segment are not whole.
+        self.buffer.forget(min(begin, self.buffer.end))
+        return known
+
+    def _pages(self, infos: list[SegmentInfo]) -> Iterator[tuple[SegmentInfo, bytes]]:
+        """Segments with their verified bytes; the next one is read meanwhile."""
+        with ThreadPoolExecutor(1, "replay-read") as pool:
+            ahead = [pool.submit(self._read, info) for info in infos[:1]]
+            for info, following in zip_longest(infos, infos[1:]):
+                data = ahead.pop().result()
+                if following is not None:
+                    ahead.append(pool.submit(self._read, following))
+                yield info, data
+
+    def _read(self, info: SegmentInfo) -> bytes:
+        path = self._root / info.name
+        with self._blame(info):
+            try:
+                size = path.stat().st_size
+                if info.size not in (-1, size) or size > _LIMIT:
+                    raise ValueError(f"it has {size} bytes instead of {info.size}")
+                data: bytes = path.read_bytes()
+            except FileNotFoundError:
+                raise ValueError("it is missing") from None
+            if info.sha256 and hashlib.sha256(data).hexdigest() != info.sha256:
+                raise ValueError("its SHA-256 differs from the recorded one")
+        return data
+
+    @contextmanager
+    def _blame(self, info: SegmentInfo) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(
+                f"the replay segment {self._root / info.name} cannot be used ({error}): put back a "
+                "good copy of it, or resume from an older checkpoint"
+            ) from error
+
+    # ----------------------------------------------------------------------------- the folder
+
+    def _start(self, known: list[SegmentInfo]) -> None:
+        own = self._listing(self._folder)
+        number = int(own[-1][-10:-4]) + 1 if own else 0
+        where = (self._root, self._folder, self._owner)
+        start = self.buffer.numbering()
+        self._journal = Journal(self.config, *where, start, known, number, self._disk)
+
+    def _take_over(self) -> dict[str, Any] | None:
+        """Become the folder's owner; what the index said if this life has been here before."""
+        folder = self._root / self._folder
+        folder.mkdir(parents=True, exist_ok=True)
+        index: dict[str, Any] = {}
+        if (folder / INDEX).exists():
+            try:
+                index = dict(json.loads((folder / INDEX).read_bytes()))
+            except (ValueError, TypeError) as error:
+                raise ValueError(
+                    f"{folder / INDEX} is damaged ({error}): move {folder} away to resume from the "
+                    "last checkpoint"
+                ) from error
+        # Until a restore is through the index has an owner only: it is begun again after a crash.
+        self._put_index(index | {"owner": self._owner})
+        if isinstance(folder, Path):
+            for path in (self._root / self._life, self._root):
+                self._disk.sync_folder(path)
+            for leftover in folder.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
+        if "segments" in index:
+            return index
+        for name in self._listing(self._folder):
+            (self._root / name).unlink()
+        return None
+
+    def _write_index(self) -> str:
+        """Record what the journal builds on; gives the first name that is not on its list yet."""
+        segments, oldest_open = self._journal.listing()
+        self._put_index(
+            {
+                "owner": self._owner,
+                "segments": [asdict(info) for info in segments],
+                "oldest_open": oldest_open,
+                "seen": self._inherited,
+            }
+        )
+        return oldest_open
+
+    def _put_index(self, index: dict[str, Any]) -> None:
+        path = self._root / self._folder / INDEX
+        self._disk.replace(path, json.dumps(index).encode(), lambda: None)
+
+    def _folders(self) -> list[str]:
+        """Folders of this and earlier lives that are this shard's to tidy."""
+        found = []
+        for life in self._root.iterdir():
+            if life.name > self._life or not life.is_dir():
+                continue
+            for folder in life.iterdir():
+                name = f"{life.name}/{folder.name}"
+                if not _FOLDER.fullmatch(name):
+                    continue
+                if int(folder.name[6:]) % self._num_shards == self._index:
+                    found.append(name)
+        return found
+
+    def _listing(self, folder: str) -> list[str]:
+        """Names of the segments in a folder, oldest first."""
+        names = (f"{folder}/{path.name}" for path in (self._root / folder).iterdir())
+        return sorted(name for name in names if _NAME.fullmatch(name))
+
+
+def _infos(saved: Any) -> list[SegmentInfo]:
+    """Segments as a manifest names them. Raises ValueError for a name that could lead elsewhere."""
+    infos = [SegmentInfo(s["name"], int(s["size"]), s["sha256"], s["steps"], 0) for s in saved]
+    for info in infos:
+        if not _NAME.fullmatch(info.name):
+            raise ValueError(f"{info.name!r} is no name of a replay segment: the state is damaged")
+    return infos
