@@ -6,9 +6,11 @@ The environment is set before torch and Ray are first imported, because both rea
 from __future__ import annotations
 
 import os
+import secrets
 
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["RAY_AUTH_MODE"] = "disabled"  # a new local cluster would ask for a token file
+os.environ["RAY_AUTH_MODE"] = "token"  # as on a cluster: clusters without one are refused
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(16)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Real Ray clusters of several nodes on this machine, with a token, for tests and benchmarks.
+"""Real Ray clusters of several nodes on this machine, for tests and benchmarks.
 
 Nodes find lost ones in a second instead of ten. Nothing outlives the block but what Ray itself
 leaves to its own clean-up.
@@ -7,7 +7,6 @@ leaves to its own clean-up.
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +45,7 @@ def nodes(cpus: Sequence[float], store_bytes: int = 150 * MB) -> Iterator[Cluste
     Workers find modules of the tests too.
     """
     path = os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent)])
-    with environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16), PYTHONPATH=path):
+    with environment(PYTHONPATH=path):
         cluster = Cluster()
         try:
             for index, num in enumerate(cpus):

@@ -348,14 +348,23 @@ def test_a_cluster_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
         submit.submit(arguments, "127.0.0.1:6379", tmp_path, follow=True)
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_local")
-def test_the_head_is_asked_whether_it_lets_everybody_in() -> None:
-    import ray
+CHECK = """
+import ray
+from worldflux_dist.distributed import auth
+ray.init(address="local", num_cpus=1, include_dashboard=False, object_store_memory=100_000_000)
+print("loopback" if auth.is_loopback(ray.get_runtime_context().gcs_address) else "seen")
+auth.check_auth()
+"""
 
-    closed = os.environ["RAY_AUTH_MODE"] == "token"  # how conftest has started it
-    if closed or auth.is_loopback(ray.get_runtime_context().gcs_address):
-        return auth.check_auth()
-    with pytest.raises(RuntimeError, match="asks for no token"):
-        auth.check_auth()
-    return None
+
+@pytest.mark.ray
+@pytest.mark.parametrize("mode", ["token", "disabled"])
+def test_the_head_is_asked_whether_it_lets_everybody_in(mode: str) -> None:
+    """Ray listens on every interface, even where it was started for one process."""
+    environment = os.environ | {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    command = [sys.executable, "-c", CHECK]
+    done = subprocess.run(
+        command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False
+    )
+    refused = "seen" in done.stdout and mode == "disabled"
+    assert ("asks for no token" in done.stderr) == refused == bool(done.returncode), done.stderr

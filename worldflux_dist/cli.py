@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import secrets
 import shutil
 import sys
 from collections.abc import Callable
@@ -87,7 +88,7 @@ def submit(
         raise ValueError("--run-dir must be an absolute path that all nodes see: the job resumes")
     _load(settings)  # a mistake is said here, not in the cluster
     arguments = [*(settings or []), "--run-dir", str(run_dir)]
-    raise typer.Exit(jobs.submit(arguments, address, Path(), follow))
+    raise typer.Exit(jobs.submit(arguments, address, Path.cwd(), follow))
 
 
 @app.command()
@@ -211,7 +212,7 @@ def _check_env(env_id: str) -> Callable[[], str]:
 def _check_ray() -> str:
     import ray
 
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray.init(
         address="local",
         num_cpus=1,

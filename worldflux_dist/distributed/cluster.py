@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -358,12 +359,12 @@ def join_cluster() -> tuple[Node, ...]:
 def start_ray(plan: Plan) -> None:
     """Start Ray on this machine, unless a cluster has been joined.
 
-    It listens on loopback for this process only, hence runs without a token unless RAY_AUTH_MODE
-    says otherwise. CPUs are counted such that every process finds its share.
+    Ray listens to the network even then, so it gets a token of its own unless there is one. CPUs
+    are counted such that every process finds its share.
     """
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {
         "address": "local",

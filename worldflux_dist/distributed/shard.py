@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +15,7 @@ import ray
 
 from worldflux_dist import checkpoint
 from worldflux_dist.data import Batch, Chunk
-from worldflux_dist.replay import ReplayConfig, ReplayShard
+from worldflux_dist.replay import FencedError, ReplayConfig, ReplayShard
 
 
 def shard_name(index: int) -> str:
@@ -47,6 +50,19 @@ class ShardPlace:
     num_shards: int
 
 
+@contextmanager
+def _unless_fenced() -> Iterator[None]:
+    """End this process where another one has taken over its shard.
+
+    Was it one of the past, nobody misses it; else Ray starts it anew, and then it is the newest.
+    """
+    try:
+        yield
+    except FencedError as error:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(1)
+
+
 class ReplayShardActor:
     """One shard. Waiting for the disk has a thread of its own, so that it never delays a sample."""
 
@@ -61,7 +77,8 @@ class ReplayShardActor:
 
     def add(self, chunk: Chunk) -> ShardReport:
         """Store a chunk, once: a re-sent one is acknowledged and not stored again."""
-        self.shard.add(chunk)
+        with _unless_fenced():
+            self.shard.add(chunk)
         return self.report()
 
     @ray.method(num_returns=2)
@@ -95,8 +112,10 @@ class ReplayShardActor:
         """The state noted by `seal`, once all of it is on disk."""
         if self._sealing is None:
             raise checkpoint.CheckpointError("the shard was restarted before its state was on disk")
-        return self._sealing.result()
+        with _unless_fenced():
+            return self._sealing.result()
 
     def retain(self, names: set[str]) -> None:
         """Delete segments that are evicted and not among `names`."""
-        self.shard.retain(names)
+        with _unless_fenced():
+            self.shard.retain(names)

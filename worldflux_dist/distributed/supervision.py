@@ -8,6 +8,7 @@ instead of keeping it busy for ever.
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 MAX_LOSSES = 20
 LONGEST_REST_S = 30.0
@@ -23,32 +24,35 @@ class BudgetError(RuntimeError):
 
 
 class Budget:
-    """Counts the deaths of each process of one role since it last brought something."""
+    """Counts, for each process of one role, what it owed in vain since it last brought something.
+
+    A process that is asked before it has started again counts as one more.
+    """
 
     def __init__(self, role: str) -> None:
         self.role, self.losses = role, 0
-        self._in_a_row = 0
+        self._in_a_row: Counter[int] = Counter()
         self._resting: dict[int, float] = {}
 
     def lost(self, index: int) -> float:
         """Process `index` died; gives the seconds it should rest, twice as many each time.
 
-        Raises BudgetError where the role died MAX_LOSSES times without bringing anything.
+        Raises BudgetError where it died MAX_LOSSES times without bringing anything.
         """
+        self._in_a_row[index] += 1
         self.losses += 1
-        self._in_a_row += 1
-        if self._in_a_row > MAX_LOSSES:
+        if self._in_a_row[index] > MAX_LOSSES:
             raise BudgetError(
                 f"{self.role} processes died {MAX_LOSSES} times without bringing anything: look "
                 f"for {CAUSES[self.role]} or for want of memory"
             )
-        rest = min(LONGEST_REST_S, 0.25 * 2.0 ** (self._in_a_row - 1))
+        rest = min(LONGEST_REST_S, 0.25 * 2.0 ** (self._in_a_row[index] - 1))
         self._resting[index] = time.monotonic() + rest
         return rest
 
     def brought(self, index: int) -> None:
         """Process `index` has done something."""
-        self._in_a_row = 0
+        self._in_a_row.pop(index, None)
         self._resting.pop(index, None)
 
     def resting(self, index: int) -> bool:

@@ -313,9 +313,9 @@ class ReplayBuffer:
         """Take the numbering of the journal segment that begins with `chunk`.
 
         In a new buffer, blocks from before are empty and must be dropped after the last segment
-        (`forget`). Later on the numbering agrees already, unless steps are missing in between:
-        then numbers are skipped, and no window will span the gap. Raises ValueError for a
-        numbering that cannot be.
+        (`forget`). Later on the numbering agrees already, unless a full disk made the journal drop
+        steps in between: it has cut all streams there, and numbers are skipped. Raises ValueError
+        for a numbering that cannot be.
         """
         if not self._columns:
             self._reserve(_spec(chunk.columns()))
@@ -335,7 +335,9 @@ class ReplayBuffer:
             if fresh and block >= self.first:
                 self.num_steps += fill - self._fill[slot]
                 self._fill[slot] = fill
-            if block >= self.first and self._fill[slot] == fill:
+            if block >= self.first:
+                if self._fill[slot] != fill:
+                    raise ValueError("the segment before it is missing")
                 self._tails[stream] = _Tail(block, previous, key)
         self.total_steps = start.total_steps
         self.marks.merge(start.seen)
