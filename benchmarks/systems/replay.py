@@ -9,14 +9,17 @@ carries over to another machine. Run: python benchmarks/systems/replay.py [--run
 from __future__ import annotations
 
 import argparse
+import functools
+import tempfile
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import numpy as np
 
 from worldflux_dist.data import Chunk
-from worldflux_dist.replay import ReplayBuffer, ReplayConfig
+from worldflux_dist.replay import ReplayBuffer, ReplayConfig, ReplayShard
 
 NUM_ENVS, BATCH, LENGTH = 8, 16, 64
 GOAL = 0.8
@@ -122,6 +125,84 @@ def measure(kind: str, num_steps: int, runs: int, seconds: float) -> None:
         )
 
 
+def measure_sizes(sizes: tuple[int, ...] = (1_000_000, 10_000_000), calls: int = 400) -> None:
+    """Median time of a sample, by what is stored; steps without observations fit ten millions."""
+    for share in ("uniform", "recent", "prioritized"):
+        medians = []
+        for size in sizes:
+            shares: dict[str, Any] = {"uniform": 0.0, share: 1.0}
+            buffer = ReplayBuffer(ReplayConfig(capacity=size, online=False, **shares))
+            chunk = random_chunk(np.random.default_rng(0), (1,), np.float32, 0)
+            chunk = chunk.map(lambda value: np.repeat(value, 128, axis=1))
+            chunk.is_first[:, 1:] = False
+            for seq in range(size // chunk.num_steps + 1):
+                chunk.key = ("runner", "life", seq)
+                buffer.add(chunk)
+            times = []
+            for _ in range(calls):
+                start = time.perf_counter()
+                buffer.sample()
+                times.append(time.perf_counter() - start)
+            medians.append(median(times) * 1e6)
+        figures = ", ".join(f"{n:,} steps {m:.0f} us" for n, m in zip(sizes, medians, strict=True))
+        print(f"{share:14} p50 of a sample: {figures}, ratio {medians[-1] / medians[0]:.2f}")
+
+
+def screens(num_chunks: int) -> list[Chunk]:
+    """Chunks of Pong-like screens: a flat court, two paddles and a ball."""
+    rng, found = np.random.default_rng(0), []
+    for seq in range(num_chunks):
+        chunk = random_chunk(rng, (64, 64, 3), np.uint8, seq)
+        chunk.obs["obs"][:] = (144, 72, 17)
+        for frame in chunk.obs["obs"].reshape(-1, 64, 64, 3):
+            left, right, x, y = rng.integers(2, 58, 4)
+            frame[left : left + 6, 4:6], frame[right : right + 6, 58:60] = (213, 130, 74), 92
+            frame[y, x] = 236
+        found.append(chunk)
+    return found
+
+
+def measure_storage(seconds: float, num_chunks: int = 40) -> None:
+    """Memory and sampling of packed storage; disk, sealing and restoring of a shard."""
+    some = screens(4)
+
+    def insert(add: Callable[[Chunk], int]) -> None:
+        for seq in range(num_chunks):
+            chunk = some[seq % len(some)]
+            chunk.key = ("runner", "life", seq)
+            chunk.is_first[:, 0] = seq == 0
+            add(chunk)
+
+    num_steps = num_chunks * some[0].num_steps
+    for storage in ("raw", "lz4"):
+        config = ReplayConfig(BATCH, LENGTH, num_steps, online=False, storage=storage)
+        buffer = ReplayBuffer(config)
+        insert(buffer.add)
+        out = buffer.sample()
+        rate = per_cpu_second(functools.partial(buffer.sample, out=out), seconds)
+        print(f"storage {storage}: {buffer.nbytes / 2**20:.1f} MB, {rate:,.0f} batches/CPU-s")
+    with tempfile.TemporaryDirectory() as folder:
+        config = ReplayConfig(BATCH, LENGTH, num_steps)
+        shard = ReplayShard(config, 0, folder, "1", 0, 1)
+        start = time.perf_counter()
+        insert(shard.add)
+        added = time.perf_counter()
+        future = shard.seal()
+        sealed = time.perf_counter()
+        state = future.result()
+        written = time.perf_counter()
+        shard.close()
+        again = time.perf_counter()
+        ReplayShard(config, 0, folder, "2", 0, 1, [state]).close()
+        restore = num_steps / (time.perf_counter() - again)
+        size = sum(found["size"] for found in state["segments"]) / 2**20
+        print(
+            f"shard: add {num_steps / (added - start):,.0f} steps/s, durable "
+            f"{num_steps / (written - start):,.0f} steps/s, {size:.1f} MB on disk, seal "
+            f"{(sealed - added) * 1e3:.2f} ms, restore {restore:,.0f} steps/s"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=7)
@@ -130,6 +211,8 @@ def main() -> None:
     args = parser.parse_args()
     for kind in SHAPES:
         measure(kind, args.steps, args.runs, args.seconds)
+    measure_storage(args.seconds)
+    measure_sizes()
 
 
 if __name__ == "__main__":

@@ -143,6 +143,9 @@ class RayPorts:
                 index, since = self._collects[ref]
                 if time.monotonic() - since > self.config.scale.patience:
                     ray.kill(self.roles.runners[index], no_restart=False)
+                    # Ray fails no call to a process that dies before it has ever started.
+                    del self._collects[ref]
+                    self.budgets["runner"].lost(index)
             if timeout == 0 or self.stopping():
                 break
         return reports

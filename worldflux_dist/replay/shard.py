@@ -373,8 +373,10 @@ class ReplayShard:
 
 def _infos(saved: Any) -> list[SegmentInfo]:
     """Segments as a manifest names them. Raises ValueError for a name that could lead elsewhere."""
-    infos = [SegmentInfo(s["name"], int(s["size"]), s["sha256"], s["steps"], 0) for s in saved]
-    for info in infos:
-        if not _NAME.fullmatch(info.name):
-            raise ValueError(f"{info.name!r} is no name of a replay segment: the state is damaged")
+    infos = []
+    for found in saved:
+        if not _NAME.fullmatch(str(found.get("name"))):
+            raise ValueError(f"{found} names no replay segment: resume from an older checkpoint")
+        size, digest = int(found.get("size", 0)), str(found.get("sha256", "missing"))
+        infos.append(SegmentInfo(found["name"], size, digest, 0, 0))
     return infos
