@@ -68,6 +68,23 @@ def test_imagined_batches(family: str, action: str) -> None:
 
 
 @FAMILY
+def test_published_parts_are_all_that_imagining_needs(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a part too few, an imaginer would dream with weights that nobody has trained."""
+    fix_draws(monkeypatch)
+    trained = dreaming(family)
+    torch.manual_seed(1)
+    fresh = make_small(family, "dict", "mixed", CRITIC)
+    for part in ("world_model", "behavior"):
+        fresh.load_arrays(trained.inference_state(part))
+    batch = family_batch(trained)
+    found, want = (Imaginer(agent).imagine(batch) for agent in (fresh, trained))
+    for name in ARRAYS:
+        np.testing.assert_allclose(getattr(found, name), getattr(want, name), err_msg=name)
+
+
+@FAMILY
 def test_rows_keep_what_was_imagined_from_them(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -261,9 +261,13 @@ class Agent(nn.Module):
     # --------------------------------------------------------------------------------- saving
 
     def inference_state(self, part: str = "agent") -> dict[str, np.ndarray]:
-        """Copies of the parameters of a part that acting needs: what runners are sent."""
+        """Copies of the parameters of a part that acting needs: what runners are sent.
+
+        A world model that is published alone goes to imaginers, too, who roll it forward.
+        """
         planning = self.planner is not None
-        wanted = [f"world_model.{name}." for name in self.world_model.inference_modules(planning)]
+        rolling = planning or part == "world_model"
+        wanted = [f"world_model.{name}." for name in self.world_model.inference_modules(rolling)]
         wanted += [f"behavior.{name}." for name in self.behavior.inference_modules(planning)]
         return {
             name: value.detach().cpu().numpy().copy()

@@ -9,6 +9,15 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from ray.exceptions import RayError, RayTaskError
+
+
+def is_loss(error: Exception) -> bool:
+    """Whether Ray lost a process or an object, and not a process of ours raised."""
+    if isinstance(error, RayTaskError):
+        return isinstance(error.cause, RayError)
+    return isinstance(error, RayError)
+
 
 class RoleLostError(RuntimeError):
     """A process died for good; the message says which and why."""

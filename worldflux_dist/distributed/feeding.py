@@ -17,7 +17,7 @@ from ray import ObjectRef
 from ray.exceptions import ActorUnavailableError, ObjectLostError
 
 from worldflux_dist.distributed.actors import ImaginedReport
-from worldflux_dist.distributed.group import LearnerGroup
+from worldflux_dist.distributed.group import LearnerGroup, failed
 from worldflux_dist.distributed.shard import ShardReport
 from worldflux_dist.distributed.supervision import Budget
 
@@ -67,7 +67,8 @@ class ReplaySource:
             try:
                 filled = ray.get(ref)
             except (ActorUnavailableError, ObjectLostError):
-                self._lost()
+                if fed[0] in self.sizes:  # one death, however many batches it owed
+                    self._lost()
                 filled = False
             if filled:
                 self._come.append(fed)
@@ -180,8 +181,12 @@ class Stepper:
 
         Raises GroupLostError; the steps under way are forgotten then.
         """
-        while self._stepping and len(_done(self._stepping[0])) == len(self._stepping[0]):
-            refs = self._stepping.popleft()
+        while self._stepping:
+            refs = self._stepping[0]
+            done = _done(refs)
+            if len(done) < len(refs) and not failed(done):
+                break
+            self._stepping.popleft()
             try:
                 self.taken.append(self.group.result(refs))
             except BaseException:

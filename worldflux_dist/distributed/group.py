@@ -31,8 +31,6 @@ from worldflux_dist.learner import Learner
 if TYPE_CHECKING:
     from worldflux_dist.checkpoint import AnyPath
 
-GROUP_TIMEOUT_S = 60.0  # the longest that ranks wait for each other in a step
-
 
 class GroupLostError(RuntimeError):
     """A rank died; the message says what is known of it."""
@@ -49,6 +47,7 @@ class LearnerActor:
         self.prioritized = config.replay.prioritized > 0 and part != "behavior"
         self.learner = Learner(agent, config.learner, part, rows=self.prioritized)
         self.part, self.rank, self.generation = part, rank, generation
+        self.patience = config.scale.patience  # the longest that ranks wait for each other
         self.learner.rank = rank  # each has its own random state, in a checkpoint too
         self.store = ray.get_actor(WEIGHTS)
         num_shards = config.scale.num_shards if self.prioritized else 0
@@ -64,8 +63,8 @@ class LearnerActor:
     def join(self, meeting: tuple[str, int], num_ranks: int) -> None:
         """Meet the other ranks; afterwards all have rank 0's weights."""
         store = self._meeting if self.rank == 0 else TCPStore(*meeting, is_master=False)
-        store.set_timeout(timedelta(seconds=GROUP_TIMEOUT_S))
-        self.learner.join(store, self.rank, num_ranks, GROUP_TIMEOUT_S)
+        store.set_timeout(timedelta(seconds=self.patience))
+        self.learner.join(store, self.rank, num_ranks, self.patience)
 
     def load(self, folder: AnyPath, gradient_steps: int) -> None:
         """Go on from a checkpoint, counting on from `gradient_steps`."""
@@ -180,18 +179,26 @@ class LearnerGroup:
         self.ranks = []
 
     def _wait(self, refs: Sequence[ObjectRef]) -> list[Any]:
-        """All results. A rank's death is told from an error of ours by looking at every rank: the
-        survivors of a death only know that a connection broke."""
-        try:
-            return ray.get(list(refs))
-        except RayError as first:
-            ray.wait(list(refs), num_returns=len(refs), timeout=2 * GROUP_TIMEOUT_S)
-            done, waiting = ray.wait(list(refs), num_returns=len(refs), timeout=0)
-            errors = [error for ref in done if (error := _error_of(ref)) is not None]
-            dead = [error for error in errors if _is_loss(error)]
-            if not (dead or waiting):
-                raise
-            raise GroupLostError(str(dead[0]) if dead else str(first)) from first
+        """All results. Raises GroupLostError where a rank died, or the first error of our own: the
+        survivors of either only know that a connection broke."""
+        refs = list(refs)
+        waiting = refs
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1)
+            if (error := _error_of(done[0])) is not None:
+                time.sleep(0.2)  # what the others say comes at about the same time
+                others, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+                errors = [error, *filter(None, map(_error_of, others))]
+                own = next((e for e in errors if not _is_loss(e)), None)
+                if own is not None:
+                    raise own
+                raise GroupLostError(str(errors[0])) from error
+        return ray.get(refs)
+
+
+def failed(refs: Sequence[ObjectRef]) -> bool:
+    """Whether any of some finished steps failed, so that the others need not be waited for."""
+    return any(_error_of(ref) is not None for ref in refs)
 
 
 def _error_of(ref: ObjectRef) -> Exception | None:

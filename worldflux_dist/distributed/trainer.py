@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import ray
 from ray import ObjectRef
-from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayError
 
 from worldflux_dist import checkpoint
 from worldflux_dist.config import Config
 from worldflux_dist.distributed.actors import EvaluationRequest, RunnerReport, evaluate_remotely
 from worldflux_dist.distributed.auth import check_auth, explained
 from worldflux_dist.distributed.cluster import Plan, join_cluster, make_plan, start_ray
-from worldflux_dist.distributed.ending import RoleLostError, StopSignals
+from worldflux_dist.distributed.ending import RoleLostError, StopSignals, is_loss
 from worldflux_dist.distributed.flow import Flow
 from worldflux_dist.distributed.group import GroupLostError
 from worldflux_dist.distributed.placement import place
@@ -265,8 +265,9 @@ class Trainer:
 
     def _maybe_evaluate(self) -> None:
         """Start an evaluation when one is due, and take in the one that has finished."""
-        if self._evaluation is not None and ray.wait([self._evaluation[1]], timeout=0)[0]:
-            self._score()
+        running = self._evaluation
+        if running is not None and ray.wait([running[1]], timeout=0)[0] and self._score() is None:
+            self._evaluated_at -= 1
         due = self.limiter.env_steps // self.config.train.eval_every
         if self._evaluation is None and due > self._evaluated_at:
             self._start_evaluation(random="random" not in self.run.methods())
@@ -282,11 +283,18 @@ class Trainer:
         ref = evaluator.remote(self.config, self.task.spaces, request, *arrays)
         self._evaluation = (self.limiter.env_steps, ref)
 
-    def _score(self) -> dict[str, Any]:
-        """Wait for the evaluation under way and write its scores down."""
+    def _score(self) -> dict[str, Any] | None:
+        """Wait for the evaluation under way and write its scores down; None where it was lost with
+        a process."""
         assert self._evaluation is not None
-        env_steps, ref = self._evaluation
-        found, self._evaluation = ray.get(ref), None
+        (env_steps, ref), self._evaluation = self._evaluation, None
+        try:
+            found: dict[str, Any] = ray.get(ref)
+        except RayError as error:
+            if not is_loss(error):
+                raise
+            self.progress.print("an evaluation was lost with a process; it is made again")
+            return None
         for key, method in (("random", "random"), ("agent", self.config.model)):
             if key in found:
                 self.run.score(env_steps, self.task.action_repeat, found[key].returns, method)
@@ -298,8 +306,10 @@ class Trainer:
         self.progress.phase("evaluate")
         if self._evaluation is not None:
             self._score()
-        self._start_evaluation(random=True, pictures=True)
-        found = self._score()
+        found = None
+        while found is None:
+            self._start_evaluation(random=True, pictures=True)
+            found = self._score()
         self.progress.phase("figures")
         agent, random = found["agent"], found["random"]
         threshold = self.config.train.threshold
@@ -370,6 +380,6 @@ def _train(
     except OSError as error:
         raise run.explain(error) from error
     except (RayError, GroupLostError) as error:
-        if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError):
+        if isinstance(error, RayError) and not is_loss(error):
             raise  # an error of ours, from another process
         raise RoleLostError(error) from error
