@@ -139,3 +139,36 @@ def test_imagined_is_made_of_tensors_without_gradient() -> None:
     )
     assert rollout.states.tensors["deter"].requires_grad
     assert not Imagined.of(agent.world_model, rollout, batch).features.requires_grad
+
+
+@pytest.mark.parametrize("action", ["continuous", "discrete"])
+def test_actions_that_the_policy_has_given_up_count_less(
+    action: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """min(1, pi / mu): nothing changes for the policy that acted, nor for likelier actions."""
+    fix_draws(monkeypatch)
+    agent = dreaming("dreamerv3", "vector", action)
+    imagined = Imaginer(agent).imagine(family_batch(agent)).map(torch.from_numpy)
+    behavior, discount = agent.imagining(), agent.world_model.discount
+
+    def policy_loss(shift: float | None) -> torch.Tensor:
+        fresh = behavior.normalizer.state_dict()
+        fresh = {name: value.clone() for name, value in fresh.items()}
+        kept = imagined.log_prob
+        imagined.log_prob = None if shift is None else kept + shift
+        loss = behavior.imagined_loss(imagined, discount).losses["policy"]
+        imagined.log_prob = kept
+        behavior.normalizer.load_state_dict(fresh)
+        return loss.detach()
+
+    own, same, likelier, given_up = map(policy_loss, (None, 0.0, -1.0, 1000.0))
+    torch.testing.assert_close(same, own)
+    torch.testing.assert_close(likelier, own)
+    # Only the entropy bonus is left of an action that the policy would hardly take now.
+    entropy = behavior.actor.log_prob_and_entropy(
+        behavior.actor(imagined.features[:-1]), imagined.actions
+    )[1]
+    going = torch.cat([imagined.start_continue[None], imagined.continues[:-1]]).cumprod(0)
+    bonus = -going * behavior.config.entropy_scale * entropy
+    torch.testing.assert_close(given_up, bonus.detach())
+    assert not torch.allclose(given_up, own)

@@ -119,7 +119,7 @@ def evaluate_run(
     settings = config.load([run_dir / "config.yaml"])
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    agent = Agent.load(run_dir)
+    agent = Agent.load(settings.scale.storage or run_dir)
     print(f"agent:  {evaluate.evaluate(agent, settings.env, episodes, seed)}")
     print(f"random: {evaluate.evaluate_random(settings.env, episodes, seed)}")
     if video is not None:

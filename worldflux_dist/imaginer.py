@@ -33,7 +33,9 @@ class Imaginer:
         tensors = batch.map(lambda value: torch.tensor(value, device=self.agent.device))
         starts = model.observe(tensors).flatten()
         rollout = self.behavior.imagine(model, starts, self.horizon)
-        return Imagined.of(model, rollout, tensors).map(_owned)
+        imagined = Imagined.of(model, rollout, tensors)
+        imagined.log_prob = self.behavior.log_prob(imagined.features[:-1], imagined.actions)
+        return imagined.map(_owned)
 
 
 def _owned(value: Tensor) -> np.ndarray:

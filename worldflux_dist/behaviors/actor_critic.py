@@ -138,6 +138,10 @@ class ActorCritic(Behavior):
     def inference_modules(self, planning: bool = False) -> tuple[str, ...]:
         return ("actor", "critic") if planning else ("actor",)
 
+    def log_prob(self, features: Tensor, actions: Tensor) -> Tensor:
+        """ln pi(a) (...) of flat actions (..., A) at features (..., F)."""
+        return self.actor.log_prob_and_entropy(self.actor(features), actions)[0]
+
     @torch.no_grad()
     def imagine(self, world_model: WorldModel, start: State, horizon: int | None = None) -> Rollout:
         """Roll the policy from start (N, ...) for `horizon` steps, without gradient."""
@@ -164,7 +168,9 @@ class ActorCritic(Behavior):
     ) -> BehaviorLoss:
         """Policy and value (H, N) of a batch of tensors, and replay_value (T - 1, B) on `path`
         (B, T, F) or, without one, on the starts' own features."""
-        losses, metrics, target = self.imagination_loss(imagined, imagined.features)
+        losses, metrics, target = self.imagination_loss(
+            imagined, imagined.features, imagined.log_prob
+        )
         shape = imagined.reward.shape
         if path is None:
             path = imagined.features[0].unflatten(0, shape)
@@ -173,9 +179,14 @@ class ActorCritic(Behavior):
         return BehaviorLoss(losses, metrics)
 
     def imagination_loss(
-        self, rollout: Rollout | Imagined, features: Tensor
+        self, rollout: Rollout | Imagined, features: Tensor, acted: Tensor | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-        """Policy and value losses on H of the H + 1 states; also metrics and the returns (H, N)."""
+        """Policy and value losses on H of the H + 1 states; also metrics and the returns (H, N).
+
+        `acted` (H, N) is ln mu(a) of an older policy mu that chose the actions: the policy loss is
+        then weighed by min(1, pi / mu), as in IMPALA (Espeholt et al. 2018). Without it, actions
+        that the policy has given up would be pushed away for ever, until it is certain of the rest.
+        """
         config = self.config
         logits = self.critic(features)
         with torch.no_grad():
@@ -190,6 +201,9 @@ class ActorCritic(Behavior):
             advantage = (target - value[:-1]) / scale
         policy = self.actor(features[:-1])
         log_prob, entropy = self.actor.log_prob_and_entropy(policy, rollout.actions)
+        if acted is not None:
+            ratio = (log_prob.detach() - acted).exp().clamp(max=1)
+            advantage = advantage * ratio
         losses = {
             "policy": returns.policy_loss(
                 log_prob, entropy, advantage, weight, config.entropy_scale

@@ -26,7 +26,9 @@ class Imagined:
 
     features (H + 1, N, F) with the starts, actions (H, N, A), rewards (H, N) and continues (H, N)
     of states 1..H, start_continue (N,); reward, is_last and is_terminal (B, T) are the replayed
-    steps' own. The versions are those of the weights that imagined.
+    steps' own. `log_prob` (H, N) is what the policy that acted, of older weights than the learner's,
+    gave to the actions; None where it was the learner's own. The versions are those of the weights
+    that imagined.
     """
 
     features: Any
@@ -37,6 +39,7 @@ class Imagined:
     reward: Any
     is_last: Any
     is_terminal: Any
+    log_prob: Any = None
     model_version: int = 0
     policy_version: int = 0
 
@@ -56,8 +59,9 @@ class Imagined:
 
     def map(self, function: Callable[[Any], Any]) -> Imagined:
         """Apply `function` to every array."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Imagined(**{n: v if isinstance(v, int) else function(v) for n, v in values.items()})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        kept = (int, type(None))
+        return Imagined(**{n: v if isinstance(v, kept) else function(v) for n, v in values.items()})
 
     def rows(self, index: slice) -> Imagined:
         """What was imagined from these rows (a slice of B without a step)."""
@@ -73,6 +77,7 @@ class Imagined:
             self.reward[index],
             self.is_last[index],
             self.is_terminal[index],
+            None if self.log_prob is None else self.log_prob[:, starts],
             self.model_version,
             self.policy_version,
         )

@@ -27,6 +27,7 @@ from worldflux_dist.distributed.shard import ShardReport
 from worldflux_dist.distributed.supervision import Budget
 
 WAIT_S = 0.5  # the longest that one look at everything under way may block
+POLICY_EVERY = 4  # steps of a policy that learns apart after which imaginers get it
 
 
 @dataclass
@@ -168,10 +169,15 @@ class RayPorts:
             stepper.begin(max(0, min(behind, 2 * UPDATES_PER_ROUND)))
         while not all(stepper.done for stepper in self.steppers):
             for stepper in self.steppers:
+                before = len(stepper.taken)
                 try:
                     stepper.pump(self.stopping())
                 except GroupLostError:
                     self._restart(stepper)
+                if stepper.source is self.imagined and (
+                    len(stepper.taken) // POLICY_EVERY > before // POLICY_EVERY
+                ):
+                    stepper.group.publish()
             waiting = [ref for stepper in self.steppers for ref in stepper.waiting()]
             if self.stopping() and not any(stepper.stepping for stepper in self.steppers):
                 break
