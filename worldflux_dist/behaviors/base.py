@@ -26,7 +26,7 @@ class Imagined:
 
     features (H + 1, N, F) with the starts, actions (H, N, A), rewards (H, N) and continues (H, N)
     of states 1..H, start_continue (N,); reward, is_last and is_terminal (B, T) are the replayed
-    steps' own. `log_prob` (H, N) is what the policy that acted, of older weights than the learner's,
+    steps' own. `log_prob` (H, N) is what the policy that acted, older than the learner's,
     gave to the actions; None where it was the learner's own. The versions are those of the weights
     that imagined.
     """
@@ -61,7 +61,8 @@ class Imagined:
         """Apply `function` to every array."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         kept = (int, type(None))
-        return Imagined(**{n: v if isinstance(v, kept) else function(v) for n, v in values.items()})
+        changed = {n: function(v) for n, v in values.items() if not isinstance(v, kept)}
+        return Imagined(**values | changed)
 
     def rows(self, index: slice) -> Imagined:
         """What was imagined from these rows (a slice of B without a step)."""
