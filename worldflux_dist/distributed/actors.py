@@ -69,6 +69,10 @@ class EnvRunnerActor:
         self.runner.version, self.weights = 0, WeightReader()
         self.shards = [ray.get_actor(shard_name(i)) for i in range(config.scale.num_shards)]
 
+    @ray.method(max_task_retries=-1)
+    def ready(self) -> None:
+        """Answers once a process that died is back."""
+
     def collect(self, length: int) -> RunnerReport:
         """`length` steps of every environment, stored in replay when this returns."""
         start = time.monotonic()
@@ -146,6 +150,10 @@ class ImaginerActor:
         if config.learner.device != "cpu" and torch.cuda.is_available():
             self.agent = self.agent.cuda()
         self.imaginer, self.weights = Imaginer(self.agent), WeightReader()
+
+    @ray.method(max_task_retries=-1)
+    def ready(self) -> None:
+        """Answers once a process that died is back."""
 
     @ray.method(num_returns=2)
     def imagine(self, given: tuple[Batch, np.ndarray]) -> tuple[ImaginedReport, Imagined]:

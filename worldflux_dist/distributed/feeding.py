@@ -52,12 +52,11 @@ class ReplaySource:
         sizes: dict[int, ShardReport],
         batch_size: int,
         rng: np.random.Generator,
-        lost: Callable[[], None],
         online: bool = True,
     ) -> None:
         self.shards, self.sizes, self.batch_size = shards, sizes, batch_size
         self.online = online
-        self._rng, self._lost = rng, lost
+        self._rng = rng
         self._asked: dict[ObjectRef, Fed] = {}
         self._come: deque[Fed] = deque()
 
@@ -67,8 +66,6 @@ class ReplaySource:
             try:
                 filled = ray.get(ref)
             except (ActorUnavailableError, ObjectLostError):
-                if fed[0] in self.sizes:  # one death, however many batches it owed
-                    self._lost()
                 filled = False
             if filled:
                 self._come.append(fed)
@@ -115,7 +112,7 @@ class ImaginedSource:
     ) -> None:
         self.imaginers, self.replay, self.queue_size = imaginers, replay, queue_size
         self.max_staleness, self.steps = max_staleness, steps
-        self.budget = Budget("imaginer")
+        self.budget = Budget("imaginer", imaginers)
         self.stale = 0
         self.reports: list[ImaginedReport] = []
         self._asked: dict[ObjectRef, tuple[int, Fed]] = {}
@@ -127,7 +124,8 @@ class ImaginedSource:
             try:
                 report: ImaginedReport = ray.get(ref)
             except (ActorUnavailableError, ObjectLostError):
-                self.budget.lost(index)
+                if not self.budget.away(index):  # one death, however many batches it owed
+                    self.budget.lost(index)
                 continue
             self.budget.brought(index)
             self.reports.append(report)
@@ -136,7 +134,7 @@ class ImaginedSource:
         self.stale += len(self._queue) - len(fresh)
         self._queue = deque(fresh)
         busy = Counter(index for index, _ in self._asked.values())
-        free = [i for i in range(len(self.imaginers)) if not self.budget.resting(i)]
+        free = [i for i in range(len(self.imaginers)) if not self.budget.away(i)]
         room = self.queue_size - len(self._queue) - len(self._asked)
         self.replay.pump(room)
         while room > 0 and free and (found := self.replay.take(1)):

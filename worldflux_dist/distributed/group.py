@@ -112,6 +112,7 @@ class LearnerGroup:
         self.config, self.spaces, self.part, self.options = config, spaces, part, options
         self.ranks: list[Any] = []
         self._loading: list[ObjectRef] = []
+        self._store = ray.get_actor(WEIGHTS)
         self.generation, self.gradient_steps, self.lost_steps = 0, 0, 0
 
     @property
@@ -123,6 +124,7 @@ class LearnerGroup:
         """Start all ranks, from a checkpoint where there is one; `meet` waits for them."""
         self.kill()
         self.generation, self.gradient_steps = self.generation + 1, gradient_steps
+        self._store.fence.remote(self.part, self.generation)
         make: Any = ray.remote(LearnerActor)
         self.ranks = [
             make.options(**options).remote(
@@ -130,8 +132,6 @@ class LearnerGroup:
             )
             for rank, options in enumerate(self.options)
         ]
-        store = ray.get_actor(WEIGHTS)
-        store.fence.remote(self.part, self.generation)
         self._loading = [
             rank.count_from.remote(gradient_steps)
             if folder is None
@@ -162,6 +162,7 @@ class LearnerGroup:
 
     def publish(self) -> None:
         """Have the newest weights published; does not wait."""
+        self._store.fence.remote(self.part, self.generation)  # it may have been restarted
         self.ranks[0].publish.remote()
 
     def agent_arrays(self) -> ObjectRef:

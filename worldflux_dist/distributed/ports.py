@@ -62,13 +62,14 @@ class RayPorts:
     def __post_init__(self) -> None:
         roles, config = self.roles, self.config
         rng = np.random.default_rng([config.seed, roles.model.gradient_steps])
-        self.budgets = {"runner": Budget("runner"), "learner": Budget("learner")}
+        self.budgets = {"runner": Budget("runner", roles.runners), "learner": Budget("learner")}
+        self._owners: dict[int, str] = {}
         self._collects: dict[ObjectRef, tuple[int, float]] = {}
         self._redo = 0
 
         def replay(num: int, online: bool) -> ReplaySource:
             size = config.replay.batch_size // num
-            return ReplaySource(roles.shards, self.sizes, size, rng, self._lost_shard, online)
+            return ReplaySource(roles.shards, self.sizes, size, rng, online)
 
         self.replay = replay(config.scale.num_learners, online=True)
         self.steppers = [Stepper(roles.model, self.replay)]
@@ -104,7 +105,7 @@ class RayPorts:
         for index, ref in enumerate(refs):
             try:
                 report: ShardReport = ray.get(ref)
-                self.sizes[index] = report
+                self._know({index: report})
             except ActorUnavailableError:
                 self.sizes.pop(index, None)
 
@@ -116,13 +117,15 @@ class RayPorts:
     def start_collect(self) -> None:
         busy = {index for index, _ in self._collects.values()}
         for index, runner in enumerate(self.roles.runners):
-            if index not in busy and not self.budgets["runner"].resting(index):
+            if index not in busy and not self.budgets["runner"].away(index):
                 ref = runner.collect.remote(self.config.scale.chunk_length)
                 self._collects[ref] = index, time.monotonic()
 
     def finished_collects(self, wait: bool) -> list[RunnerReport]:
         """Reports that have come in. A runner that is silent for too long is restarted."""
         reports: list[RunnerReport] = []
+        if wait and not self._collects:
+            time.sleep(0.1)  # all runners are on their way back
         while self._collects:
             refs = list(self._collects)
             timeout = 1.0 if wait and not reports else 0.0
@@ -138,7 +141,7 @@ class RayPorts:
                     continue
                 self.budgets["runner"].brought(index)
                 reports.append(report)
-                self.sizes |= report.shards
+                self._know(report.shards)
                 self.acting_losses += report.acting_losses > 0
             for ref in silent:
                 index, since = self._collects[ref]
@@ -241,5 +244,9 @@ class RayPorts:
             group.publish()
             return
 
-    def _lost_shard(self) -> None:
-        self.shard_losses += 1
+    def _know(self, reports: dict[int, ShardReport]) -> None:
+        """Take in what shards say; another owner is another process, hence a death."""
+        for index, report in reports.items():
+            self.shard_losses += self._owners.setdefault(index, report.owner) != report.owner
+            self._owners[index] = report.owner
+            self.sizes[index] = report

@@ -27,7 +27,7 @@ def shard_name(index: int) -> str:
 class ShardReport:
     """What a shard holds after an insert; `total_steps` counts those evicted since, too.
 
-    `degraded` says why it is not on disk, where it is not.
+    `degraded` says why it is not on disk, where it is not; `owner` names the process.
     """
 
     num_steps: int
@@ -38,6 +38,7 @@ class ShardReport:
     duplicates: int
     ready: bool
     degraded: str
+    owner: str
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray import ObjectRef
 
 MAX_LOSSES = 20
 LONGEST_REST_S = 30.0
+RETURN_S = 60.0  # a process that is not back by then is taken to have died again
 CAUSES = {
     "runner": "an environment that crashes its process",
     "learner": "a learner that runs out of memory",
@@ -24,13 +30,14 @@ class BudgetError(RuntimeError):
 
 
 class Budget:
-    """Counts, for each process of one role, what it owed in vain since it last brought something.
+    """Counts the deaths of each process of one role since it last brought something.
 
-    A process that is asked before it has started again counts as one more.
+    `actors` restart by themselves; each has a method `ready` that Ray calls again until they have.
     """
 
-    def __init__(self, role: str) -> None:
-        self.role, self.losses = role, 0
+    def __init__(self, role: str, actors: Sequence[Any] = ()) -> None:
+        self.role, self.actors, self.losses = role, actors, 0
+        self._returning: dict[int, tuple[ObjectRef, float]] = {}
         self._in_a_row: Counter[int] = Counter()
         self._resting: dict[int, float] = {}
 
@@ -43,11 +50,13 @@ class Budget:
         self.losses += 1
         if self._in_a_row[index] > MAX_LOSSES:
             raise BudgetError(
-                f"{self.role} processes died {MAX_LOSSES} times without bringing anything: look "
-                f"for {CAUSES[self.role]} or for want of memory"
+                f"{self.role} {index} died {MAX_LOSSES} times without bringing anything: look for "
+                f"{CAUSES[self.role]} or for want of memory"
             )
         rest = min(LONGEST_REST_S, 0.25 * 2.0 ** (self._in_a_row[index] - 1))
         self._resting[index] = time.monotonic() + rest
+        if self.actors:
+            self._returning[index] = self.actors[index].ready.remote(), time.monotonic()
         return rest
 
     def brought(self, index: int) -> None:
@@ -55,5 +64,14 @@ class Budget:
         self._in_a_row.pop(index, None)
         self._resting.pop(index, None)
 
-    def resting(self, index: int) -> bool:
+    def away(self, index: int) -> bool:
+        """Whether process `index` rests, or is not back yet: calls until then would only fail."""
+        if index in self._returning:
+            ref, since = self._returning[index]
+            if not ray.wait([ref], timeout=0)[0]:
+                if time.monotonic() - since > RETURN_S:
+                    self.lost(index)
+                return True
+            del self._returning[index]
+            ray.get(ref)
         return time.monotonic() < self._resting.get(index, 0.0)

@@ -128,6 +128,7 @@ class ReplayShard:
             "duplicates": self.buffer.duplicates,
             "ready": self.ready,
             "degraded": self.degraded,
+            "owner": self._owner,
         }
 
     def _store(self, chunk: Chunk, store: Callable[[Chunk], int]) -> int:
