@@ -49,7 +49,6 @@ MB = 2**20
 STORE_BYTES = 80 * MB
 PUSH = "CoreWorkerService.grpc_client.PushTask"
 NUM_CHUNKS = 60
-Key = tuple[str, str, int]
 
 
 @pytest.fixture(scope="module")
@@ -362,6 +361,7 @@ def test_a_runner_that_crashes_at_every_start_ends_the_run(
     started: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervision, "MAX_LOSSES", 2)
+    monkeypatch.setattr(supervision, "RETURN_S", 2.0)
     monkeypatch.setattr(supervision, "RETURN_S", 3)
     env = {"id": "test_injection:CrashingEnv", "kwargs": {"driver": os.getpid()}}
     ports = start_collecting(started, tmp_path, env)

@@ -136,9 +136,9 @@ def test_a_node_with_a_runner_and_a_shard_dies(
 
 def test_a_node_with_one_rank_of_two_dies(tmp_path: Path) -> None:
     """No node has room for both ranks."""
-    with run_on([1.5] * 4, tmp_path, "scale.num_learners=2") as site:
+    with run_on([3] * 4, tmp_path, "scale.num_learners=2", "learner.threads=2") as site:
         victim = site.node_with(LEARNER)
-        add_spare(site, 1.5)
+        add_spare(site, 3)
         site.strike(victim)
         site.check_recovery("node with a rank of two", LEARNER)
         site.check_end(tmp_path / "restored")
