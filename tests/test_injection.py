@@ -100,10 +100,10 @@ def start_shard(
 
 
 class Writer(actors.EnvRunnerActor):
-    """A runner with numbered chunks instead of environments; `wait_s` as SHARD_WAIT_S."""
+    """A runner with numbered chunks instead of environments; `wait_s` as shard_wait_s."""
 
-    def __init__(self, wait_s: float = actors.SHARD_WAIT_S) -> None:
-        actors.SHARD_WAIT_S = wait_s
+    def __init__(self, wait_s: float = 60.0) -> None:
+        self.shard_wait_s = wait_s
         self.shards = [ray.get_actor(shard_name(0))]
 
     def write(self, start: int, stop: int) -> int:
@@ -116,7 +116,7 @@ def numbered(seq: int) -> Chunk:
 
 
 def start_writer(started: list[Any], **options: Any) -> Any:
-    wait_s = options.pop("wait_s", actors.SHARD_WAIT_S)
+    wait_s = options.pop("wait_s", 60.0)
     writer = actor(Writer, num_cpus=0).options(**options).remote(wait_s)
     started.append(writer)
     return writer

@@ -22,9 +22,9 @@ import ray
 import ray_cluster
 from fault_runs import FaultRun
 from ray._private.state import actors as actor_table  # the public one asks a dashboard
-from ray._raylet import GcsClient
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
-from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason  # type: ignore[attr-defined]
 
 from worldflux_dist import checkpoint, config
 

@@ -113,13 +113,14 @@ def evaluate_run(
 
     from worldflux_dist import config, evaluate, figures
     from worldflux_dist.agent import Agent
+    from worldflux_dist.distributed.run import storage_of
 
     if not (run_dir / "config.yaml").exists():
         raise FileNotFoundError(f"{run_dir} is no run directory: it has no config.yaml")
     settings = config.load([run_dir / "config.yaml"])
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    agent = Agent.load(settings.scale.storage or run_dir)
+    agent = Agent.load(storage_of(settings, run_dir))
     print(f"agent:  {evaluate.evaluate(agent, settings.env, episodes, seed)}")
     print(f"random: {evaluate.evaluate_random(settings.env, episodes, seed)}")
     if video is not None:

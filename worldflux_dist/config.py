@@ -60,9 +60,9 @@ class ScaleConfig:
     """How many processes of each role, and how many steps a chunk holds.
 
     `num_learners` processes share every batch. `acting` actor: one more process, with the GPU where
-    there is one, acts for all runners. `storage` keeps checkpoints and replay: a path or URL that
-    all nodes see; empty is the run directory. A runner that is silent for `patience` seconds is
-    restarted.
+    there is one, acts for all runners. `storage` keeps checkpoints and replay, each run in a folder
+    of its name: a path or URL that all nodes see; empty is the run directory. Whoever is silent
+    for `patience` seconds is started again.
     """
 
     num_runners: int = 2
@@ -126,6 +126,18 @@ class Config:
             raise ValueError(
                 f"replay.batch_size {self.replay.batch_size} cannot be shared by "
                 f"scale.num_learners {self.scale.num_learners}: make it a multiple of them"
+            )
+        rows = self.replay.batch_size // self.scale.num_learners
+        if rows % self.learner.accumulate:
+            raise ValueError(
+                f"learner.accumulate {self.learner.accumulate} must divide a learner's {rows} rows"
+            )
+        apart = self.imagination.mode == "actors"
+        if apart and self.replay.batch_size % self.imagination.num_policy_learners:
+            raise ValueError(
+                f"replay.batch_size {self.replay.batch_size} cannot be shared by "
+                f"imagination.num_policy_learners {self.imagination.num_policy_learners}: make it "
+                "a multiple of them"
             )
         if self.imagination.queue_size < self.imagination.num_policy_learners:
             raise ValueError(

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import RayActorError
 
 from worldflux_dist.config import Config
 from worldflux_dist.data import Spaces
+from worldflux_dist.distributed.supervision import raise_if_gone
 from worldflux_dist.distributed.weights import WeightReader
 from worldflux_dist.learner import keep_freed_memory
 
@@ -115,7 +116,8 @@ class RemoteAct:
                 answer: Any = ray.get(self.actor.act.remote(obs, is_first, carry))
                 self.version = answer[2]
                 return answer[:2]
-            except ActorUnavailableError:
+            except RayActorError as error:
+                raise_if_gone(error)
                 self.losses += 1
                 if time.monotonic() > deadline:
                     raise RuntimeError(

@@ -15,7 +15,7 @@ import numpy as np
 import ray
 import torch
 from ray import ObjectRef
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import RayActorError
 
 from worldflux_dist import evaluate
 from worldflux_dist.behaviors.base import Imagined
@@ -23,14 +23,13 @@ from worldflux_dist.config import Config
 from worldflux_dist.data import Batch, Chunk, Spaces
 from worldflux_dist.distributed.acting import RemoteAct
 from worldflux_dist.distributed.shard import ShardReport, shard_name
+from worldflux_dist.distributed.supervision import raise_if_gone
 from worldflux_dist.distributed.weights import WeightReader
 from worldflux_dist.envs import make_envs
 from worldflux_dist.envs.acting import random_act
 from worldflux_dist.imaginer import Imaginer
 from worldflux_dist.learner import keep_freed_memory
 from worldflux_dist.runner import EnvRunner, Episode
-
-SHARD_WAIT_S = 60.0  # a shard's process is back after two to ten seconds
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,8 @@ class EnvRunnerActor:
         act = random_act(envs.spaces, int(seed))  # until weights come that have learned something
         self.runner = EnvRunner(envs, act, f"runner-{index}", first)
         self.runner.version, self.weights = 0, WeightReader()
+        # A shard's process is back after seconds, one with a large replay after minutes.
+        self.shard_wait_s = 0.9 * config.scale.patience
         self.shards = [ray.get_actor(shard_name(i)) for i in range(config.scale.num_shards)]
 
     @ray.method(max_task_retries=-1)
@@ -112,7 +113,7 @@ class EnvRunnerActor:
             part.key = (f"{writer}/{index}", incarnation, seq)
             parts[int(index)] = part
         reports: dict[int, ShardReport] = {}
-        deadline = time.monotonic() + SHARD_WAIT_S
+        deadline = time.monotonic() + self.shard_wait_s
         while True:
             missing = parts.keys() - reports.keys()
             refs: dict[int, ObjectRef] = {i: self.shards[i].add.remote(parts[i]) for i in missing}
@@ -120,7 +121,8 @@ class EnvRunnerActor:
                 try:
                     report: ShardReport = ray.get(ref)
                     reports[index] = report
-                except ActorUnavailableError:
+                except RayActorError as error:
+                    raise_if_gone(error)
                     if time.monotonic() > deadline:
                         raise
             if len(reports) == len(parts):

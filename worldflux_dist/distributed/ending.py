@@ -1,4 +1,4 @@
-"""How a run ends before its time: by a signal, or because a process is lost for good."""
+"""How a run ends: with an outcome, by a signal, or because a process is lost for good."""
 
 from __future__ import annotations
 
@@ -6,10 +6,22 @@ import re
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
+
+from worldflux_dist.evaluate import Evaluation
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: the last evaluation, the random baseline, and the verdict if asked for."""
+
+    evaluation: Evaluation
+    random: Evaluation
+    passed: bool | None
 
 
 def is_loss(error: Exception) -> bool:

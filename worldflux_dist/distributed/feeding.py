@@ -1,7 +1,7 @@
 """What learners train on, on its way to them: replayed batches, or imagined ones.
 
-References only. A source asks ahead, a little, and never more than is needed, so that a learner
-finds the next batch beside it; what a dead process owed is asked for again elsewhere.
+References only. A source asks ahead, a little, also for the round to come, so that a learner finds
+the next batch beside it; what a dead process owed is asked for again elsewhere.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any, Protocol
 import numpy as np
 import ray
 from ray import ObjectRef
-from ray.exceptions import ActorUnavailableError, ObjectLostError
+from ray.exceptions import ObjectLostError, RayActorError
 
 from worldflux_dist.distributed.actors import ImaginedReport
-from worldflux_dist.distributed.group import LearnerGroup, failed
+from worldflux_dist.distributed.group import GroupLostError, LearnerGroup, failed
 from worldflux_dist.distributed.shard import ShardReport
-from worldflux_dist.distributed.supervision import Budget
+from worldflux_dist.distributed.supervision import Budget, raise_if_gone
 
 SAMPLES_AHEAD = 2  # steps whose batches are being gathered beside those under way
 STEPS_AHEAD = 2  # steps given to learners and not finished: one in work, one waiting
@@ -37,6 +37,9 @@ class Source(Protocol):
 
     def waiting(self) -> list[ObjectRef]:
         """What the source is waiting for."""
+
+    def unstick(self) -> None:
+        """Have the processes that it waits for started again."""
 
 
 class ReplaySource:
@@ -65,7 +68,8 @@ class ReplaySource:
             fed = self._asked.pop(ref)
             try:
                 filled = ray.get(ref)
-            except (ActorUnavailableError, ObjectLostError):
+            except (RayActorError, ObjectLostError) as error:
+                raise_if_gone(error)
                 filled = False
             if filled:
                 self._come.append(fed)
@@ -77,12 +81,18 @@ class ReplaySource:
             self._asked[ref] = (shard, batch)
 
     def take(self, num: int) -> list[Fed] | None:
+        # What came from a shard that has died may be gone with its node.
+        self._come = deque(fed for fed in self._come if fed[0] in self.sizes)
         if len(self._come) < num:
             return None
         return [self._come.popleft() for _ in range(num)]
 
     def waiting(self) -> list[ObjectRef]:
         return list(self._asked)
+
+    def unstick(self) -> None:
+        for shard in {shard for shard, _ in self._asked.values()}:
+            ray.kill(self.shards[shard], no_restart=False)
 
     @property
     def ready(self) -> bool:
@@ -123,7 +133,8 @@ class ImaginedSource:
             index, fed = self._asked.pop(ref)
             try:
                 report: ImaginedReport = ray.get(ref)
-            except (ActorUnavailableError, ObjectLostError):
+            except (RayActorError, ObjectLostError) as error:
+                raise_if_gone(error)
                 if not self.budget.away(index):  # one death, however many batches it owed
                     self.budget.lost(index)
                 continue
@@ -152,6 +163,11 @@ class ImaginedSource:
 
     def waiting(self) -> list[ObjectRef]:
         return [*self._asked, *self.replay.waiting()]
+
+    def unstick(self) -> None:
+        for index in {index for index, _ in self._asked.values()}:
+            ray.kill(self.imaginers[index], no_restart=False)
+        self.replay.unstick()
 
     def _staleness(self, report: ImaginedReport) -> int:
         model, policy = self.steps()
@@ -194,7 +210,8 @@ class Stepper:
         begun = len(self.taken) + len(self._stepping)
         if stopping:
             return
-        self.source.pump(min(self.wanted - begun, SAMPLES_AHEAD) * ranks)
+        if self.wanted:
+            self.source.pump(SAMPLES_AHEAD * ranks)
         while begun < self.wanted and len(self._stepping) < STEPS_AHEAD:
             found = self.source.take(ranks)
             if found is None:
@@ -202,6 +219,16 @@ class Stepper:
             shards, refs = zip(*found, strict=True)
             self._stepping.append(self.group.step(shards, refs))
             begun += 1
+
+    def unstick(self) -> None:
+        """Nothing has come for too long: have whoever is waited for started again.
+
+        Raises GroupLostError where that is the group.
+        """
+        self.source.unstick()
+        if self._stepping:
+            self._stepping.clear()
+            raise GroupLostError("no step was finished for scale.patience seconds")
 
     @property
     def stepping(self) -> bool:

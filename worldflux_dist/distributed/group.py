@@ -9,7 +9,7 @@ ranks are told, so that they can be taken again.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -139,15 +139,16 @@ class LearnerGroup:
             for rank in self.ranks
         ]
 
-    def meet(self) -> None:
+    def meet(self, stopping: Callable[[], bool] = lambda: False) -> None:
         """Wait until all ranks have started and met.
 
-        Raises GroupLostError where one of them dies on the way.
+        Raises GroupLostError where one of them dies on the way, or when told to stop.
         """
-        self._wait(self._loading)
+        self._wait(self._loading, stopping)
         if len(self.ranks) > 1:
-            (meeting,) = self._wait([self.ranks[0].open.remote()])
-            self._wait([rank.join.remote(meeting, len(self.ranks)) for rank in self.ranks])
+            (meeting,) = self._wait([self.ranks[0].open.remote()], stopping)
+            joining = [rank.join.remote(meeting, len(self.ranks)) for rank in self.ranks]
+            self._wait(joining, stopping)
 
     def step(self, shards: Sequence[int], given: Sequence[ObjectRef]) -> list[ObjectRef]:
         """Begin one gradient step on a batch per rank; `result` takes what this gives."""
@@ -179,14 +180,18 @@ class LearnerGroup:
                 ray.kill(rank, no_restart=True)
         self.ranks = []
 
-    def _wait(self, refs: Sequence[ObjectRef]) -> list[Any]:
+    def _wait(
+        self, refs: Sequence[ObjectRef], stopping: Callable[[], bool] = lambda: False
+    ) -> list[Any]:
         """All results. Raises GroupLostError where a rank died, or the first error of our own: the
         survivors of either only know that a connection broke."""
         refs = list(refs)
         waiting = refs
         while waiting:
-            done, waiting = ray.wait(waiting, num_returns=1)
-            if (error := _error_of(done[0])) is not None:
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=1.0)
+            if not done and stopping():
+                raise GroupLostError(f"told to stop before the learners of {self.part} had started")
+            if done and (error := _error_of(done[0])) is not None:
                 time.sleep(0.2)  # what the others say comes at about the same time
                 others, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
                 errors = [error, *filter(None, map(_error_of, others))]

@@ -49,7 +49,7 @@ def place(
     """Reserve room for every process of the plan in the cluster that was joined.
 
     On this machine (a plan without nodes) nothing is reserved, since it belongs to the run alone.
-    Waits up to `timeout_s` for nodes that an autoscaler adds or another run leaves. Raises
+    Waits up to `timeout_s` for nodes that another run leaves. Raises
     RuntimeError, with nothing kept, where there is still no room, or when told to stop.
     """
     placement = Placement()
@@ -61,8 +61,8 @@ def place(
             options | _in_group(role, groups, index) for index in range(role.processes)
         ]
     deadline = time.monotonic() + timeout_s
-    while any(not group.wait(0) for group in placement.groups):
-        if time.monotonic() > deadline or stopping():
+    while any(not group.wait(0) for group in placement.groups) and not stopping():
+        if time.monotonic() > deadline:
             missing = _missing(plan, placement)
             placement.close()
             raise RuntimeError(missing)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import ray
 from ray import ObjectRef
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import RayActorError
 
 from worldflux_dist import checkpoint
 from worldflux_dist.config import Config
@@ -24,7 +24,7 @@ from worldflux_dist.distributed.feeding import ImaginedSource, ReplaySource, Ste
 from worldflux_dist.distributed.flow import UPDATES_PER_ROUND
 from worldflux_dist.distributed.group import GroupLostError, LearnerGroup
 from worldflux_dist.distributed.shard import ShardReport
-from worldflux_dist.distributed.supervision import Budget
+from worldflux_dist.distributed.supervision import RETURN_S, Budget, raise_if_gone
 
 WAIT_S = 0.5  # the longest that one look at everything under way may block
 POLICY_EVERY = 4  # steps of a policy that learns apart after which imaginers get it
@@ -55,6 +55,7 @@ class RayPorts:
     config: Config
     roles: Roles
     stopping: Callable[[], bool]
+    say: Callable[[str], None] = print
     sizes: dict[int, ShardReport] = field(default_factory=dict)
     shard_losses: int = 0
     acting_losses: int = 0
@@ -63,7 +64,8 @@ class RayPorts:
         roles, config = self.roles, self.config
         rng = np.random.default_rng([config.seed, roles.model.gradient_steps])
         self.budgets = {"runner": Budget("runner", roles.runners), "learner": Budget("learner")}
-        self._owners: dict[int, str] = {}
+        self._owners: dict[int, list[str]] = {}
+        self._moved = time.monotonic()
         self._collects: dict[ObjectRef, tuple[int, float]] = {}
         self._redo = 0
 
@@ -106,7 +108,8 @@ class RayPorts:
             try:
                 report: ShardReport = ray.get(ref)
                 self._know({index: report})
-            except ActorUnavailableError:
+            except RayActorError as error:
+                raise_if_gone(error)
                 self.sizes.pop(index, None)
 
     @property
@@ -136,7 +139,8 @@ class RayPorts:
                 index, _ = self._collects.pop(ref)
                 try:
                     report: RunnerReport = ray.get(ref)
-                except ActorUnavailableError:
+                except RayActorError as error:
+                    raise_if_gone(error)
                     self.budgets["runner"].lost(index)
                     continue
                 self.budgets["runner"].brought(index)
@@ -154,40 +158,58 @@ class RayPorts:
                 break
         return reports
 
-    def drain(self) -> list[RunnerReport]:
-        """Wait for every collect call under way: afterwards nothing moves."""
-        reports = []
-        while self._collects:
+    def drain(self, seconds: float) -> list[RunnerReport]:
+        """Wait for the collect calls under way, at most so long: afterwards nothing moves."""
+        reports, deadline = [], time.monotonic() + seconds
+        while self._collects and time.monotonic() < deadline:
             reports += self.finished_collects(wait=True)
         return reports
+
+    def find_replay(self) -> bool:
+        """Whether any shard has something to sample; one that died is waited for."""
+        deadline = time.monotonic() + RETURN_S
+        while not self.replay.ready and time.monotonic() < deadline and not self.stopping():
+            self.ask_sizes()
+            time.sleep(0.5)
+        return self.replay.ready or self.stopping()
+
+    @property
+    def policy_behind(self) -> bool:
+        """Whether a policy that learns apart has steps to catch up with."""
+        apart = self.roles.policy
+        return apart is not None and apart.effective_steps < self.roles.model.effective_steps
 
     def update(self, num: int) -> list[dict[str, float]]:
         """Up to `num` gradient steps of the model and, where it learns apart, as many of the policy
         as it is behind. A step's metrics of both come together."""
         if num and not self.replay.ready:
             self.ask_sizes()  # a shard may have come back
+        self._moved = time.monotonic()
         self.steppers[0].begin(num)
         for stepper in self.steppers[1:]:
             behind = self.roles.model.effective_steps + num - stepper.group.effective_steps
             stepper.begin(max(0, min(behind, 2 * UPDATES_PER_ROUND)))
-        while not all(stepper.done for stepper in self.steppers):
+        while True:
             for stepper in self.steppers:
                 before = len(stepper.taken)
                 try:
                     stepper.pump(self.stopping())
-                except GroupLostError:
-                    self._restart(stepper)
+                except GroupLostError as error:
+                    self._restart(stepper, error)
                 if stepper.source is self.imagined and (
                     len(stepper.taken) // POLICY_EVERY > before // POLICY_EVERY
                 ):
                     stepper.group.publish()
+            if all(stepper.done for stepper in self.steppers):
+                break
             waiting = [ref for stepper in self.steppers for ref in stepper.waiting()]
             if self.stopping() and not any(stepper.stepping for stepper in self.steppers):
                 break
             if not waiting and self._starved():
                 break
             if waiting:
-                ray.wait(waiting, num_returns=1, timeout=WAIT_S, fetch_local=False)
+                done, _ = ray.wait(waiting, num_returns=1, timeout=WAIT_S, fetch_local=False)
+                self._unstick(bool(done))
         if any(stepper.taken for stepper in self.steppers):
             self.budgets["learner"].brought(0)
         return self._join([stepper.taken for stepper in self.steppers])
@@ -225,17 +247,34 @@ class RayPorts:
                 model[number] |= own
         return model
 
-    def _restart(self, stepper: Stepper) -> None:
-        """Start a group anew from the newest checkpoint."""
+    def _unstick(self, moved: bool) -> None:
+        """Start again whoever has brought nothing for too long."""
+        if moved:
+            self._moved = time.monotonic()
+        if time.monotonic() - self._moved < self.config.scale.patience:
+            return
+        self._moved = time.monotonic()
+        for stepper in self.steppers:
+            try:
+                stepper.unstick()
+            except GroupLostError as error:
+                self._restart(stepper, error)
+
+    def _restart(self, stepper: Stepper, error: GroupLostError) -> None:
+        """Start a group anew from the newest checkpoint. Raises GroupLostError when stopping."""
         group = stepper.group
+        why = next((line for line in str(error).splitlines() if line.strip()), "it died")
+        self.say(f"the learners of {group.part} start again, since one was lost: {why.strip()}")
         while True:
             time.sleep(self.budgets["learner"].lost(0))
+            if self.stopping():
+                raise error
             found = checkpoint.newest(self.roles.root)
             saved = found[1]["counters"]["effective_steps"][group.part] if found else 0
             lost = group.effective_steps - saved
             try:
                 group.start(found[0] if found else None, group.gradient_steps)
-                group.meet()
+                group.meet(self.stopping)
             except GroupLostError:
                 continue
             group.lost_steps += lost
@@ -247,6 +286,9 @@ class RayPorts:
     def _know(self, reports: dict[int, ShardReport]) -> None:
         """Take in what shards say; another owner is another process, hence a death."""
         for index, report in reports.items():
-            self.shard_losses += self._owners.setdefault(index, report.owner) != report.owner
-            self._owners[index] = report.owner
-            self.sizes[index] = report
+            owners = self._owners.setdefault(index, [report.owner])
+            if report.owner not in owners:
+                owners.append(report.owner)
+                self.shard_losses += 1
+            if report.owner == owners[-1]:  # not what the one before said late
+                self.sizes[index] = report

@@ -12,7 +12,7 @@ from worldflux_dist.data import Spaces
 from worldflux_dist.distributed.acting import ACTING, ActingActor
 from worldflux_dist.distributed.actors import EnvRunnerActor, ImaginerActor
 from worldflux_dist.distributed.cluster import shard_config
-from worldflux_dist.distributed.group import LearnerGroup
+from worldflux_dist.distributed.group import GroupLostError, LearnerGroup
 from worldflux_dist.distributed.ports import Roles
 from worldflux_dist.distributed.shard import ReplayShardActor, ShardPlace, shard_name
 from worldflux_dist.distributed.weights import WEIGHTS, WeightStore
@@ -100,8 +100,17 @@ def start_roles(
             group.lost_steps = counters["lost_steps"][group.part]
         group.start(folder, counters["gradient_steps"][group.part] if found else 0)
     for group in roles.groups:
-        group.meet()
+        _meet(group, folder)
     return roles
+
+
+def _meet(group: LearnerGroup, folder: AnyPath | None) -> None:
+    """Wait for a group to start; one that dies on the way is started once more."""
+    try:
+        group.meet()
+    except GroupLostError:
+        group.start(folder, group.gradient_steps)
+        group.meet()
 
 
 def _start_shards(

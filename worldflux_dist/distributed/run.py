@@ -41,8 +41,7 @@ class RunDirectory:
 
     def __init__(self, path: Path, settings: config.Config) -> None:
         self.path, self.settings = path, settings
-        storage = settings.scale.storage
-        self.storage: AnyPath = checkpoint.as_path(storage) if storage else path
+        self.storage = storage_of(settings, path)
         self.checkpoints = self.storage / "checkpoints"
         path.mkdir(parents=True, exist_ok=True)
         self._lock = (path / ".lock").open("w")
@@ -147,6 +146,12 @@ class RunDirectory:
                 f"{self.path} holds a run with other settings: {listed}; choose another run "
                 "directory or remove this one"
             )
+
+
+def storage_of(settings: config.Config, path: Path) -> AnyPath:
+    """Where the run in `path` keeps checkpoints and replay: there, or in a folder of its name."""
+    root = settings.scale.storage
+    return checkpoint.as_path(root) / path.resolve().name if root else path
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

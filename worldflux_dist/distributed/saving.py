@@ -10,6 +10,7 @@ rounds, and `env_steps` counts exactly what the shards had noted.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -118,8 +119,10 @@ class Saver:
             self.writing = None
 
     def _total_steps(self) -> int:
-        reports = ray.get([shard.report.remote() for shard in self.ports.roles.shards])
-        return sum(report.total_steps for report in reports)
+        while len(self.ports.sizes) < len(self.ports.roles.shards):  # one died at once
+            time.sleep(0.5)
+            self.ports.ask_sizes()
+        return sum(report.total_steps for report in self.ports.sizes.values())
 
     def _tidy(self) -> None:
         """Let shards delete the segments that neither they nor a checkpoint needs."""

@@ -11,10 +11,14 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from worldflux_dist import checkpoint, config
+from worldflux_dist import config
+from worldflux_dist.distributed.run import storage_of
 from worldflux_dist.metrics import read_lines
+
+if TYPE_CHECKING:
+    from worldflux_dist.checkpoint import AnyPath
 
 # By role, as the metrics name them: in words, and what to raise where it holds up the others.
 ROLES = {
@@ -58,7 +62,7 @@ def lines(run_dir: Path) -> list[str]:
         ("run", f"{settings.model} on {settings.env.id}, seed {settings.seed}"),
         ("state", _state(run_dir, metrics)),
         *_progress(settings, metrics),
-        ("checkpoint", _checkpoint(settings.scale.storage or str(run_dir))),
+        ("checkpoint", _checkpoint(storage_of(settings, run_dir))),
         *_scores(run_dir),
     ]
     busy = {key[5:]: value for key, value in metrics.items() if key.startswith("busy/")}
@@ -119,9 +123,9 @@ def _shards(metrics: dict[str, Any]) -> Iterator[str]:
             yield f"shard {match[1]} {steps:,.0f} steps{size}"
 
 
-def _checkpoint(storage: str) -> str:
+def _checkpoint(storage: AnyPath) -> str:
     """The newest one that has a manifest; its files are not verified, which may take long."""
-    root = checkpoint.as_path(storage) / "checkpoints"
+    root = storage / "checkpoints"
     steps = [p.parent.name for p in root.glob("*/manifest.json") if p.parent.name.isdigit()]
     if not steps:
         return f"none in {root}"

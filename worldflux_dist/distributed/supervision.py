@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 from ray import ObjectRef
+from ray.exceptions import ActorDiedError, RayError
 
 MAX_LOSSES = 20
 LONGEST_REST_S = 30.0
@@ -23,6 +24,20 @@ CAUSES = {
     "learner": "a learner that runs out of memory",
     "imaginer": "an imaginer that runs out of memory",
 }
+
+
+def is_gone(error: Exception) -> bool:
+    """Whether `error` says that a process is gone for good.
+
+    Ray says so, too, of one whose node was taken back with notice, and yet starts it again.
+    """
+    return isinstance(error, ActorDiedError) and not error.preempted
+
+
+def raise_if_gone(error: RayError) -> None:
+    """Raise `error` again where it says that a process is gone for good."""
+    if is_gone(error):
+        raise error
 
 
 class BudgetError(RuntimeError):
@@ -69,7 +84,8 @@ class Budget:
         if index in self._returning:
             ref, since = self._returning[index]
             if not ray.wait([ref], timeout=0)[0]:
-                if time.monotonic() - since > RETURN_S:
+                # With others at work, one that finds no room in the cluster may wait for it.
+                if time.monotonic() - since > RETURN_S and len(self._returning) == len(self.actors):
                     self.lost(index)
                 return True
             del self._returning[index]

@@ -10,22 +10,20 @@ import os
 import time
 from collections import deque
 from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 from ray import ObjectRef
-from ray.exceptions import ActorUnavailableError, RayError
+from ray.exceptions import RayError
 
-from worldflux_dist import checkpoint
 from worldflux_dist.config import Config
 from worldflux_dist.distributed.actors import EvaluationRequest, RunnerReport, evaluate_remotely
 from worldflux_dist.distributed.auth import check_auth, explained
 from worldflux_dist.distributed.cluster import Plan, join_cluster, make_plan, start_ray
-from worldflux_dist.distributed.ending import RoleLostError, StopSignals, is_loss
+from worldflux_dist.distributed.ending import Outcome, RoleLostError, StopSignals, is_loss
 from worldflux_dist.distributed.flow import Flow
 from worldflux_dist.distributed.group import GroupLostError
 from worldflux_dist.distributed.placement import place
@@ -33,8 +31,8 @@ from worldflux_dist.distributed.ports import RayPorts
 from worldflux_dist.distributed.roles import Task, probe, start_roles
 from worldflux_dist.distributed.run import RunDirectory
 from worldflux_dist.distributed.saving import Saver
+from worldflux_dist.distributed.supervision import is_gone
 from worldflux_dist.distributed.telemetry import Telemetry
-from worldflux_dist.evaluate import Evaluation
 from worldflux_dist.learner import NonFiniteLossError
 from worldflux_dist.metrics import Averages, Progress
 from worldflux_dist.replay.limiter import Limiter
@@ -42,22 +40,14 @@ from worldflux_dist.replay.limiter import Limiter
 LOG_EVERY_S = 10.0
 SAVE_AGAIN_S = 5.0  # after a checkpoint that could not be written
 LAST_SAVE_S = 60.0  # how long the last one is tried
+DRAIN_S = 10.0  # how long the last one waits for steps that are being collected
+EVALUATIONS = 3  # how often the last evaluation is tried
 DEATHS = {
     "runner": "a runner's process",
     "shard": "a shard's process",
     "acting": "the process that acts",
     "imaginer": "an imaginer's process",
-    "learner": "a learner's process",
 }
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended: the last evaluation, the random baseline, and the verdict if asked for."""
-
-    evaluation: Evaluation
-    random: Evaluation
-    passed: bool | None
 
 
 class Trainer:
@@ -94,31 +84,41 @@ class Trainer:
                 f"{self.limiter.gradient_steps:,} gradient steps"
             )
         roles = start_roles(config, self.task, self.run.storage, found, options)
-        self.ports = RayPorts(config, roles, lambda: stop.stopping)
+        self.ports = RayPorts(config, roles, lambda: stop.stopping, self.progress.print)
         self.saver = Saver(self.ports, self.limiter)
         self._log_counts = (self.limiter.env_steps, self.limiter.gradient_steps, 0)
         flow: Flow[RunnerReport] = Flow(self.limiter, self.ports, steps)
-        total = config.train.env_steps
-        while not stop.stopping:
-            collect = self.limiter.env_steps + self.ports.num_collects * per_call < total
-            if not (collect or self.ports.num_collects or self.limiter.owed):
-                break
-            filling = self.limiter.env_steps < config.train.prefill
-            self.progress.phase("prefill" if filling else "train")
-            done = flow.round(collect)
-            self.limiter.redo(self.ports.take_redo())
-            self._take_in(done.reports, done.updates)
-            if not (collect or self.ports.num_collects or self.ports.replay.ready):
-                raise RuntimeError("replay was lost: run the same command again to go on")
-            if self.limiter.env_steps < total:
-                self._maybe_evaluate()
-            self._maybe_log()
-            self._maybe_save()
+        try:
+            self._rounds(flow, stop, per_call)
+        except NonFiniteLossError:
+            with suppress(Exception):  # a checkpoint that is being written is of before
+                self.saver.finish(wait=True)
+            raise
         self._save_everything()
         if stop.stopping:
             return None
         stop.stopping = True  # all is saved: from here on one Ctrl-C stops at once
         return self._finish()
+
+    def _rounds(self, flow: Flow[RunnerReport], stop: StopSignals, per_call: int) -> None:
+        """Rounds until all is collected and learned, or until stopped."""
+        total = self.config.train.env_steps
+        while not stop.stopping:
+            collect = self.limiter.env_steps + self.ports.num_collects * per_call < total
+            busy = self.ports.num_collects or self.limiter.owed or self.ports.policy_behind
+            if not (collect or busy):
+                break
+            filling = self.limiter.env_steps < self.config.train.prefill
+            self.progress.phase("prefill" if filling else "train")
+            done = flow.round(collect)
+            self.limiter.redo(self.ports.take_redo())
+            self._take_in(done.reports, done.updates)
+            if not (collect or self.ports.num_collects or self.ports.find_replay()):
+                raise RuntimeError("replay was lost: run the same command again to go on")
+            if self.limiter.env_steps < total:
+                self._maybe_evaluate()
+            self._maybe_log()
+            self._maybe_save()
 
     def _maybe_save(self) -> None:
         """Begin a checkpoint when one is due, and put it in place once all have written.
@@ -145,22 +145,26 @@ class Trainer:
     def _save_everything(self) -> None:
         """The last checkpoint, taken while nothing moves; tried again where a shard dies."""
         self.progress.phase("save")
-        reports = self.ports.drain()
+        reports = self.ports.drain(DRAIN_S)
         self.limiter.inserted(sum(report.env_steps for report in reports))
         self._take_in(reports, [])
         self.ports.ask_sizes()
         self._log()
         deadline = time.monotonic() + LAST_SAVE_S
+        with suppress(Exception):  # of an earlier moment: this one is to be saved
+            self.saver.finish(wait=True)
         while True:
             try:
-                self.saver.finish(wait=True)
                 self.saver.begin(self.episodes)
                 self.saver.finish(wait=True)
                 return
-            except (ActorUnavailableError, checkpoint.CheckpointError):
-                if time.monotonic() > deadline:
+            except NonFiniteLossError:
+                raise
+            except Exception as error:  # whatever a storage raises
+                self.saver.give_up()
+                if time.monotonic() > deadline or is_gone(error):
                     raise
-                time.sleep(0.5)
+                time.sleep(1)
 
     # -------------------------------------------------------------------------- looking at it
 
@@ -169,7 +173,7 @@ class Trainer:
     ) -> None:
         """Add a round's reports and metrics to the averages and the display."""
         for role, num in self.ports.restarts.items():
-            if num > self._said[role]:
+            if num > self._said.get(role, num):
                 self._said[role] = num
                 self.progress.print(f"{DEATHS[role]} died; it is started again")
         self._say_degraded()
@@ -246,6 +250,7 @@ class Trainer:
             "train_ratio/asked": self.config.train.train_ratio,
             "weights_version": self.ports.version,
             "stall/learner": busy["replay"] / max(busy["replay"] + busy["learner"], 1e-9),
+            "gradient_steps/forgiven": limiter.forgiven,
             "replay/not_durable": float(bool(self._degraded)),
         }
         counters |= {f"busy/{role}": share for role, share in busy.items()}
@@ -253,6 +258,8 @@ class Trainer:
         for index, report in self.ports.sizes.items():
             counters[f"replay/shard{index}_steps"] = report.num_steps
             counters[f"replay/shard{index}_bytes"] = report.nbytes
+            counters[f"replay/shard{index}_duplicates"] = report.duplicates
+            counters[f"replay/shard{index}_dropped_steps"] = report.dropped_steps
         if self.ports.imagined is not None:
             counters["imagination/stale"] = self.ports.imagined.stale
         line = counters | rates | means
@@ -265,9 +272,8 @@ class Trainer:
 
     def _maybe_evaluate(self) -> None:
         """Start an evaluation when one is due, and take in the one that has finished."""
-        running = self._evaluation
-        if running is not None and ray.wait([running[1]], timeout=0)[0] and self._score() is None:
-            self._evaluated_at -= 1
+        if self._evaluation is not None and ray.wait([self._evaluation[1]], timeout=0)[0]:
+            self._score()
         due = self.limiter.env_steps // self.config.train.eval_every
         if self._evaluation is None and due > self._evaluated_at:
             self._start_evaluation(random="random" not in self.run.methods())
@@ -293,7 +299,7 @@ class Trainer:
         except RayError as error:
             if not is_loss(error):
                 raise
-            self.progress.print("an evaluation was lost with a process; it is made again")
+            self.progress.print(f"the evaluation at {env_steps:,} env steps was lost: {error}")
             return None
         for key, method in (("random", "random"), ("agent", self.config.model)):
             if key in found:
@@ -306,10 +312,15 @@ class Trainer:
         self.progress.phase("evaluate")
         if self._evaluation is not None:
             self._score()
-        found = None
-        while found is None:
+        for _ in range(EVALUATIONS):
             self._start_evaluation(random=True, pictures=True)
-            found = self._score()
+            if (found := self._score()) is not None:
+                break
+        else:
+            raise RuntimeError(
+                f"the last evaluation was lost {EVALUATIONS} times, perhaps for want of memory; "
+                "all is saved: run the same command again to evaluate"
+            )
         self.progress.phase("figures")
         agent, random = found["agent"], found["random"]
         threshold = self.config.train.threshold
@@ -376,6 +387,8 @@ def _train(
             StopSignals(progress.print) as stop,  # Ray sets handlers of its own when it starts
             closing(place(plan, stopping=lambda: stop.stopping)) as placement,
         ):
+            if stop.stopping:
+                return None
             return Trainer(config, run, progress, task).train(stop, placement.options)
     except OSError as error:
         raise run.explain(error) from error

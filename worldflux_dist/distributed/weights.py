@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import ray
 from ray import ObjectRef
-from ray.exceptions import ActorUnavailableError, ObjectLostError
+from ray.exceptions import ObjectLostError, RayActorError
 
 from worldflux_dist.agent import Agent
+from worldflux_dist.distributed.supervision import raise_if_gone
 
 WEIGHTS = "weights"  # the store's name in the namespace of its run
 Version = tuple[int, int]
@@ -91,7 +92,8 @@ class WeightReader:
         """
         try:
             found: Any = ray.get(self.store.newer_than.remote(self.versions))
-        except ActorUnavailableError:
+        except RayActorError as error:
+            raise_if_gone(error)
             self.missed += 1
             return False
         for part, (version, (ref,)) in found.items():

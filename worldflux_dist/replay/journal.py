@@ -333,7 +333,7 @@ class Journal:
         try:
             if done > part.written or (done and part.doubtful):
                 whole = b"".join(data)
-                self._disk.replace(self._root / part.name, whole, self._check_owner)
+                self._disk.replace(self._root / part.name, whole, self.check_owner)
         except BaseException:
             part.doubtful = True
             raise
@@ -352,7 +352,7 @@ class Journal:
                     self.segments.append(_info(part, whole or b"".join([part.head, *part.blobs])))
             self._wake.notify_all()
 
-    def _check_owner(self) -> None:
+    def check_owner(self) -> None:
         found = json.loads((self._root / self._folder / INDEX).read_bytes())
         if found["owner"] != self._owner:
             raise FencedError(f"{self._folder} belongs to {found['owner']}")

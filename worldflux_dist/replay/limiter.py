@@ -41,7 +41,7 @@ class Limiter:
         self.env_steps = 0
         self.gradient_steps = 0
         self.forgiven = 0
-        self.redone = 0
+        self.redone = self._again = 0  # steps that were lost, and those of them still owed
         self._debt = Fraction(0)
 
     def inserted(self, num_steps: int) -> None:
@@ -62,12 +62,14 @@ class Limiter:
                 f"{num} gradient steps taken but {self.owed} owed: ask `owed` before sampling"
             )
         self.gradient_steps += num
+        self._again = max(0, self._again - num)
         self._debt -= num
 
     def redo(self, num: int) -> None:
         """`num` gradient steps were lost with the learners that took them, and are owed again."""
         assert num >= 0, num
         self.redone += num
+        self._again += num
         self._debt += num
 
     def may_collect(self, num_steps: int) -> bool:
@@ -90,6 +92,7 @@ class Limiter:
             "gradient_steps": self.gradient_steps,
             "forgiven": self.forgiven,
             "redone": self.redone,
+            "again": self._again,
             "debt": str(self._debt),
         }
 
@@ -99,10 +102,12 @@ class Limiter:
         Steps from before are owed at the ratio they were collected with. Debt beyond what the
         prefill, requests of `num_steps` under way and `max_owed` explain is forgiven and counted,
         so that a resume does not begin with a storm of catching up; the fraction of a gradient
-        step is kept.
+        step is kept, and so are steps that were lost with learners.
         """
         debt = Fraction(state["debt"])
+        self._again = state["again"]
         allowed = self.max_owed + math.ceil((self.prefill + num_steps) * self._per_step)
+        allowed += self._again
         excess = max(0, math.floor(debt) - allowed)
         self._debt = debt - excess
         self.env_steps, self.gradient_steps = state["env_steps"], state["gradient_steps"]

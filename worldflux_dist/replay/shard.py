@@ -344,13 +344,14 @@ class ReplayShard:
                 "segments": [asdict(info) for info in segments],
                 "oldest_open": oldest_open,
                 "seen": self._inherited,
-            }
+            },
+            self._journal.check_owner,
         )
         return oldest_open
 
-    def _put_index(self, index: dict[str, Any]) -> None:
+    def _put_index(self, index: dict[str, Any], check: Callable[[], None] = lambda: None) -> None:
         path = self._root / self._folder / INDEX
-        self._disk.replace(path, json.dumps(index).encode(), lambda: None)
+        self._disk.replace(path, json.dumps(index).encode(), check)
 
     def _folders(self) -> list[str]:
         """Folders of this and earlier lives that are this shard's to tidy."""
