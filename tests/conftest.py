@@ -15,6 +15,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,3 +51,33 @@ def ray_local() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def small_ray() -> Iterator[None]:
+    """A Ray of its own for the module, with the smallest object store it can have: 80 MB."""
+    import ray
+
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)  # workers find the tests' modules
+        ray.init(
+            address="local",
+            num_cpus=4,
+            object_store_memory=80 * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,
+        )
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture
+def started(small_ray: None) -> Iterator[list[Any]]:
+    """Actors put in here are killed afterwards, and their names free again."""
+    import ray
+
+    handles: list[Any] = []
+    yield handles
+    for handle in handles:
+        ray.kill(handle)

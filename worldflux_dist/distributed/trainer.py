@@ -29,7 +29,7 @@ from worldflux_dist.distributed.group import GroupLostError
 from worldflux_dist.distributed.placement import place
 from worldflux_dist.distributed.ports import RayPorts
 from worldflux_dist.distributed.roles import Task, probe, start_roles
-from worldflux_dist.distributed.run import RunDirectory
+from worldflux_dist.distributed.run import RunDirectory, storage_of
 from worldflux_dist.distributed.saving import Saver
 from worldflux_dist.distributed.supervision import is_gone
 from worldflux_dist.distributed.telemetry import Telemetry
@@ -340,6 +340,7 @@ def show_plan(config: Config) -> None:
 
     Raises ConfigError where it cannot fit.
     """
+    storage_of(config, Path())  # refuses what is no storage
     try:
         _plan(config, probe(config))
     finally:
