@@ -253,7 +253,7 @@ def test_whoever_is_ahead_waits_and_memory_stays_bounded(
         # A runner has one chunk of work, and gets the next one when what it brings can be used.
         assert limiter.owed <= 2 * earned
         assert images.num_collects <= 2
-    limiter.inserted(sum(report.env_steps for report in images.drain()))
+    limiter.inserted(sum(report.env_steps for report in images.drain(60)))
     while limiter.owed:
         flow.round(collect=False)
     if slow == "runner":
