@@ -45,7 +45,7 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
         actors = [process for role in roles for process in run.processes(f"ray::{role}")]
         assert len(actors) == 6
         run.kill()
-        _, alive = psutil.wait_procs(actors, timeout=60)
+        _, alive = psutil.wait_procs(actors, timeout=15)
         assert not alive
     before, newest = run.checkpoint_steps()[-2:]
     assert newest >= killed_after
