@@ -92,7 +92,8 @@ def test_other_ranks_save_and_take_only_their_random_state(tmp_path: Path) -> No
 def test_parts_are_sent_and_refused_by_name(tmp_path: Path) -> None:
     agent = make_learner("dreamerv3").agent
     sent = {part: agent.inference_state(part) for part in ("agent", "world_model", "behavior")}
-    assert sent["world_model"].keys() | sent["behavior"].keys() == sent["agent"].keys()
+    # A model that is sent alone goes to imaginers, too, who roll it forward.
+    assert sent["world_model"].keys() | sent["behavior"].keys() > sent["agent"].keys()
     for part in ("world_model", "behavior"):
         assert sent[part] and all(name.startswith(f"{part}.") for name in sent[part])
     make_small("dreamerv3", hidden=32).save(tmp_path)
