@@ -37,7 +37,8 @@ def test_the_toy_task_is_solved_on_three_nodes(cluster: None, tmp_path: Path, mo
     outcome = trainer.train(settings, tmp_path / "run", plain=True)
     assert outcome is not None and outcome.passed
     toy_task.check_solved(outcome.evaluation, outcome.random)
-    last = read_metrics(tmp_path / "run")[-1]
+    lines = read_metrics(tmp_path / "run")
+    last = lines[-1]
     toy_task.check_ratio(settings, int(last["env_steps"]), int(last["gradient_steps"]))
     assert {name: last[f"restarts/{name}"] for name in ("runner", "shard", "learner")} == {
         "runner": 0,
@@ -46,7 +47,8 @@ def test_the_toy_task_is_solved_on_three_nodes(cluster: None, tmp_path: Path, mo
     }
     if mode == "actors":
         assert last["restarts/imaginer"] == 0
-        assert last["busy/imaginer"] > 0 and last["busy/policy"] > 0
+        for role in ("imaginer", "policy"):  # the last line may cover an instant with nothing to do
+            assert max(line[f"busy/{role}"] for line in lines) > 0
     assert not ray.is_initialized()
     agent = Agent.load(tmp_path / "run")
     assert agent.behavior is not None

@@ -273,7 +273,7 @@ class Learner:
     def load(self, folder: AnyPath, gradient_steps: int | None = None) -> None:
         """Continue from what `save` wrote, counting on from `gradient_steps` where it is given.
 
-        In a group, after `join`; a rank that the group did not have then keeps its random state.
+        In a group, before `join`; a rank the group did not have then keeps its random state.
         """
         self.agent.load_files(folder, self.part)
         steps = self._load_optimizers(folder)

@@ -4,7 +4,7 @@ First every shard notes its state and the learners are asked to write theirs, wh
 milliseconds of the shards' time; replay itself is on disk already, in segments that never change.
 When all have written, the manifest is: a checkpoint without one does not exist. What must stay
 true: the learners' steps and the counters belong together, since both are of the moment between two
-rounds, and `env_steps` counts exactly what the shards had noted.
+rounds, and `env_steps` counts what the shards had noted, plus what a killed shard lost for good.
 """
 
 from __future__ import annotations
