@@ -56,7 +56,10 @@ class Writer(actors.EnvRunnerActor):
 
     def write(self, start: int, stop: int) -> int:
         """Send the chunks of a range, one after the other; how many shards answered in the end."""
-        return sum(len(self._send(numbered(seq))) for seq in range(start, stop))
+        return sum(
+            len(actors.send(numbered(seq), self.shards, self.shard_wait_s))
+            for seq in range(start, stop)
+        )
 
 
 def numbered(seq: int) -> Chunk:

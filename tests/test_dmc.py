@@ -91,7 +91,7 @@ def test_repeat_stops_where_the_episode_ends(suite: Any) -> None:
 
 def test_only_a_zero_discount_is_terminal(suite: Any) -> None:
     envs = make_envs(EnvConfig(BALANCE, 1), seed=0)
-    task = envs._vector.envs[0].unwrapped._env.task  # type: ignore[attr-defined]
+    task = envs.vector.envs[0].unwrapped._env.task
     roll(envs, 3)
     task.get_termination = lambda physics: 0.0
     (row,) = roll(envs, 1)
@@ -118,7 +118,7 @@ def test_seed_decides_everything_and_lanes_differ(suite: Any) -> None:
 
 def test_seeded_reset_forgets_the_life_before(suite: Any) -> None:
     envs = make_envs(EnvConfig("dmc/walker-walk", 2), seed=0)
-    used, fresh = envs._vector.envs  # type: ignore[attr-defined]
+    used, fresh = envs.vector.envs
     used.reset(seed=1)
     for _ in range(50):
         used.step(np.ones(6, np.float32))
@@ -249,7 +249,7 @@ def test_warnings_of_the_simulator_go_to_the_logger(
 ) -> None:
     envs = make_envs(EnvConfig("dmc/walker-walk", 1), seed=0)
     roll(envs, 2)
-    physics = envs._vector.envs[0].unwrapped._env.physics  # type: ignore[attr-defined]
+    physics = envs.vector.envs[0].unwrapped._env.physics
     physics.data.qpos[:] = 1e11
     with caplog.at_level(logging.INFO):
         (row,) = roll(envs, 1)

@@ -142,7 +142,7 @@ def test_time_convention_by_hand(
 
 def test_actions_reach_the_env_scaled_and_not_at_a_reset() -> None:
     envs = make_envs(EnvConfig(f"{HERE}:Counting", 1), seed=0)
-    env = envs._vector.envs[0].unwrapped  # type: ignore[attr-defined]
+    env = envs.vector.envs[0].unwrapped
     for value in (9, -1, 0, 1, 9, 5):  # the first and the fifth go into resets
         envs.step(np.array([[value]], np.float32))
     assert env.actions == [-2, 1, 4, 4]
@@ -259,7 +259,7 @@ def test_repeated_failures_stop_the_run(how: str) -> None:
 
 def test_old_failures_are_forgotten_after_a_good_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(envs: Envs) -> None:
-        guard = envs._vector.envs[0]  # type: ignore[attr-defined]
+        guard = envs.vector.envs[0]
         guard.env.unwrapped.how, guard.env.unwrapped.count = "raise", 1
         envs.step(zeros(envs))
 
@@ -336,7 +336,7 @@ def test_module_ids_of_ones_own(tmp_path: Path) -> None:
     script = (
         "import sys; sys.path = [p for p in sys.path if p]\n"
         "from worldflux_dist.envs import EnvConfig, make_envs\n"
-        "print(make_envs(EnvConfig('mine:make', 1, {'g': 5.0}), 0)._vector.get_attr('g'))\n"
+        "print(make_envs(EnvConfig('mine:make', 1, {'g': 5.0}), 0).vector.get_attr('g'))\n"
         "print(make_envs(EnvConfig('mine:Mine-v0', 1), 0).spaces.action_dim)\n"
     )
     out = subprocess.run(

@@ -80,6 +80,7 @@ class Agent(nn.Module):
             self.planner = Planner(planning, spaces.action_parts, self.world_model)
         self._goal = self._flat_goal(planning.goal) if planning.goal else None
         self._carry: Carry | None = None
+        self._dropped: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -265,21 +266,40 @@ class Agent(nn.Module):
 
         A world model that is published alone goes to imaginers, too, who roll it forward.
         """
-        planning = self.planner is not None
-        rolling = planning or part == "world_model"
-        wanted = [f"world_model.{name}." for name in self.world_model.inference_modules(rolling)]
-        wanted += [f"behavior.{name}." for name in self.behavior.inference_modules(planning)]
+        wanted = self._needed(rolling=part == "world_model")
         return {
             name: value.detach().cpu().numpy().copy()
             for name, value in self.part_state(part).items()
-            if name.startswith(tuple(wanted))
+            if name.startswith(wanted)
         }
+
+    def _needed(self, rolling: bool = False) -> tuple[str, ...]:
+        """Prefixes of what acting, and with `rolling` also imagining, needs."""
+        planning = self.planner is not None
+        model = self.world_model.inference_modules(planning or rolling)
+        needed = [f"world_model.{name}." for name in model]
+        needed += [f"behavior.{name}." for name in self.behavior.inference_modules(planning)]
+        return tuple(needed)
+
+    def unused(self) -> list[str]:
+        """Paths of the submodules that acting does not need."""
+        needed = self._needed()
+        paths = [f"{p}.{name}" for p in PARTS for name, _ in getattr(self, p).named_children()]
+        return [path for path in paths if f"{path}." not in needed]
+
+    def drop_unused(self) -> None:
+        """Keep what acting needs and no more. Weights of what is gone are ignored from now on."""
+        self._dropped = tuple(f"{path}." for path in self.unused())
+        for path in self._dropped:
+            part, name, _ = path.split(".")
+            delattr(getattr(self, part), name)
 
     def load_arrays(self, arrays: dict[str, np.ndarray]) -> None:
         """Copy arrays into the parameters and buffers of the same names."""
         state = self.state_dict()
         for name, value in arrays.items():
-            state[name].copy_(torch.tensor(value))  # a copy: shared memory is read-only
+            if not name.startswith(self._dropped):
+                state[name].copy_(torch.tensor(value))  # a copy: shared memory is read-only
 
     def part_state(self, part: str = "agent") -> dict[str, Tensor]:
         """The `state_dict` of a part."""

@@ -140,6 +140,10 @@ class Learner:
             world_size=world_size,
             timeout=timedelta(seconds=timeout_s),
         )
+        self.share(rank)
+
+    def share(self, rank: int) -> None:
+        """As `join`, in a process that belongs to a process group already."""
         self.rank = rank
         for value in self.agent.state_dict().values():
             dist.broadcast(value, 0)

@@ -18,10 +18,12 @@ from worldflux_dist.envs.acting import Act
 
 @dataclass(frozen=True)
 class Episode:
-    """A finished episode: the sum of its rewards and the number of its actions."""
+    """A finished episode: the sum of its rewards, the number of its actions, and the lane, the
+    environment's number among the runner's, that it was played in."""
 
     total_reward: float
     length: int
+    lane: int = 0
 
 
 class EnvRunner:
@@ -73,6 +75,7 @@ class EnvRunner:
         self._reward += step.reward
         self._length += ~step.is_first
         for lane in np.flatnonzero(step.is_last):
-            self._episodes.append(Episode(float(self._reward[lane]), int(self._length[lane])))
+            total, length = float(self._reward[lane]), int(self._length[lane])
+            self._episodes.append(Episode(total, length, int(lane)))
             self._reward[lane], self._length[lane] = 0, 0
         return step

@@ -7,6 +7,7 @@ reports and references only. The trainer makes actors of them.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +83,7 @@ class EnvRunnerActor:
         if self.remote is not None:
             chunk.version = self.remote.version
         collected = time.monotonic()
-        reports = self._send(chunk)
+        reports = send(chunk, self.shards, self.shard_wait_s)
         return RunnerReport(
             chunk.num_steps,
             self.runner.take_episodes(),
@@ -104,30 +105,32 @@ class EnvRunnerActor:
             assert self.agent is not None
             self.runner.act, self.runner.version = self.agent.act_batch, self.weights.oldest
 
-    def _send(self, chunk: Chunk) -> dict[int, ShardReport]:
-        """One part to each shard. A part that may be lost is sent again with the same key."""
-        parts = {}
-        for index in np.unique(chunk.streams % len(self.shards)):
-            part = chunk.rows(chunk.streams % len(self.shards) == index)
-            writer, incarnation, seq = chunk.key
-            part.key = (f"{writer}/{index}", incarnation, seq)
-            parts[int(index)] = part
-        reports: dict[int, ShardReport] = {}
-        deadline = time.monotonic() + self.shard_wait_s
-        while True:
-            missing = parts.keys() - reports.keys()
-            refs: dict[int, ObjectRef] = {i: self.shards[i].add.remote(parts[i]) for i in missing}
-            for index, ref in refs.items():
-                try:
-                    report: ShardReport = ray.get(ref)
-                    reports[index] = report
-                except RayActorError as error:
-                    raise_if_gone(error)
-                    if time.monotonic() > deadline:
-                        raise
-            if len(reports) == len(parts):
-                return reports
-            time.sleep(0.2)
+
+def send(chunk: Chunk, shards: Sequence[Any], patience: float) -> dict[int, ShardReport]:
+    """Store a chunk: one part to each shard. A part that may be lost is sent again with the same
+    key, for `patience` seconds; then RayActorError is raised."""
+    parts = {}
+    for index in np.unique(chunk.streams % len(shards)):
+        part = chunk.rows(chunk.streams % len(shards) == index)
+        writer, incarnation, seq = chunk.key
+        part.key = (f"{writer}/{index}", incarnation, seq)
+        parts[int(index)] = part
+    reports: dict[int, ShardReport] = {}
+    deadline = time.monotonic() + patience
+    while True:
+        missing = parts.keys() - reports.keys()
+        refs: dict[int, ObjectRef] = {i: shards[i].add.remote(parts[i]) for i in missing}
+        for index, ref in refs.items():
+            try:
+                report: ShardReport = ray.get(ref)
+                reports[index] = report
+            except RayActorError as error:
+                raise_if_gone(error)
+                if time.monotonic() > deadline:
+                    raise
+        if len(reports) == len(parts):
+            return reports
+        time.sleep(0.2)
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ class ImaginedReport:
 class ImaginerActor:
     """Imagines with the newest weights from where replayed steps led to."""
 
-    def __init__(self, config: Config, spaces: Spaces, index: int) -> None:
+    def __init__(self, config: Config, spaces: Spaces, index: int, store: Any = None) -> None:
         torch.set_num_threads(config.scale.runner_threads)
         keep_freed_memory()
         life = ray.get_runtime_context().was_current_actor_reconstructed * time.time_ns()
@@ -151,7 +154,7 @@ class ImaginerActor:
         self.agent = config.make_agent(spaces)
         if config.learner.device != "cpu" and torch.cuda.is_available():
             self.agent = self.agent.cuda()
-        self.imaginer, self.weights = Imaginer(self.agent), WeightReader()
+        self.imaginer, self.weights = Imaginer(self.agent), WeightReader(store)
 
     @ray.method(max_task_retries=-1)
     def ready(self) -> None:

@@ -36,23 +36,60 @@ class GroupLostError(RuntimeError):
     """A rank died; the message says what is known of it."""
 
 
-class LearnerActor:
-    """One rank. Batches come as references and are fetched before a step begins."""
+class Rank:
+    """A learner among others. Batches come as references and are fetched before a step begins.
+
+    `shards` get the losses of prioritized windows; `generation` counts the group's restarts.
+    """
+
+    def __init__(
+        self, learner: Learner, store: Any, shards: Sequence[Any], generation: int
+    ) -> None:
+        self.learner, self.store, self.generation = learner, store, generation
+        self._shards = shards
+        self._idle_since = time.monotonic()
+
+    def step(self, shard: int, given: tuple[Batch, np.ndarray] | Imagined) -> dict[str, float]:
+        """One gradient step; metrics, with seconds spent stepping and waiting for work."""
+        start = time.monotonic()
+        batch, ids = given if isinstance(given, tuple) else (given, None)
+        metrics = self.learner.step(batch)
+        if self.learner.rows and ids is not None:
+            self._shards[shard].prioritize.remote(ids, self.learner.row_losses)
+        end = time.monotonic()
+        metrics["time/learner_step"] = end - start
+        metrics["time/learner_wait"] = start - self._idle_since
+        self._idle_since = end
+        return metrics
+
+    def publish(self) -> None:
+        """Send the inference weights to the store; their version is the gradient steps."""
+        version = (self.generation, self.learner.gradient_steps)
+        state = self.learner.agent.inference_state(self.learner.part)
+        with suppress(RayActorError):  # a store that is away is brought up to date by the next one
+            ray.get(self.store.publish.remote(self.learner.part, version, state))
+
+
+def trains_on_rows(config: Config, part: str) -> bool:
+    """Whether shards want to know the losses of the windows that `part` is trained on."""
+    return config.replay.prioritized > 0 and part != "behavior"
+
+
+class LearnerActor(Rank):
+    """One rank in a process of its own, which finds the others by their names."""
 
     def __init__(
         self, config: Config, spaces: Spaces, part: str, rank: int, generation: int
     ) -> None:
         torch.manual_seed(config.seed * 1000 + rank + 17 * generation)
-        agent = config.make_agent(spaces)
-        self.prioritized = config.replay.prioritized > 0 and part != "behavior"
-        self.learner = Learner(agent, config.learner, part, rows=self.prioritized)
-        self.part, self.rank, self.generation = part, rank, generation
+        agent, rows = config.make_agent(spaces), trains_on_rows(config, part)
+        num = config.scale.num_shards if rows else 0
+        shards = [ray.get_actor(shard_name(i)) for i in range(num)]
+        learner = Learner(agent, config.learner, part, rows)
+        super().__init__(learner, ray.get_actor(WEIGHTS), shards, generation)
+        self.part, self.rank = part, rank
         self.patience = config.scale.patience  # the longest that ranks wait for each other
         self.learner.rank = rank  # each has its own random state, in a checkpoint too
-        self.store = ray.get_actor(WEIGHTS)
-        num_shards = config.scale.num_shards if self.prioritized else 0
-        self._shards = [ray.get_actor(shard_name(i)) for i in range(num_shards)]
-        self._idle_since = time.monotonic()
 
     def open(self) -> tuple[str, int]:
         """Where the ranks meet: a store that rank 0 keeps on a free port of its node."""
@@ -73,31 +110,10 @@ class LearnerActor:
     def count_from(self, gradient_steps: int) -> None:
         self.learner.gradient_steps = gradient_steps
 
-    def step(self, shard: int, given: tuple[Batch, np.ndarray] | Imagined) -> dict[str, float]:
-        """One gradient step; metrics, with seconds spent stepping and waiting for work."""
-        start = time.monotonic()
-        batch, ids = given if isinstance(given, tuple) else (given, None)
-        metrics = self.learner.step(batch)
-        if self.prioritized and ids is not None:
-            self._shards[shard].prioritize.remote(ids, self.learner.row_losses)
-        end = time.monotonic()
-        metrics["time/learner_step"] = end - start
-        metrics["time/learner_wait"] = start - self._idle_since
-        self._idle_since = end
-        return metrics
-
-    def publish(self) -> None:
-        """Send the inference weights to the store; their version is the gradient steps."""
-        version = (self.generation, self.learner.gradient_steps)
-        state = self.learner.agent.inference_state(self.part)
-        with suppress(RayActorError):  # a store that is away is brought up to date by the next one
-            ray.get(self.store.publish.remote(self.part, version, state))
-
     def agent_arrays(self) -> dict[str, np.ndarray]:
         """All weights of the group's part, for evaluation elsewhere."""
-        state = self.learner.agent.state_dict()
-        prefix = "" if self.part == "agent" else f"{self.part}."
-        return {n: v.cpu().numpy().copy() for n, v in state.items() if n.startswith(prefix)}
+        state = self.learner.agent.part_state(self.part)
+        return {n: v.cpu().numpy().copy() for n, v in state.items()}
 
     def save(self, folder: AnyPath) -> None:
         self.learner.save(folder)

@@ -64,10 +64,13 @@ class WeightStore:
 
 
 class WeightReader:
-    """A reader's side: what it has of each part. `missed` counts pulls that found no store."""
+    """A reader's side: what it has of each part. `missed` counts pulls that found no store.
 
-    def __init__(self) -> None:
-        self.store, self.missed = ray.get_actor(WEIGHTS), 0
+    Without `store`, the one of this run's name.
+    """
+
+    def __init__(self, store: Any = None) -> None:
+        self.store, self.missed = store or ray.get_actor(WEIGHTS), 0
         self.versions: dict[str, Version] = {}
 
     def steps(self, part: str) -> int:

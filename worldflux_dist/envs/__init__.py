@@ -6,6 +6,10 @@ last observation of an episode stored, the reset a row of its own. Numpy only, n
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import gymnasium
+
 from worldflux_dist.envs.atari import atari_envs, is_atari
 from worldflux_dist.envs.base import EnvConfig, Envs
 from worldflux_dist.envs.single import single_envs
@@ -14,13 +18,20 @@ __all__ = ["EnvConfig", "Envs", "make_envs"]
 
 
 def make_envs(
-    config: EnvConfig, seed: int, num_envs: int | None = None, render: bool = False
+    config: EnvConfig,
+    seed: int,
+    num_envs: int | None = None,
+    render: bool = False,
+    build: Callable[[], gymnasium.Env] | None = None,
 ) -> Envs:
-    """Build `num_envs` (default `config.num_envs`) copies of the environment `config.id`.
+    """Build `num_envs` (default `config.num_envs`) copies of the environment `config.id`, or of the
+    one that `build` makes.
 
     Everything random follows from `seed`. `render` asks for frames from `Envs.render`; leave it
     off while training. Raises ValueError, with a remedy, for an unknown id, a missing package or
     a space that cannot be carried.
     """
-    build = atari_envs if is_atari(config.id) else single_envs
-    return build(config, seed, num_envs or config.num_envs, render)
+    num = num_envs or config.num_envs
+    if build is None and is_atari(config.id):
+        return atari_envs(config, seed, num, render)
+    return single_envs(config, seed, num, render, build)

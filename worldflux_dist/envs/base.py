@@ -85,6 +85,7 @@ class Envs:
 
     `spaces` converts observations and actions, `num_envs` is N, `action_repeat` the frames that
     one step stands for. The first `step` resets every environment and ignores its action.
+    `vector` is the Gymnasium vector environment, `last` its newest observations and infos.
     """
 
     def __init__(
@@ -96,10 +97,11 @@ class Envs:
         draw: Callable[[], Any] | None = None,
     ) -> None:
         self.spaces, self.num_envs, self.action_repeat = spaces, vector.num_envs, action_repeat
-        self._vector, self._draw = vector, draw
+        self.vector, self._draw = vector, draw
+        self.last: tuple[Any, dict[str, Any]] = (None, {})
         # Drawn apart, so that runners with neighbouring seeds do not share environments; 31 bits
         # because the emulator's seed is a C int.
-        self._seeds = np.random.SeedSequence(seed).generate_state(self.num_envs) >> 1
+        self._seeds: Any = np.random.SeedSequence(seed).generate_state(self.num_envs) >> 1
         self._done = np.ones(self.num_envs, bool)
         self._obs: dict[str, np.ndarray] | None = None
         self._failures = 0
@@ -115,13 +117,15 @@ class Envs:
         is_first = self._done
         action = np.where(is_first[:, None], 0, action).astype(np.float32)
         if self._obs is None:
-            raw, _ = self._vector.reset(seed=self._seeds)  # type: ignore[arg-type]
+            raw, infos = self.vector.reset(seed=self._seeds)
+            self._seeds = None  # once: later episodes are others
             reward = np.zeros(self.num_envs)
             terminated = truncated = np.zeros(self.num_envs, bool)
         else:
-            raw, reward, terminated, truncated, _ = self._vector.step(
+            raw, reward, terminated, truncated, infos = self.vector.step(
                 self.spaces.decode_action(action)
             )
+        self.last = raw, infos
         self._obs = self.spaces.encode_obs(raw)
         self._done = terminated | truncated
         return Step(
@@ -133,9 +137,13 @@ class Envs:
             is_terminal=terminated,
         )
 
+    def reset(self) -> None:
+        """Begin new episodes everywhere with the next `step`."""
+        self._done, self._obs = np.ones(self.num_envs, bool), None
+
     def take_failures(self) -> int:
         """How often an environment raised and was rebuilt since the last call."""
-        total = sum(getattr(env, "num_failures", 0) for env in getattr(self._vector, "envs", ()))
+        total = sum(getattr(env, "num_failures", 0) for env in getattr(self.vector, "envs", ()))
         new, self._failures = total - self._failures, total
         return new
 
@@ -165,4 +173,4 @@ class Envs:
         return None
 
     def close(self) -> None:
-        self._vector.close()
+        self.vector.close()

@@ -160,9 +160,15 @@ def check_obs(space: gymnasium.Space, obs: Any) -> None:
         raise ValueError(f"the observation {obs!r} is not in {space}")
 
 
-def single_envs(config: EnvConfig, seed: int, num_envs: int, render: bool) -> Envs:
-    """`num_envs` environments of `config.id`, each behind a Guard."""
-    build = builder(config, render)
+def single_envs(
+    config: EnvConfig,
+    seed: int,
+    num_envs: int,
+    render: bool,
+    build: Callable[[], gymnasium.Env] | None = None,
+) -> Envs:
+    """`num_envs` environments of `config.id`, or those that `build` makes, each behind a Guard."""
+    build = build or builder(config, render)
     limits = (config.max_failures, config.patience)
     guards = [Guard(build, config.id, lane, *limits) for lane in range(num_envs)]
     first = guards[0]

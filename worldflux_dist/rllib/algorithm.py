@@ -1,0 +1,291 @@
+"""The algorithm: RLlib's lifecycle around the flow of this package.
+
+Each `training_step` is one round of the flow (collect, update, publish), after which nothing is
+owed: the achieved train_ratio is the asked one to within a batch. RLlib owns env runners and
+learners; replay, imagination actors and the store of weights are started here, after them, so that
+in a placement group of Tune each finds its bundle.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.core import ALL_MODULES, COMPONENT_LEARNER_GROUP, DEFAULT_MODULE_ID
+from ray.rllib.utils.metrics import LEARNER_RESULTS, NUM_ENV_STEPS_TRAINED_LIFETIME
+from ray.tune.execution.placement_groups import PlacementGroupFactory
+from ray.util.placement_group import get_current_placement_group
+
+from worldflux_dist.checkpoint import as_path
+from worldflux_dist.config import Config
+from worldflux_dist.data import Spaces
+from worldflux_dist.distributed.actors import ImaginerActor, RunnerReport, send
+from worldflux_dist.distributed.flow import Flow, Round
+from worldflux_dist.distributed.ports import Roles
+from worldflux_dist.distributed.roles import actor
+from worldflux_dist.distributed.weights import WeightStore
+from worldflux_dist.replay.limiter import Limiter
+from worldflux_dist.rllib.config import WorldFluxConfig
+from worldflux_dist.rllib.episodes import read_episodes, to_chunk
+from worldflux_dist.rllib.ports import Learners, RLlibPorts
+from worldflux_dist.rllib.replay import Replay
+
+STATE = "worldflux"  # our part of the algorithm's state
+REPLAY, POLICY = "replay", "policy_learner_group"  # parts that save themselves
+TIDY_EVERY_S = 60.0
+DRAIN_S = 60.0  # how long a checkpoint waits for chunks on their way
+RECORDED = 2_000_000  # streams of recorded episodes
+
+
+class WorldFlux(Algorithm):
+    """Model-based reinforcement learning with any family of world model. See `WorldFluxConfig`.
+
+    Owns the limiter, the replay, the imagination actors, a second group of learners where the
+    policy learns apart, and the ports between them.
+    """
+
+    @classmethod
+    def get_default_config(cls) -> WorldFluxConfig:
+        return WorldFluxConfig()
+
+    replay: Replay
+
+    def setup(self, config: Any) -> None:
+        self.imaginers: list[Any] = []
+        self.policy: Learners | None = None
+        self._check_room()
+        super().setup(config)
+        settings: Config = self.config.settings()
+        self.settings, train = settings, settings.train
+        self.spaces_inside = Spaces(*self.spaces[DEFAULT_MODULE_ID])
+        batch_steps = settings.replay.batch_size * settings.replay.batch_length
+        self.limiter = Limiter(train.train_ratio, batch_steps, train.prefill)
+        self.store = actor(WeightStore, num_cpus=0).remote()
+        storage = self.config.storage
+        root = as_path(storage) / Path(self.logdir).name if storage else Path(self.logdir)
+        self.replay = Replay(settings, root / REPLAY, self.config.num_cpus_per_replay_shard)
+        self.model = Learners(self.learner_group, self.config.part)
+        if self.config.num_imagination_actors:
+            self._start_imagination(settings)
+        self._connect()
+        self._tidied = time.monotonic()
+        if self.config.input_ and self.config.input_ != "sampler":
+            self._fill(self.config.input_)
+
+    def training_step(self) -> None:
+        """Collect once; then learn until nothing is owed."""
+        rounds = [self.flow.round()]
+        while self.limiter.owed and (len(rounds) == 1 or rounds[-1].updates):
+            rounds.append(self.flow.round(collect=False))
+        self._log(rounds)
+        if self.env_runner is not None:
+            self.env_runner.pull(self.store)  # whoever asks for the module gets the newest one
+        if time.monotonic() - self._tidied > TIDY_EVERY_S:
+            self._tidied = time.monotonic()
+            self.replay.tidy()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        self._merge()
+        return super().evaluate(*args, **kwargs)
+
+    def cleanup(self) -> None:
+        if self.policy is not None:
+            self.policy.group.shutdown()
+        for imaginer in self.imaginers:
+            ray.kill(imaginer)
+        if hasattr(self, "replay"):
+            self.replay.stop()
+            ray.kill(self.store)
+        super().cleanup()
+
+    @classmethod
+    def default_resource_request(cls, config: Any) -> PlacementGroupFactory:
+        """RLlib's bundles and one for each of our actors, after them."""
+        asked = super().default_resource_request(config)
+        settings = cls.get_default_config().update_from_dict(
+            config if isinstance(config, dict) else config.to_dict()
+        )
+        ours: list[dict[str, float]] = []
+        if settings.num_imagination_actors:
+            ours += [
+                {
+                    "CPU": settings.num_cpus_per_imagination_actor,
+                    "GPU": settings.num_gpus_per_imagination_actor,
+                }
+            ] * settings.num_imagination_actors
+            cpus = settings.num_cpus_per_learner
+            gpus = settings.num_gpus_per_learner
+            cpus = (0 if gpus else 1) if cpus == "auto" else cpus
+            ours += [{"CPU": cpus, "GPU": gpus}] * settings.num_policy_learners
+        ours += [{"CPU": settings.num_cpus_per_replay_shard}] * settings.num_replay_shards
+        filled = [{k: v for k, v in bundle.items() if v} for bundle in ours]
+        bundles = asked.bundles + [bundle for bundle in filled if bundle]
+        return PlacementGroupFactory(bundles, strategy=settings.placement_strategy)
+
+    # ------------------------------------------------------------------------------ the inside
+
+    def _check_room(self) -> None:
+        """Raise ValueError where Ray would wait for ever; within Tune, it is Tune that waits."""
+        if get_current_placement_group() is not None:
+            return
+        asked, there = self.default_resource_request(self.config), ray.cluster_resources()
+        # The first bundle is the algorithm itself, which is here already.
+        for kind in ("CPU", "GPU"):
+            need = sum(bundle.get(kind, 0) for bundle in asked.bundles[1:])
+            if need > there.get(kind, 0):
+                raise ValueError(
+                    f"WorldFlux needs {need:g} {kind}s and this Ray has {there.get(kind, 0):g}: "
+                    "ask for fewer env runners, learners or imagination actors, or start Ray with "
+                    f"num_{kind.lower()}s={need:g}"
+                )
+
+    def _start_imagination(self, settings: Config) -> None:
+        """Imagination actors and the learners of the policy, beside those of the model."""
+        config = self.config
+        make = actor(
+            ImaginerActor,
+            num_cpus=config.num_cpus_per_imagination_actor,
+            num_gpus=config.num_gpus_per_imagination_actor,
+        )
+        self.imaginers = [
+            make.remote(settings, self.spaces_inside, index, self.store)
+            for index in range(config.num_imagination_actors)
+        ]
+        apart = config.copy(copy_frozen=False)
+        apart.num_learners, apart.part = config.num_policy_learners, "behavior"
+        group = apart.build_learner_group(
+            rl_module_spec=apart.get_multi_rl_module_spec(spaces=self.spaces)
+        )
+        self.policy = Learners(group, "behavior")
+
+    def _connect(self) -> None:
+        """Tie everything together, as it is now: at the start, and after restoring."""
+        shards = self.replay.shards
+        groups = [self.model] if self.policy is None else [self.model, self.policy]
+        for group in groups:
+            group.connect(self.store, shards)
+        roles = Roles(self.model, self.policy, self.imaginers, shards, [], None, [self.store])
+        self.ports = RLlibPorts(
+            self.settings,
+            roles,
+            lambda: False,
+            runners=self.env_runner_group,
+            metrics=self.metrics,
+            store=self.store,
+        )
+        steps = (
+            self.settings.scale.num_runners
+            * self.settings.scale.chunk_length
+            * self.settings.env.num_envs
+        )
+        self.flow: Flow[RunnerReport] = Flow(self.limiter, self.ports, steps)
+
+    def _merge(self) -> None:
+        """Have the model's learners hold the newest policy too: they are what RLlib looks at."""
+        if self.policy is not None:
+            self.model.load_arrays(self.policy.agent_arrays())
+
+    def _fill(self, paths: Any) -> None:
+        """Put recorded episodes into replay; they count for the prefill, not for the ratio."""
+        shards, total = self.replay.shards, 0
+        for number, episode in enumerate(
+            read_episodes([paths] if isinstance(paths, str) else paths)
+        ):
+            stream = RECORDED + number % len(shards)
+            chunk = to_chunk(episode, self.spaces_inside, stream, number)
+            send(chunk, shards, self.settings.scale.patience)
+            total += chunk.num_steps
+        self.limiter.prefill = max(0, self.limiter.prefill - total)
+        self.ports.ask_sizes()
+
+    def _log(self, rounds: list[Round[RunnerReport]]) -> None:
+        """What RLlib's result shows of these rounds."""
+        updates = [metrics for done in rounds for metrics in done.updates]
+        for metrics in updates:
+            for name, value in metrics.items():
+                self.metrics.log_value(
+                    (LEARNER_RESULTS, DEFAULT_MODULE_ID, name), value, reduce="mean"
+                )
+        trained = len(updates) * self.limiter.batch_steps
+        self.metrics.log_value(
+            (LEARNER_RESULTS, ALL_MODULES, NUM_ENV_STEPS_TRAINED_LIFETIME),
+            trained,
+            reduce="lifetime_sum",
+            with_throughput=True,
+        )
+        reports = [report for done in rounds for report in done.reports]
+        for report in reports:
+            self._note("weights/staleness", self.ports.version - report.version)
+        self._note("train_ratio/achieved", self.limiter.achieved)
+        self._note("train_ratio/asked", self.settings.train.train_ratio)
+        self._note("gradient_steps", self.limiter.gradient_steps)
+        sizes = self.ports.sizes.values()
+        self._note("replay/env_steps", self.limiter.env_steps)
+        self._note("replay/num_steps", sum(size.num_steps for size in sizes))
+        self._note("replay/nbytes", sum(size.nbytes for size in sizes))
+        self._note("replay/duplicates", sum(size.duplicates for size in sizes))
+        for role, num in self.ports.restarts.items():
+            if role in ("shard", "imaginer"):
+                self._note(f"restarts/{role}", num)
+        for imagined in self.ports.take_imagined():
+            self.metrics.log_value(
+                "num_imagined_steps_lifetime", imagined.num_steps, reduce="lifetime_sum"
+            )
+        if self.ports.imagined is not None:
+            self._note("imagination/stale", self.ports.imagined.stale)
+
+    def _note(self, name: str, value: float) -> None:
+        self.metrics.log_value(tuple(name.split("/")), value, window=1, reduce="mean")
+
+    # ---------------------------------------------------------------------------------- saving
+
+    def get_state(
+        self,
+        components: str | Collection[str] | None = None,
+        *,
+        not_components: str | Collection[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """RLlib's state and ours; replay is only in what is saved to a path."""
+        chosen = (components, not_components)
+        if self._check_component(COMPONENT_LEARNER_GROUP, *chosen):
+            self._merge()
+        state: dict[str, Any] = super().get_state(
+            components, not_components=not_components, **kwargs
+        )
+        if self.policy is not None and self._check_component(POLICY, *chosen):
+            state[POLICY] = self.policy.group.get_state(**kwargs)
+        if components == REPLAY:
+            state[REPLAY] = {}
+        return state | {STATE: {"limiter": self.limiter.state_dict()}}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state)
+        if POLICY in state and self.policy is not None:
+            self.policy.group.set_state(state[POLICY])
+        if STATE in state:
+            self.limiter.load_state_dict(state[STATE]["limiter"])
+        self._connect()
+
+    def get_checkpointable_components(self) -> list[tuple[str, Any]]:
+        own: list[tuple[str, Any]] = []
+        if self.policy is not None:
+            own.append((POLICY, self.policy.group))
+        if self.config.checkpoint_replay:
+            own.append((REPLAY, self.replay))
+        return super().get_checkpointable_components() + own
+
+    def save_to_path(self, *args: Any, **kwargs: Any) -> str:
+        """As RLlib's; what runners have under way is waited for, so that all counts agree."""
+        reports = self.ports.drain(DRAIN_S)
+        self.limiter.inserted(sum(report.env_steps for report in reports))
+        path: str = super().save_to_path(*args, **kwargs)
+        return path
+
+    def restore_from_path(self, path: Any, *args: Any, **kwargs: Any) -> None:
+        super().restore_from_path(path, *args, **kwargs)
+        self._connect()

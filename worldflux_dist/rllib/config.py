@@ -1,0 +1,217 @@
+"""RLlib's builder for WorldFlux: the settings of config.yaml under RLlib's roof.
+
+How many processes there are, environments, seeds, evaluation and checkpoints are set with RLlib's
+own methods; what is learned, with `training`. Everything becomes one strict `Config` in the end
+(`settings`), so that a wrong key or value is one sentence here too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, Self
+
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+
+from worldflux_dist import config
+from worldflux_dist.envs import EnvConfig
+
+# Settings of RLlib that other algorithms read; each with what takes its place here.
+ELSEWHERE = {
+    "grad_clip": "the family's optimizer clips, set training(model_options=...)",
+    "replay_buffer_config": "set training(replay={...}, num_replay_shards=...)",
+    "minibatch_size": "set training(replay={'batch_size': ...})",
+    "num_aggregator_actors_per_learner": "batches come from replay shards",
+    "_env_to_module_connector": "wrap the environment instead",
+    "_module_to_env_connector": "wrap the environment instead",
+    "_learner_connector": "wrap the environment instead",
+}
+ENV_FIELDS = {f.name for f in fields(EnvConfig)} - {"id", "num_envs", "kwargs"}
+
+
+class WorldFluxConfig(AlgorithmConfig):
+    """Settings of a `WorldFlux` algorithm.
+
+    `.environment(env, env_config=...)` takes the ids of `worldflux-dist envs` (Gymnasium, ALE,
+    `dmc/...`, `module:factory`), names registered with Tune, classes and functions. For the first,
+    `env_config` may set what config.yaml's section `env` can; what is left goes to the environment.
+    `.env_runners(rollout_fragment_length=...)` is the length of a chunk of steps.
+    """
+
+    def __init__(self, algo_class: type | None = None, model: str = "dreamerv3:size12m") -> None:
+        from worldflux_dist.rllib.algorithm import WorldFlux
+        from worldflux_dist.rllib.env_runner import WorldFluxEnvRunner
+
+        super().__init__(algo_class=algo_class or WorldFlux)
+        self.lr: float | None = None
+        self.num_envs_per_env_runner = 8
+        self.rollout_fragment_length = 64
+        self.env_runner_cls = WorldFluxEnvRunner
+        self.delay_between_env_runner_restarts_s = 1.0
+        self.restart_failed_env_runners = True
+        self.min_sample_timesteps_per_iteration = 1000
+        # RLlib would send connectors' states, which nothing here uses, after every iteration.
+        self._dont_auto_sync_env_runner_states = True
+
+        self.world_model = model
+        self.model_options: dict[str, Any] = {}
+        self.behavior: dict[str, Any] = {}
+        self.planner: dict[str, Any] = {}
+        self.replay: dict[str, Any] = {}
+        self.learner: dict[str, Any] = {}
+        self.imagination: dict[str, Any] = {}
+        self.train_ratio = 32.0
+        self.prefill = 1024
+        self.num_replay_shards = 1
+        self.num_cpus_per_replay_shard = 0.0
+        self.num_imagination_actors = 0
+        self.num_cpus_per_imagination_actor = 1.0
+        self.num_gpus_per_imagination_actor = 0.0
+        self.num_policy_learners = 1
+        self.storage = ""
+        self.patience = 300.0
+        self.checkpoint_replay = True
+        self.part = "agent"  # of the agent, that these learners train
+
+    def training(
+        self,
+        *,
+        model: Any = NotProvided,
+        model_options: Any = NotProvided,
+        behavior: Any = NotProvided,
+        planner: Any = NotProvided,
+        replay: Any = NotProvided,
+        learner: Any = NotProvided,
+        imagination: Any = NotProvided,
+        train_ratio: Any = NotProvided,
+        prefill: Any = NotProvided,
+        num_replay_shards: Any = NotProvided,
+        num_cpus_per_replay_shard: Any = NotProvided,
+        num_imagination_actors: Any = NotProvided,
+        num_cpus_per_imagination_actor: Any = NotProvided,
+        num_gpus_per_imagination_actor: Any = NotProvided,
+        num_policy_learners: Any = NotProvided,
+        storage: Any = NotProvided,
+        patience: Any = NotProvided,
+        checkpoint_replay: Any = NotProvided,
+        **kwargs: Any,
+    ) -> Self:
+        """What is learned, and by whom. Every value may be one of Tune's search spaces.
+
+        Args:
+            model: family:preset, as in `create_world_model`.
+            model_options: single fields of the preset.
+            behavior: `kind` and fields of the behavior.
+            planner: `method` and fields of the planner.
+            replay: the section `replay` of config.yaml (batch_size, batch_length, capacity ...).
+            learner: the section `learner` of config.yaml (precision, threads, compile ...).
+            imagination: `queue_size` and `max_staleness` of that section.
+            train_ratio: replayed steps per env step (resets included), kept exactly.
+            prefill: env steps before the first gradient step; recorded ones count.
+            num_replay_shards: processes that hold the replay.
+            num_cpus_per_replay_shard: what each of them reserves.
+            num_imagination_actors: 0 imagines inside the learners; with more, these imagine, and
+                `num_policy_learners` learners of their own train the policy on it.
+            num_cpus_per_imagination_actor: what each of them reserves.
+            num_gpus_per_imagination_actor: what each of them reserves.
+            num_policy_learners: their number; each reserves what a learner does.
+            storage: a path or URL, visible to all nodes, for the replay's segments; empty is the
+                algorithm's log directory, which is enough on one node.
+            patience: seconds after which whoever is silent is started again.
+            checkpoint_replay: whether checkpoints hold the replay, too.
+            kwargs: RLlib's own, of which `lr` replaces the preset's learning rate.
+        """
+        given = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
+        super().training(**kwargs)
+        for name, value in given.items():
+            if value is not NotProvided:
+                setattr(self, "world_model" if name == "model" else name, value)
+        return self
+
+    def validate(self) -> None:
+        """Raise ValueError for settings that do not exist, do not fit or have another place."""
+        super().validate()
+        plain = AlgorithmConfig()
+        for name, instead in ELSEWHERE.items():
+            if getattr(self, name, None) != getattr(plain, name, None):
+                self._value_error(f"WorldFlux does not read `{name.lstrip('_')}`: {instead}")
+        if self.is_multi_agent:
+            self._value_error("WorldFlux trains one agent: leave `multi_agent` out")
+        if self.lr is not None and not isinstance(self.lr, int | float):
+            self._value_error("WorldFlux takes one number as `lr`, not a schedule")
+        self.settings()
+
+    def settings(self, device: str = "cpu") -> config.Config:
+        """All of this as the package's own configuration. Raises ConfigError."""
+        scale = {
+            "num_runners": max(1, self.num_env_runners),
+            "num_shards": self.num_replay_shards,
+            "num_learners": max(1, self.num_learners),
+            "chunk_length": self.rollout_fragment_length,
+            "patience": self.patience,
+            "storage": self.storage,
+        }
+        imagination = {
+            "mode": "actors" if self.num_imagination_actors else "fused",
+            "num_imaginers": max(1, self.num_imagination_actors),
+            "num_policy_learners": self.num_policy_learners,
+        }
+        return config.from_dict(
+            {
+                "seed": int(self.seed or 0),
+                **self._recipe(),
+                "env": self.env_settings(),
+                "replay": dict(self.replay),
+                "learner": {"device": device} | self.learner,
+                "train": {
+                    "train_ratio": self.train_ratio,
+                    "prefill": self.prefill,
+                    "env_steps": 2**62,  # RLlib decides when to stop
+                },
+                "scale": scale,
+                "imagination": imagination | self.imagination,
+            }
+        )
+
+    def env_settings(self) -> dict[str, Any]:
+        """The section `env`: what `env_config` says of it, the rest for the environment itself."""
+        given = dict(self.env_config)
+        known = {name: given.pop(name) for name in ENV_FIELDS & given.keys()}
+        own = isinstance(self.env, str)
+        return {
+            "id": self.env if own else getattr(self.env, "__name__", "env"),
+            "num_envs": self.num_envs_per_env_runner,
+            "kwargs": given if own else {},
+            **known,
+        }
+
+    def get_default_rl_module_spec(self) -> RLModuleSpec:
+        from worldflux_dist.rllib.module import WorldFluxModule
+
+        return RLModuleSpec(module_class=WorldFluxModule)
+
+    def get_default_learner_class(self) -> type:
+        from worldflux_dist.rllib.learner import WorldFluxLearner
+
+        return WorldFluxLearner
+
+    @property
+    def is_offline(self) -> bool:
+        """False: recorded episodes are where training starts, beside new ones."""
+        return False
+
+    @property
+    def _model_config_auto_includes(self) -> dict[str, Any]:
+        return super()._model_config_auto_includes | self._recipe()
+
+    def _recipe(self) -> dict[str, Any]:
+        """What an agent is made from."""
+        options = dict(self.model_options)
+        if self.lr is not None:
+            options["learning_rate"] = float(self.lr)
+        return {
+            "model": self.world_model,
+            "model_options": options,
+            "behavior": dict(self.behavior),
+            "planner": dict(self.planner),
+        }

@@ -1,0 +1,193 @@
+"""The env runner inside RLlib's: RLlib starts it, asks it for samples and reads its metrics; it
+steps environments as every runner of this package does and sends the steps to replay itself.
+
+RLlib's own loop makes Python objects of every step, which costs most of its time; here that is done
+only where a callback wants to see episodes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.callbacks.utils import make_callback
+from ray.rllib.env.env_context import EnvContext
+from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+from ray.tune.registry import ENV_CREATOR, _global_registry
+
+from worldflux_dist.config import Config
+from worldflux_dist.data import Chunk
+from worldflux_dist.distributed.actors import RunnerReport, send
+from worldflux_dist.distributed.weights import WeightReader
+from worldflux_dist.envs import Envs, make_envs
+from worldflux_dist.envs.acting import random_act
+from worldflux_dist.learner import keep_freed_memory
+from worldflux_dist.rllib.config import WorldFluxConfig
+from worldflux_dist.rllib.episodes import CallbackEpisodes
+from worldflux_dist.runner import EnvRunner, Episode
+
+EPISODE_CALLBACKS = ("on_episode_created", "on_episode_start", "on_episode_step", "on_episode_end")
+UNNUMBERED = 1_000_000  # streams of evaluation, which no shard ever sees
+
+
+@dataclass
+class Sample:
+    """Some steps of all environments, as RLlib counts them."""
+
+    chunk: Chunk
+
+    def env_steps(self) -> int:
+        """Actions taken; RLlib does not count a reset as a step."""
+        return int((~self.chunk.is_first).sum())
+
+    agent_steps = env_steps
+
+
+class WorldFluxEnvRunner(SingleAgentEnvRunner):
+    """Owns N environments, an agent that acts in them, and the newest weights it has pulled."""
+
+    def __init__(self, *, config: WorldFluxConfig, **kwargs: Any) -> None:
+        self._runner: EnvRunner | None = None
+        self._reader: WeightReader | None = None
+        if kwargs.get("worker_index"):  # in a process of its own
+            torch.set_num_threads(1)
+            keep_freed_memory()
+        super().__init__(config=config, **kwargs)
+
+    def make_env(self) -> None:
+        """Build the environments that the config describes and tell callbacks about them."""
+        self.stop()
+        settings: Config = self.config.settings()
+        context = EnvContext(
+            self.config.env_config,
+            worker_index=self.worker_index,
+            num_workers=self.num_workers,
+            remote=False,
+        )
+        seed = self._seed if self._seed is not None else time.time_ns() % 2**31
+        build = _own_env(self.config.env, context)
+        self.envs: Envs = make_envs(settings.env, seed, build=build)
+        self.env, self.num_envs = self.envs.vector, self.envs.num_envs
+        self._seen = CallbackEpisodes(self) if self._has_episode_callbacks() else None
+        self._runner = None
+        make_callback(
+            "on_environment_created",
+            callbacks_objects=self._callbacks,
+            callbacks_functions=self.config.callbacks_on_environment_created,
+            kwargs=dict(
+                env_runner=self,
+                metrics_logger=self.metrics,
+                env=self.env.unwrapped,
+                env_context=context,
+            ),
+        )
+
+    def collect(self, store: Any, shards: Sequence[Any]) -> tuple[RunnerReport, dict[str, Any]]:
+        """A chunk of steps with the newest weights, stored in replay when this returns; and
+        metrics."""
+        start = time.monotonic()
+        learned = self.pull(store)
+        (sample,) = self.sample(random_actions=not learned)
+        collected = time.monotonic()
+        reports = send(sample.chunk, shards, 0.9 * self.config.patience)
+        report = RunnerReport(
+            sample.chunk.num_steps,
+            [],
+            sample.chunk.version,
+            reports,
+            self.envs.take_failures(),
+            0,
+            collected - start,
+            time.monotonic() - collected,
+        )
+        return report, self.get_metrics()
+
+    def pull(self, store: Any) -> bool:
+        """Take over the newest weights; whether anything has been learned by them."""
+        if self._reader is None:
+            self._reader = WeightReader(store)
+        self._reader.pull(self.module.agent)
+        return self._reader.learned
+
+    def _sample(
+        self,
+        *,
+        num_timesteps: int | None = None,
+        num_episodes: int | None = None,
+        explore: bool,
+        random_actions: bool = False,
+        force_reset: bool = False,
+    ) -> list[Sample]:
+        """At least `num_timesteps` steps, resets among them, or `num_episodes` whole episodes, as
+        many of every environment so that short ones do not count more often."""
+        if num_episodes is not None or force_reset or self._runner is None:
+            self.envs.reset()
+            self._runner = self._make_runner()
+        runner = self._runner
+        runner.act = self._act(explore, random_actions)
+        runner.version = 0 if self._reader is None else self._reader.oldest
+        start = time.monotonic()
+        if num_episodes is None:
+            assert num_timesteps is not None
+            chunks = [runner.collect(-(-num_timesteps // self.num_envs))]
+            episodes = runner.take_episodes()
+        else:
+            chunks, episodes = self._whole_episodes(runner, num_episodes)
+            self._runner = None  # nothing goes on from here
+        samples = [Sample(chunk) for chunk in chunks]
+        steps = sum(sample.env_steps() for sample in samples)
+        self._log(episodes, steps, time.monotonic() - start)
+        return samples
+
+    def _whole_episodes(self, runner: EnvRunner, num: int) -> tuple[list[Chunk], list[Episode]]:
+        each = -(-num // self.num_envs)
+        chunks: list[Chunk] = []
+        episodes: list[Episode] = []
+        counts = np.zeros(self.num_envs, int)
+        while (counts < each).any():
+            chunks.append(runner.collect(1))
+            for episode in runner.take_episodes():
+                if counts[episode.lane] < each:
+                    episodes.append(episode)
+                counts[episode.lane] += 1
+        return chunks, episodes
+
+    def _make_runner(self) -> EnvRunner:
+        envs: Any = self.envs if self._seen is None else self._seen.watch(self.envs)
+        index = self.worker_index or 0
+        first = UNNUMBERED if self.config.in_evaluation else index * self.num_envs
+        return EnvRunner(envs, random_act(self.envs.spaces, 0), f"runner-{index}", first)
+
+    def _act(self, explore: bool, random_actions: bool) -> Any:
+        if random_actions:
+            return random_act(self.envs.spaces, int(torch.randint(2**31, ())))
+        return partial(self.module.agent.act_batch, greedy=not explore)
+
+    def _log(self, episodes: Sequence[Episode], steps: int, seconds: float) -> None:
+        self._log_env_steps(metric=self._metrics_num_env_steps_sampled, num_steps=steps)
+        self._increase_sampled_metrics(steps, len(episodes))
+        for episode in episodes:
+            taken = seconds * episode.length * self.num_envs / max(1, steps)
+            self._log_episode_metrics(episode.length, episode.total_reward, taken)
+
+    def _has_episode_callbacks(self) -> bool:
+        own = [getattr(type(c), n) for c in self._callbacks for n in EPISODE_CALLBACKS]
+        plain = [getattr(RLlibCallback, n) for _ in self._callbacks for n in EPISODE_CALLBACKS]
+        given = any(getattr(self.config, f"callbacks_{name}") for name in EPISODE_CALLBACKS)
+        return given or own != plain
+
+    def assert_healthy(self) -> None:
+        assert self.env is not None and self.module is not None
+
+
+def _own_env(env: Any, context: EnvContext) -> Callable[[], Any] | None:
+    """How to make an environment that is registered with Tune, a class or a function."""
+    if isinstance(env, str) and _global_registry.contains(ENV_CREATOR, env):
+        return partial(_global_registry.get(ENV_CREATOR, env), context)
+    return None if isinstance(env, str) else partial(env, context)

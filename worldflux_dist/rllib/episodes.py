@@ -1,0 +1,169 @@
+"""RLlib's episodes, where callbacks or recordings need them: made from steps, and into steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+from gymnasium import spaces as gym_spaces
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+from ray.rllib.utils.checkpoints import try_import_msgpack
+
+from worldflux_dist.data import Chunk, Spaces, Step
+from worldflux_dist.envs import Envs
+
+OFFLINE = "recorded"  # the writer of chunks that were recorded before
+
+
+class CallbackEpisodes:
+    """Builds the episodes of N environments, step by step, and calls the callbacks for them."""
+
+    def __init__(self, runner: Any) -> None:
+        self.runner = runner
+        self.episodes: list[Any] = []
+
+    def watch(self, envs: Envs) -> WatchedEnvs:
+        """Environments whose steps are seen here; earlier episodes are forgotten."""
+        self.episodes = [None] * envs.num_envs
+        return WatchedEnvs(envs, self)
+
+    def see(self, envs: Envs, action: Any, step: Step) -> None:
+        """What came out of one step of all environments."""
+        obs, infos = envs.last
+        for lane in range(envs.num_envs):
+            own, info = _lane(obs, lane), _info(infos, lane)
+            if step.is_first[lane] or self.episodes[lane] is None:
+                self.runner._new_episode(lane, self.episodes)
+                self.episodes[lane].add_env_reset(own, info)
+                self._call("on_episode_start", lane)
+                continue
+            self.episodes[lane].add_env_step(
+                own,
+                _lane(action, lane),
+                float(step.reward[lane]),
+                infos=info,
+                terminated=bool(step.is_terminal[lane]),
+                truncated=bool(step.is_last[lane] and not step.is_terminal[lane]),
+            )
+            self._call("on_episode_step", lane)
+            if step.is_last[lane]:
+                self._call("on_episode_end", lane)
+                self.runner._ongoing_episodes_for_metrics.clear()
+
+    def _call(self, which: str, lane: int) -> None:
+        self.runner._make_on_episode_callback(which, lane, self.episodes)
+
+
+class WatchedEnvs:
+    """`Envs` whose steps a `CallbackEpisodes` sees."""
+
+    def __init__(self, envs: Envs, seen: CallbackEpisodes) -> None:
+        self.envs, self.seen = envs, seen
+        self.num_envs, self.spaces = envs.num_envs, envs.spaces
+
+    def step(self, action: np.ndarray) -> Step:
+        step = self.envs.step(action)
+        self.seen.see(self.envs, self.spaces.decode_action(action), step)
+        return step
+
+
+def read_episodes(paths: Iterable[str]) -> Iterator[SingleAgentEpisode]:
+    """Episodes that RLlib recorded with `offline_data(output=..., output_write_episodes=True)`.
+
+    `paths` are Parquet files or folders of them. Raises ValueError where there are none.
+    """
+    msgpack = try_import_msgpack(error=True)
+    for name in paths:
+        path = Path(name)
+        files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+        if not files or not path.exists():
+            raise ValueError(
+                f"offline_data: there are no Parquet files in {path}: record some with "
+                "offline_data(output=..., output_write_episodes=True)"
+            )
+        for file in files:
+            table = pyarrow.parquet.read_table(file)
+            if "item" not in table.column_names:
+                raise ValueError(
+                    f"offline_data: {file} has the columns {', '.join(table.column_names)} and "
+                    "not RLlib's episodes: record with output_write_episodes=True"
+                )
+            for item in table["item"].to_pylist():
+                state = msgpack.unpackb(item, strict_map_key=False)
+                yield SingleAgentEpisode.from_state(state)
+
+
+def to_chunk(episode: SingleAgentEpisode, spaces: Spaces, stream: int, number: int) -> Chunk:
+    """One recorded episode, or a part of one, as a chunk (1, T + 1) of `stream`.
+
+    A part that begins in mid-episode loses its first observation's past: it counts as a beginning.
+    """
+    obs = spaces.encode_obs(_stack(episode.get_observations()))
+    length = len(episode)
+    action = np.zeros((length + 1, spaces.action_dim), np.float32)
+    action[1:] = encode_actions(spaces, _stack(episode.get_actions()))
+    reward = np.zeros(length + 1, np.float32)
+    reward[1:] = episode.get_rewards()
+    first, last, terminal = np.zeros((3, length + 1), bool)
+    first[0] = True
+    last[-1] = True  # what follows in the stream is another episode, or another part
+    terminal[-1] = episode.is_terminated
+    columns = {f"obs/{key}": value for key, value in obs.items()}
+    columns |= {"action": action, "reward": reward}
+    columns |= {"is_first": first, "is_last": last, "is_terminal": terminal}
+    columns = {name: value[None] for name, value in columns.items()}
+    chunk = Chunk.from_columns(
+        columns, streams=np.array([stream]), key=(f"{OFFLINE}-{stream}", OFFLINE, number)
+    )
+    chunk.check()
+    return chunk
+
+
+def encode_actions(spaces: Spaces, raw: Any) -> np.ndarray:
+    """A batch of the environment's own actions -> flat actions (N, A): `decode_action` undone."""
+    found = []
+    for path, leaf, parts in spaces.action_leaves:
+        value = raw
+        for key in path:
+            value = value[key]
+        value = np.asarray(value)
+        rows = value.reshape(len(value), -1)
+        if isinstance(leaf, gym_spaces.Box):
+            low, high = leaf.low.reshape(-1), leaf.high.reshape(-1)
+            found.append(np.clip(2 * (rows - low) / (high - low) - 1, -1, 1))
+            continue
+        start = np.asarray(getattr(leaf, "start", 0)).reshape(-1)
+        columns = zip((rows - start).T, parts, strict=True)
+        found += [column[:, None] == np.arange(part.size) for column, part in columns]
+    return np.concatenate(found, -1).astype(np.float32)
+
+
+def _stack(values: Any) -> Any:
+    """A list of observations or actions, or what is stacked already, as a batch."""
+    if not isinstance(values, list):
+        return values
+    if isinstance(values[0], dict):
+        return {key: _stack([value[key] for value in values]) for key in values[0]}
+    if isinstance(values[0], tuple):
+        return tuple(_stack([value[i] for value in values]) for i in range(len(values[0])))
+    return np.stack(values)
+
+
+def _lane(batch: Any, lane: int) -> Any:
+    if isinstance(batch, dict):
+        return {key: _lane(part, lane) for key, part in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(_lane(part, lane) for part in batch)
+    return batch[lane]
+
+
+def _info(infos: dict[str, Any], lane: int) -> dict[str, Any]:
+    """One environment's part of a vector environment's infos: `_key` says who has `key`."""
+    return {
+        key: value[lane]
+        for key, value in infos.items()
+        if not key.startswith("_") and f"_{key}" in infos and infos[f"_{key}"][lane]
+    }

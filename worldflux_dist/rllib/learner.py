@@ -1,0 +1,107 @@
+"""Our learner inside RLlib's: RLlib starts, places, saves and restores it, and it steps by itself.
+
+The same gradient steps as everywhere in this package: RLlib's own update knows neither stages nor
+their order. What must stay true: all ranks hold the same weights after each step, and a restored
+learner goes on as the saved one would have, with the learning rate that is configured now.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core.learner.torch.torch_learner import TorchLearner
+
+from worldflux_dist.agent import Agent
+from worldflux_dist.behaviors.base import Imagined
+from worldflux_dist.data import Batch
+from worldflux_dist.distributed.group import Rank, trains_on_rows
+from worldflux_dist.learner import Learner
+
+STATE = "worldflux"  # our part of a learner's state
+
+
+class WorldFluxLearner(TorchLearner):
+    """One rank: trains the part of the agent that `config.part` names."""
+
+    def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
+        """Make the learner, whose optimizers RLlib saves with the rest."""
+        settings, part = self.config.settings(str(self.device)), self.config.part
+        agent = self.module[module_id].agent
+        self.learner = Learner(agent, settings.learner, part, trains_on_rows(settings, part))
+        for name, optimizer in self.learner.optimizers.items():
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            self.register_optimizer(
+                module_id=module_id, optimizer_name=name, optimizer=optimizer, params=params
+            )
+
+    def connect(self, store: Any, shards: Sequence[Any], generation: int) -> None:
+        """From now on, publish to `store` and tell `shards` how surprising their windows were."""
+        self.rank = Rank(self.learner, store, shards, generation)
+
+    def step(self, shard: int, given: tuple[Batch, np.ndarray] | Imagined) -> dict[str, float]:
+        """One gradient step on a batch from `shard`; metrics."""
+        return self.rank.step(shard, given)
+
+    def publish(self) -> None:
+        """Send the inference weights to the store."""
+        self.rank.publish()
+
+    def agent_arrays(self) -> dict[str, np.ndarray]:
+        """Copies of the weights of the part that is trained here."""
+        state = self.learner.agent.part_state(self.learner.part)
+        return {name: value.cpu().numpy().copy() for name, value in state.items()}
+
+    def load_arrays(self, arrays: dict[str, np.ndarray]) -> None:
+        """Take over weights of a part that is trained elsewhere."""
+        self.learner.agent.load_arrays(arrays)
+
+    def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        random = {"cpu": torch.get_rng_state().numpy()}
+        if self.learner.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.learner.device).numpy()
+        own = {"gradient_steps": self.learner.gradient_steps, "random": random}
+        return super().get_state(*args, **kwargs) | {STATE: own}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state)
+        if STATE not in state:
+            return
+        self.learner.gradient_steps = state[STATE]["gradient_steps"]
+        random = state[STATE]["random"]
+        torch.set_rng_state(torch.from_numpy(random["cpu"].copy()))
+        if self.learner.device.type == "cuda" and "cuda" in random:
+            torch.cuda.set_rng_state(torch.from_numpy(random["cuda"].copy()), self.learner.device)
+        if self.learner.rank:  # the state is rank 0's: the others draw numbers of their own
+            torch.manual_seed(int(torch.randint(2**62, ())) + self.learner.rank)
+
+    def compute_loss_for_module(self, **kwargs: Any) -> Any:
+        raise NotImplementedError("WorldFluxLearner.step computes its losses by itself")
+
+    def _set_optimizer_state(self, state: dict[str, Any]) -> None:
+        """The moments only: learning rates and the like are those that are configured now."""
+        for name, optimizer in self._named_optimizers.items():
+            if name in state:
+                groups = copy.deepcopy([_plain(group) for group in optimizer.param_groups])
+                super()._set_optimizer_state({name: state[name]})
+                for group, own in zip(optimizer.param_groups, groups, strict=True):
+                    group.update(own)
+
+    def _make_modules_ddp_if_necessary(self) -> None:
+        """Ranks share gradients by stage, which the learner does itself."""
+        if self.config.num_learners > 1:
+            self.learner.share(torch.distributed.get_rank())
+
+
+def agent_of(learner: WorldFluxLearner) -> Agent:
+    """The agent that a learner trains."""
+    agent: Agent = learner.module[DEFAULT_MODULE_ID].agent
+    return agent
+
+
+def _plain(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}

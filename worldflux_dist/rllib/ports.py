@@ -1,0 +1,152 @@
+"""The flow's ports, bound to RLlib's env runners and learners.
+
+What feeds learners, replay, imaginers and weights, is the same as without RLlib; only who collects,
+who steps and who restarts them is RLlib's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import ray
+from ray import ObjectRef
+from ray.rllib.core.learner.learner_group import LearnerGroup as RLlibLearnerGroup
+from ray.rllib.env.env_runner_group import EnvRunnerGroup
+from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS
+
+from worldflux_dist.distributed.actors import RunnerReport
+from worldflux_dist.distributed.feeding import Stepper
+from worldflux_dist.distributed.group import GroupLostError, LearnerGroup
+from worldflux_dist.distributed.ports import RayPorts
+from worldflux_dist.rllib.learner import WorldFluxLearner
+
+COLLECT = "collect"  # the tag of RLlib's calls that are ours
+POLL_S = 0.02
+
+
+class Learners(LearnerGroup):
+    """The learners of an RLlib group as the flow sees them: handles, generation and steps."""
+
+    def __init__(self, group: RLlibLearnerGroup, part: str) -> None:
+        self.group, self.part = group, part
+        self.generation = self.gradient_steps = self.lost_steps = 0
+
+    def connect(self, store: Any, shards: Sequence[Any]) -> None:
+        """Have the learners, as they are now, publish to `store` with a generation of their own."""
+        self._store = store
+        self.generation += 1
+        connect = partial(_connect, store=store, shards=list(shards), generation=self.generation)
+        found = [found.get() for found in self.group.foreach_learner(connect)]
+        self.gradient_steps = found[0]
+        self.ranks = (
+            [found.get() for found in self.group.foreach_learner(_handle)]
+            if self.group.is_remote
+            else [Here(self.group._learner)]
+        )
+
+    def load_arrays(self, arrays: Any) -> None:
+        """Take over weights of a part that other learners train."""
+        for found in self.group.foreach_learner(partial(_load, arrays=arrays)):
+            found.get()
+
+
+class Here:
+    """A learner in this process, called like an actor; a call is done when it returns."""
+
+    def __init__(self, learner: WorldFluxLearner) -> None:
+        self.learner = learner
+
+    def __getattr__(self, name: str) -> Call:
+        return Call(getattr(self.learner, name))
+
+
+@dataclass
+class Call:
+    method: Any
+
+    def remote(self, *given: Any) -> ObjectRef:
+        arguments = [ray.get(x) if isinstance(x, ObjectRef) else x for x in given]
+        return ray.put(self.method(*arguments))
+
+
+@dataclass
+class RLlibPorts(RayPorts):
+    """The calls under way. `metrics` is the algorithm's logger, `store` has the newest weights."""
+
+    runners: EnvRunnerGroup | None = None
+    metrics: Any = None
+    store: Any = None
+
+    def __post_init__(self) -> None:
+        self._here: list[RunnerReport] = []
+        super().__post_init__()
+
+    @property
+    def num_collects(self) -> int:
+        assert self.runners is not None
+        return self.runners.num_in_flight_async_reqs(tag=COLLECT)
+
+    def start_collect(self) -> None:
+        assert self.runners is not None
+        store, shards = self.store, list(self.roles.shards)
+        if self.runners.num_remote_env_runners() == 0:
+            self._here += self._take_in([self.runners.local_env_runner.collect(store, shards)])
+            return
+        # Those that still collect are left alone: RLlib gives each of them one call at a time.
+        self.runners.foreach_env_runner_async(
+            partial(_collect, store=store, shards=shards), tag=COLLECT
+        )
+
+    def finished_collects(self, wait: bool) -> list[RunnerReport]:
+        """Reports that have come in. Whoever died is left to RLlib."""
+        assert self.runners is not None
+        reports, self._here = self._here, []
+        deadline = time.monotonic() + 1.0
+        while self.runners.num_remote_env_runners():
+            found = self.runners.fetch_ready_async_reqs(
+                tags=COLLECT, timeout_seconds=POLL_S if wait else 0.0
+            )
+            reports += self._take_in([result for _, result in found])
+            if reports or not wait or time.monotonic() > deadline:
+                break
+        return reports
+
+    def drain(self, seconds: float) -> list[RunnerReport]:
+        reports, deadline = [], time.monotonic() + seconds
+        while self.num_collects and time.monotonic() < deadline:
+            reports += self.finished_collects(wait=True)
+        return reports + self.finished_collects(wait=False)
+
+    def _take_in(self, found: Sequence[tuple[RunnerReport, Any]]) -> list[RunnerReport]:
+        if found:
+            self.metrics.aggregate([metrics for _, metrics in found], key=ENV_RUNNER_RESULTS)
+        for report, _ in found:
+            self._know(report.shards)
+        return [report for report, _ in found]
+
+    def _restart(self, stepper: Stepper, error: GroupLostError) -> None:
+        raise RuntimeError(
+            f"a learner of {stepper.group.part} died ({error}): RLlib does not start learners again"
+            ", so restore the last checkpoint, or let Tune do it with FailureConfig(max_failures=1)"
+        ) from error
+
+
+def _connect(learner: WorldFluxLearner, store: Any, shards: list[Any], generation: int) -> int:
+    learner.connect(store, shards, generation)
+    return learner.learner.gradient_steps
+
+
+def _handle(learner: WorldFluxLearner) -> Any:
+    return ray.get_runtime_context().current_actor
+
+
+def _load(learner: WorldFluxLearner, arrays: Any) -> None:
+    learner.load_arrays(ray.get(arrays) if isinstance(arrays, ObjectRef) else arrays)
+
+
+def _collect(runner: Any, store: Any, shards: list[Any]) -> Any:
+    return runner.collect(store, shards)

@@ -1,0 +1,96 @@
+"""Replay in an RLlib checkpoint: the shards' segments, copied into it and out of it again."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.fs
+import ray
+
+from worldflux_dist.checkpoint import CheckpointError
+from worldflux_dist.config import Config
+from worldflux_dist.distributed.cluster import shard_config
+from worldflux_dist.distributed.roles import actor
+from worldflux_dist.distributed.shard import ReplayShardActor, ShardPlace
+
+if TYPE_CHECKING:
+    from worldflux_dist.checkpoint import AnyPath
+
+STATES = "shards.json"
+
+
+class Replay:
+    """Owns the shards of one algorithm, which keep their segments under `root`.
+
+    To RLlib it is a part of the algorithm that saves and restores itself.
+    """
+
+    def __init__(self, settings: Config, root: AnyPath, num_cpus: float) -> None:
+        self.settings, self.root, self.num_cpus = settings, root, num_cpus
+        self.shards: list[Any] = []
+        self.start([])
+
+    def start(self, saved: Sequence[dict[str, Any]]) -> None:
+        """Start the shards, with what `saved` names of the segments under `root`."""
+        self.stop()
+        num, seed = self.settings.scale.num_shards, self.settings.seed * 1000
+        share, life = shard_config(self.settings), uuid.uuid4().hex[:12]
+        make = actor(ReplayShardActor, concurrency_groups={"disk": 1}, num_cpus=self.num_cpus)
+        places = [ShardPlace(str(self.root), life, index, num) for index in range(num)]
+        self.shards = [make.remote(share, seed + p.index, p, list(saved)) for p in places]
+        ray.get([shard.report.remote() for shard in self.shards])
+
+    def stop(self) -> None:
+        for shard in self.shards:
+            ray.kill(shard)
+        self.shards = []
+
+    def tidy(self) -> None:
+        """Let the shards delete segments of which they hold nothing any more."""
+        for shard in self.shards:
+            shard.retain.remote(set())
+
+    def save_to_path(self, path: Any, *, filesystem: pyarrow.fs.FileSystem, **kwargs: Any) -> None:
+        """Copy all segments. Raises CheckpointError where another node has them."""
+        ray.get([shard.seal.remote() for shard in self.shards])
+        states = ray.get([shard.sealed.remote() for shard in self.shards])
+        names = sorted({segment["name"] for state in states for segment in state["segments"]})
+        for name in names:
+            try:
+                data = (self.root / name).read_bytes()
+            except FileNotFoundError:
+                raise CheckpointError(
+                    f"the replay's segment {self.root / name} is not on this node: set training("
+                    "storage=...) to a path or URL that all nodes see, or checkpoint_replay=False"
+                ) from None
+            _write(filesystem, PurePath(path) / name, data)
+        _write(filesystem, PurePath(path) / STATES, json.dumps(states).encode())
+
+    def restore_from_path(
+        self, path: Any, *, filesystem: pyarrow.fs.FileSystem | None = None, **kwargs: Any
+    ) -> None:
+        """Start the shards anew with what `save_to_path` wrote; their number may differ."""
+        filesystem = filesystem or pyarrow.fs.LocalFileSystem()
+        states = json.loads(_read(filesystem, PurePath(path) / STATES))
+        for state in states:
+            for segment in state["segments"]:
+                target = self.root / segment["name"]
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(_read(filesystem, PurePath(path) / segment["name"]))
+        self.start(states)
+
+
+def _write(filesystem: pyarrow.fs.FileSystem, path: PurePath, data: bytes) -> None:
+    filesystem.create_dir(path.parent.as_posix(), recursive=True)
+    with filesystem.open_output_stream(path.as_posix()) as file:
+        file.write(data)
+
+
+def _read(filesystem: pyarrow.fs.FileSystem, path: PurePath) -> bytes:
+    with filesystem.open_input_stream(path.as_posix()) as file:
+        data: bytes = file.read()
+    return data
