@@ -178,9 +178,9 @@ class LearnerGroup:
         return metrics
 
     def publish(self) -> None:
-        """Have the newest weights published; does not wait."""
+        """Have the newest weights published; `published` is done when they are."""
         self._store.fence.remote(self.part, self.generation)  # it may have been restarted
-        self.ranks[0].publish.remote()
+        self.published: ObjectRef = self.ranks[0].publish.remote()
 
     def agent_arrays(self) -> ObjectRef:
         return self.ranks[0].agent_arrays.remote()

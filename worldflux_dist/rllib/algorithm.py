@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import ALL_MODULES, COMPONENT_LEARNER_GROUP, DEFAULT_MODULE_ID
 from ray.rllib.utils.metrics import LEARNER_RESULTS, NUM_ENV_STEPS_TRAINED_LIFETIME
@@ -82,15 +83,31 @@ class WorldFlux(Algorithm):
         while self.limiter.owed and (len(rounds) == 1 or rounds[-1].updates):
             rounds.append(self.flow.round(collect=False))
         self._log(rounds)
-        if self.env_runner is not None:
-            self.env_runner.pull(self.store)  # whoever asks for the module gets the newest one
         if time.monotonic() - self._tidied > TIDY_EVERY_S:
             self._tidied = time.monotonic()
             self.replay.tidy()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """RLlib's; without exploration, unless `evaluation_config` says otherwise."""
         self._merge()
-        return super().evaluate(*args, **kwargs)
+        shared = self.env_runner if self.eval_env_runner_group is None else None
+        if shared is None:
+            return super().evaluate(*args, **kwargs)
+        if shared.env is None:
+            shared.make_env()
+        shared.evaluating = True
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            shared.evaluating = False
+
+    def get_module(self, *args: Any, **kwargs: Any) -> Any:
+        """The module that acts in this process, with the newest weights."""
+        if self.env_runner is not None:
+            self.ports.publish()
+            ray.get([group.published for group in self.ports.roles.groups])
+            self.env_runner.pull(self.store)
+        return super().get_module(*args, **kwargs)
 
     def cleanup(self) -> None:
         if self.policy is not None:
@@ -146,6 +163,8 @@ class WorldFlux(Algorithm):
     def _start_imagination(self, settings: Config) -> None:
         """Imagination actors and the learners of the policy, beside those of the model."""
         config = self.config
+        with torch.device("meta"):
+            settings.make_agent(self.spaces_inside).imagining()  # refuses what cannot learn so
         make = actor(
             ImaginerActor,
             num_cpus=config.num_cpus_per_imagination_actor,
@@ -156,11 +175,11 @@ class WorldFlux(Algorithm):
             for index in range(config.num_imagination_actors)
         ]
         apart = config.copy(copy_frozen=False)
-        apart.num_learners, apart.part = config.num_policy_learners, "behavior"
+        apart.num_learners, apart.of_policy = config.num_policy_learners, True
         group = apart.build_learner_group(
             rl_module_spec=apart.get_multi_rl_module_spec(spaces=self.spaces)
         )
-        self.policy = Learners(group, "behavior")
+        self.policy = Learners(group, apart.part)
 
     def _connect(self) -> None:
         """Tie everything together, as it is now: at the start, and after restoring."""

@@ -20,7 +20,11 @@ from worldflux_dist.envs import EnvConfig
 ELSEWHERE = {
     "grad_clip": "the family's optimizer clips, set training(model_options=...)",
     "replay_buffer_config": "set training(replay={...}, num_replay_shards=...)",
+    "gamma": "the family has its discount, set training(model_options=...)",
     "minibatch_size": "set training(replay={'batch_size': ...})",
+    "_train_batch_size_per_learner": "set training(replay={'batch_size': ...})",
+    "num_epochs": "set training(train_ratio=...)",
+    "output": "record with another algorithm, or keep the replay, checkpoint_replay=True",
     "num_aggregator_actors_per_learner": "batches come from replay shards",
     "_env_to_module_connector": "wrap the environment instead",
     "_module_to_env_connector": "wrap the environment instead",
@@ -33,7 +37,7 @@ class WorldFluxConfig(AlgorithmConfig):
     """Settings of a `WorldFlux` algorithm.
 
     `.environment(env, env_config=...)` takes the ids of `worldflux-dist envs` (Gymnasium, ALE,
-    `dmc/...`, `module:factory`), names registered with Tune, classes and functions. For the first,
+    `dmc/...`, `module:factory`), names registered with Tune and classes. For the first,
     `env_config` may set what config.yaml's section `env` can; what is left goes to the environment.
     `.env_runners(rollout_fragment_length=...)` is the length of a chunk of steps.
     """
@@ -50,6 +54,7 @@ class WorldFluxConfig(AlgorithmConfig):
         self.delay_between_env_runner_restarts_s = 1.0
         self.restart_failed_env_runners = True
         self.min_sample_timesteps_per_iteration = 1000
+        self.evaluation_config = {"explore": False}
         # RLlib would send connectors' states, which nothing here uses, after every iteration.
         self._dont_auto_sync_env_runner_states = True
 
@@ -71,7 +76,7 @@ class WorldFluxConfig(AlgorithmConfig):
         self.storage = ""
         self.patience = 300.0
         self.checkpoint_replay = True
-        self.part = "agent"  # of the agent, that these learners train
+        self.of_policy = False  # whether this is the copy for learners of the policy alone
 
     def training(
         self,
@@ -139,6 +144,17 @@ class WorldFluxConfig(AlgorithmConfig):
             self._value_error("WorldFlux trains one agent: leave `multi_agent` out")
         if self.lr is not None and not isinstance(self.lr, int | float):
             self._value_error("WorldFlux takes one number as `lr`, not a schedule")
+        if not self.enable_rl_module_and_learner:
+            self._value_error("WorldFlux needs RLlib's new API stack: leave `api_stack` out")
+        if self.env is None:
+            self._value_error("WorldFlux needs an environment: call `.environment(env)`")
+        if self.num_imagination_actors < 0:
+            self._value_error(f"num_imagination_actors is {self.num_imagination_actors}: 0 or more")
+        if {"mode", "num_imaginers", "num_policy_learners"} & self.imagination.keys():
+            self._value_error(
+                "WorldFlux reads queue_size and max_staleness in `imagination`: set "
+                "training(num_imagination_actors=..., num_policy_learners=...) for the others"
+            )
         self.settings()
 
     def settings(self, device: str = "cpu") -> config.Config:
@@ -172,6 +188,13 @@ class WorldFluxConfig(AlgorithmConfig):
                 "imagination": imagination | self.imagination,
             }
         )
+
+    @property
+    def part(self) -> str:
+        """The part of the agent that learners train."""
+        if self.of_policy:
+            return "behavior"
+        return "world_model" if self.num_imagination_actors else "agent"
 
     def env_settings(self) -> dict[str, Any]:
         """The section `env`: what `env_config` says of it, the rest for the environment itself."""

@@ -55,6 +55,7 @@ class WorldFluxEnvRunner(SingleAgentEnvRunner):
     def __init__(self, *, config: WorldFluxConfig, **kwargs: Any) -> None:
         self._runner: EnvRunner | None = None
         self._reader: WeightReader | None = None
+        self.evaluating = False  # of a runner that also collects: act greedily for now
         if kwargs.get("worker_index"):  # in a process of its own
             torch.set_num_threads(1)
             keep_freed_memory()
@@ -167,7 +168,7 @@ class WorldFluxEnvRunner(SingleAgentEnvRunner):
     def _act(self, explore: bool, random_actions: bool) -> Any:
         if random_actions:
             return random_act(self.envs.spaces, int(torch.randint(2**31, ())))
-        return partial(self.module.agent.act_batch, greedy=not explore)
+        return partial(self.module.agent.act_batch, greedy=self.evaluating or not explore)
 
     def _log(self, episodes: Sequence[Episode], steps: int, seconds: float) -> None:
         self._log_env_steps(metric=self._metrics_num_env_steps_sampled, num_steps=steps)
