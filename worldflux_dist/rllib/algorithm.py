@@ -71,7 +71,7 @@ class WorldFlux(Algorithm):
         self.replay = Replay(settings, root / REPLAY, self.config.num_cpus_per_replay_shard)
         self.model = Learners(self.learner_group, self.config.part)
         if self.config.num_imagination_actors:
-            self._start_imagination(settings)
+            self._start_imagination()
         self._connect()
         self._tidied = time.monotonic()
         if self.config.input_ and self.config.input_ != "sampler":
@@ -95,11 +95,11 @@ class WorldFlux(Algorithm):
             return super().evaluate(*args, **kwargs)
         if shared.env is None:
             shared.make_env()
-        shared.evaluating = True
+        shared.evaluation = self.evaluation_config
         try:
             return super().evaluate(*args, **kwargs)
         finally:
-            shared.evaluating = False
+            shared.evaluation = None
 
     def get_module(self, *args: Any, **kwargs: Any) -> Any:
         """The module that acts in this process, with the newest weights."""
@@ -160,9 +160,10 @@ class WorldFlux(Algorithm):
                     f"num_{kind.lower()}s={need:g}"
                 )
 
-    def _start_imagination(self, settings: Config) -> None:
+    def _start_imagination(self) -> None:
         """Imagination actors and the learners of the policy, beside those of the model."""
         config = self.config
+        settings = config.settings("auto" if config.num_gpus_per_imagination_actor else "cpu")
         with torch.device("meta"):
             settings.make_agent(self.spaces_inside).imagining()  # refuses what cannot learn so
         make = actor(
@@ -215,7 +216,13 @@ class WorldFlux(Algorithm):
             read_episodes([paths] if isinstance(paths, str) else paths)
         ):
             stream = RECORDED + number % len(shards)
-            chunk = to_chunk(episode, self.spaces_inside, stream, number)
+            chunk = to_chunk(
+                episode,
+                self.spaces_inside,
+                stream,
+                number,
+                normalized=self.config.actions_in_input_normalized,
+            )
             send(chunk, shards, self.settings.scale.patience)
             total += chunk.num_steps
         self.limiter.prefill = max(0, self.limiter.prefill - total)

@@ -40,6 +40,8 @@ class WorldFluxConfig(AlgorithmConfig):
     `dmc/...`, `module:factory`), names registered with Tune and classes. For the first,
     `env_config` may set what config.yaml's section `env` can; what is left goes to the environment.
     `.env_runners(rollout_fragment_length=...)` is the length of a chunk of steps.
+    `.offline_data(input_=[...])` puts episodes that RLlib recorded into replay; their actions are
+    normalized, as RLlib records them by default, unless `actions_in_input_normalized=False`.
     """
 
     def __init__(self, algo_class: type | None = None, model: str = "dreamerv3:size12m") -> None:
@@ -55,6 +57,8 @@ class WorldFluxConfig(AlgorithmConfig):
         self.restart_failed_env_runners = True
         self.min_sample_timesteps_per_iteration = 1000
         self.evaluation_config = {"explore": False}
+        self.normalize_actions = False  # our module's actions are the environment's own
+        self.actions_in_input_normalized = True
         # RLlib would send connectors' states, which nothing here uses, after every iteration.
         self._dont_auto_sync_env_runner_states = True
 
@@ -146,6 +150,8 @@ class WorldFluxConfig(AlgorithmConfig):
             self._value_error("WorldFlux takes one number as `lr`, not a schedule")
         if not self.enable_rl_module_and_learner:
             self._value_error("WorldFlux needs RLlib's new API stack: leave `api_stack` out")
+        if self.batch_mode != "truncate_episodes" and not self.in_evaluation:
+            self._value_error("WorldFlux cuts episodes into chunks: leave `batch_mode` out")
         if self.env is None:
             self._value_error("WorldFlux needs an environment: call `.environment(env)`")
         if self.num_imagination_actors < 0:

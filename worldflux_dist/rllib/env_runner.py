@@ -55,7 +55,7 @@ class WorldFluxEnvRunner(SingleAgentEnvRunner):
     def __init__(self, *, config: WorldFluxConfig, **kwargs: Any) -> None:
         self._runner: EnvRunner | None = None
         self._reader: WeightReader | None = None
-        self.evaluating = False  # of a runner that also collects: act greedily for now
+        self.evaluation: WorldFluxConfig | None = None  # of a runner that also collects, for now
         if kwargs.get("worker_index"):  # in a process of its own
             torch.set_num_threads(1)
             keep_freed_memory()
@@ -127,7 +127,10 @@ class WorldFluxEnvRunner(SingleAgentEnvRunner):
     ) -> list[Sample]:
         """At least `num_timesteps` steps, resets among them, or `num_episodes` whole episodes, as
         many of every environment so that short ones do not count more often."""
-        if num_episodes is not None or force_reset or self._runner is None:
+        apart = num_episodes is not None or self.evaluation is not None  # from what replay gets
+        if self.evaluation is not None:
+            explore = self.evaluation.explore
+        if apart or force_reset or self._runner is None:
             self.envs.reset()
             self._runner = self._make_runner()
         runner = self._runner
@@ -140,6 +143,7 @@ class WorldFluxEnvRunner(SingleAgentEnvRunner):
             episodes = runner.take_episodes()
         else:
             chunks, episodes = self._whole_episodes(runner, num_episodes)
+        if apart:
             self._runner = None  # nothing goes on from here
         samples = [Sample(chunk) for chunk in chunks]
         steps = sum(sample.env_steps() for sample in samples)
@@ -168,7 +172,7 @@ class WorldFluxEnvRunner(SingleAgentEnvRunner):
     def _act(self, explore: bool, random_actions: bool) -> Any:
         if random_actions:
             return random_act(self.envs.spaces, int(torch.randint(2**31, ())))
-        return partial(self.module.agent.act_batch, greedy=self.evaluating or not explore)
+        return partial(self.module.agent.act_batch, greedy=not explore)
 
     def _log(self, episodes: Sequence[Episode], steps: int, seconds: float) -> None:
         self._log_env_steps(metric=self._metrics_num_env_steps_sampled, num_steps=steps)

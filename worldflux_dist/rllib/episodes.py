@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ray.rllib.utils.checkpoints import try_import_msgpack
 
 from worldflux_dist.data import Chunk, Spaces, Step
 from worldflux_dist.envs import Envs
+from worldflux_dist.envs.single import check_obs
 
 OFFLINE = "recorded"  # the writer of chunks that were recorded before
 
@@ -96,15 +98,26 @@ def read_episodes(paths: Iterable[str]) -> Iterator[SingleAgentEpisode]:
                 yield SingleAgentEpisode.from_state(state)
 
 
-def to_chunk(episode: SingleAgentEpisode, spaces: Spaces, stream: int, number: int) -> Chunk:
+def to_chunk(
+    episode: SingleAgentEpisode, spaces: Spaces, stream: int, number: int, normalized: bool = False
+) -> Chunk:
     """One recorded episode, or a part of one, as a chunk (1, T + 1) of `stream`.
 
     A part that begins in mid-episode loses its first observation's past: it counts as a beginning.
+    `normalized` is said of the actions, see `encode_actions`. Raises ValueError for an episode of
+    another environment.
     """
-    obs = spaces.encode_obs(_stack(episode.get_observations()))
-    length = len(episode)
+    raw, length = _stack(episode.get_observations()), len(episode)
     action = np.zeros((length + 1, spaces.action_dim), np.float32)
-    action[1:] = encode_actions(spaces, _stack(episode.get_actions()))
+    try:
+        check_obs(spaces.observation, _lane(raw, 0))
+        obs = spaces.encode_obs(raw)
+        action[1:] = encode_actions(spaces, _stack(episode.get_actions()), normalized)
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"offline_data: an episode does not fit this environment ({error!r}): give the path of "
+            "episodes that were recorded in it"
+        ) from None
     reward = np.zeros(length + 1, np.float32)
     reward[1:] = episode.get_rewards()
     first, last, terminal = np.zeros((3, length + 1), bool)
@@ -122,8 +135,12 @@ def to_chunk(episode: SingleAgentEpisode, spaces: Spaces, stream: int, number: i
     return chunk
 
 
-def encode_actions(spaces: Spaces, raw: Any) -> np.ndarray:
-    """A batch of the environment's own actions -> flat actions (N, A): `decode_action` undone."""
+def encode_actions(spaces: Spaces, raw: Any, normalized: bool = False) -> np.ndarray:
+    """A batch of the environment's own actions -> flat actions (N, A): `decode_action` undone.
+
+    `normalized` Box actions are in [-1, 1] already: RLlib records those of the module, which go to
+    the bounds of the space on their way to the environment. Raises ValueError for others.
+    """
     found = []
     for path, leaf, parts in spaces.action_leaves:
         value = raw
@@ -131,13 +148,22 @@ def encode_actions(spaces: Spaces, raw: Any) -> np.ndarray:
             value = value[key]
         value = np.asarray(value)
         rows = value.reshape(len(value), -1)
+        if rows.shape[1] != math.prod(leaf.shape):
+            raise ValueError(f"the action {value[0]} is not in {leaf}")
         if isinstance(leaf, gym_spaces.Box):
-            low, high = leaf.low.reshape(-1), leaf.high.reshape(-1)
-            found.append(np.clip(2 * (rows - low) / (high - low) - 1, -1, 1))
+            low, high = (bound.reshape(-1).astype(np.float64) for bound in (leaf.low, leaf.high))
+            if not (normalized and leaf.dtype.kind == "f"):
+                # Half of everything, because the difference of the bounds can overflow.
+                half = np.where(high > low, high / 2 - low / 2, 1)
+                rows = (rows / 2 - low / 2) / half * 2 - 1
+            found.append(np.clip(rows, -1, 1))
             continue
-        start = np.asarray(getattr(leaf, "start", 0)).reshape(-1)
-        columns = zip((rows - start).T, parts, strict=True)
-        found += [column[:, None] == np.arange(part.size) for column, part in columns]
+        rows = rows - np.asarray(getattr(leaf, "start", 0)).reshape(-1)
+        for column, part in zip(rows.T, parts, strict=True):
+            one_hot = column[:, None] == np.arange(part.size)
+            if not one_hot.any(-1).all():
+                raise ValueError(f"an action is not in {leaf}")
+            found.append(one_hot)
     return np.concatenate(found, -1).astype(np.float32)
 
 
@@ -147,7 +173,7 @@ def _stack(values: Any) -> Any:
         return values
     if isinstance(values[0], dict):
         return {key: _stack([value[key] for value in values]) for key in values[0]}
-    if isinstance(values[0], tuple):
+    if isinstance(values[0], tuple | list):  # a tuple comes out of a file as a list
         return tuple(_stack([value[i] for value in values]) for i in range(len(values[0])))
     return np.stack(values)
 

@@ -1,0 +1,40 @@
+"""What tests of the RLlib algorithm share: a small configuration, and what results must hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from worldflux_dist.rllib import WorldFluxConfig
+
+BATCH = {"batch_size": 4, "batch_length": 16}
+BATCH_STEPS = BATCH["batch_size"] * BATCH["batch_length"]
+
+
+def small(num_env_runners: int = 0, num_learners: int = 0, **training: Any) -> WorldFluxConfig:
+    """CartPole with the tiny model: an iteration of 256 env steps takes a second."""
+    config = (
+        WorldFluxConfig(model="dreamerv3:tiny")
+        .environment("CartPole-v1")
+        .env_runners(
+            num_env_runners=num_env_runners,
+            num_envs_per_env_runner=4,
+            rollout_fragment_length=16,
+        )
+        .learners(num_learners=num_learners)
+        .debugging(seed=0)
+    )
+    config.min_sample_timesteps_per_iteration = 256
+    settings = {"train_ratio": 8, "prefill": 128, "replay": BATCH, "num_replay_shards": 2}
+    return config.training(**settings | training)
+
+
+def check_ratio(result: dict[str, Any], ratio: float = 8) -> None:
+    """The replayed steps are the asked ones to within one batch."""
+    env_steps, gradient_steps = result["replay"]["env_steps"], result["gradient_steps"]
+    assert gradient_steps > 0
+    assert abs(env_steps * ratio - gradient_steps * BATCH_STEPS) < BATCH_STEPS
+    assert result["train_ratio"]["achieved"] == pytest.approx(
+        gradient_steps * BATCH_STEPS / env_steps
+    )

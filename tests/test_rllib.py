@@ -1,0 +1,298 @@
+"""The RLlib algorithm with processes of every role: it trains, keeps its ratio, saves, comes back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from ray import tune
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.core import DEFAULT_MODULE_ID
+from rllib_runs import BATCH_STEPS, check_ratio, small
+
+from worldflux_dist.rllib.learner import agent_of
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).parents[1]
+APART = {"num_imagination_actors": 1, "num_policy_learners": 2}
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)  # workers find the tests' modules
+        ray.init(
+            address="local",
+            num_cpus=8,
+            object_store_memory=200_000_000,
+            include_dashboard=False,
+            log_to_driver=False,
+        )
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture
+def built(ray_here: None) -> Iterator[Any]:
+    """Builds algorithms that are stopped afterwards."""
+    algos: list[Algorithm] = []
+
+    def build(config: Any) -> Algorithm:
+        algos.append(config.build_algo())
+        return algos[-1]
+
+    yield build
+    for algo in algos:
+        algo.stop()
+
+
+def weights(algo: Any, group: Any = None) -> list[dict[str, np.ndarray]]:
+    """The weights of every learner's agent."""
+    found = (group or algo.learner_group).foreach_learner(_weights)
+    return [each.get() for each in found]
+
+
+def _weights(learner: Any) -> dict[str, np.ndarray]:
+    return {name: x.cpu().numpy().copy() for name, x in agent_of(learner).state_dict().items()}
+
+
+def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray], part: str = "") -> bool:
+    return one.keys() == other.keys() and all(
+        np.array_equal(value, other[name]) for name, value in one.items() if name.startswith(part)
+    )
+
+
+def until(condition: Any, algo: Algorithm, seconds: float = 90) -> dict[str, Any]:
+    """Train until a result is as wanted."""
+    deadline = time.monotonic() + seconds
+    while True:
+        result = algo.train()
+        if condition(result):
+            return result
+        assert time.monotonic() < deadline, result
+
+
+@pytest.mark.parametrize("num_env_runners", [0, 2])
+@pytest.mark.parametrize("num_learners", [0, 2])
+def test_it_trains(built: Any, num_env_runners: int, num_learners: int) -> None:
+    algo = built(small(num_env_runners, num_learners))
+    before = weights(algo)[0]
+    for _ in range(2):
+        result = algo.train()
+        check_ratio(result)
+        assert result["env_runners"]["episode_return_mean"] >= 8
+        assert np.isfinite(result["learners"][DEFAULT_MODULE_ID]["loss"])
+    assert result["num_env_steps_sampled_lifetime"] >= 512
+    assert result["learners"]["__all_modules__"]["num_env_steps_trained_lifetime"] == (
+        result["gradient_steps"] * BATCH_STEPS
+    )
+    found = weights(algo)
+    assert len(found) == max(1, num_learners)
+    assert all(same(found[0], other) for other in found)
+    assert not same(before, found[0])
+    # Runners act with what was learned, and whoever asks for the module gets it.
+    acting = algo.get_module().agent.state_dict()
+    assert all(np.array_equal(x.numpy(), found[0][name]) for name, x in acting.items())
+
+
+def test_the_policy_learns_apart(built: Any) -> None:
+    algo = built(small(1, 1, **APART))
+    result = until(lambda r: r["gradient_steps"] >= 64, algo)
+    check_ratio(result)
+    assert result["num_imagined_steps_lifetime"] > 0
+    (model,), policy = weights(algo), weights(algo, algo.policy.group)
+    assert len(policy) == 2 and same(*policy)
+    assert not same(model, policy[0], "behavior") and not same(model, policy[0], "world_model")
+    algo.evaluate()  # what is evaluated and saved is both
+    merged = weights(algo)[0]
+    assert same(merged, policy[0], "behavior") and same(merged, model, "world_model")
+    acting = algo.get_module().agent.state_dict()
+    assert all(np.array_equal(x.numpy(), merged[name]) for name, x in acting.items())
+
+
+def test_a_second_family_trains(built: Any) -> None:
+    config = small(1, 2, model="tdmpc2:tiny", model_options={"episode_length": 200}, num_replay_shards=1)
+    algo = built(config.environment("Pendulum-v1"))
+    result = until(lambda r: r["gradient_steps"] >= 16, algo)
+    check_ratio(result)
+    assert same(*weights(algo))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_new_process_goes_on(built: Any, tmp_path: Path, apart: bool) -> None:
+    """Saved, killed, and restored elsewhere: all counters, weights, optimizers, random numbers and
+    replay are those of the save, as the same next gradient step shows."""
+    training = {"num_imagination_actors": 1} if apart else {}
+    script = (
+        "import ray, sys, os, rllib_runs\n"
+        "ray.init(address='local', num_cpus=8, include_dashboard=False, log_to_driver=False,\n"
+        "         object_store_memory=100_000_000)\n"
+        f"algo = rllib_runs.small(1, 0, **{training!r}).build_algo()\n"
+        "result = algo.train()\n"
+        "algo.save_to_path(sys.argv[1])\n"
+        "print('STEPS', result['replay']['env_steps'], algo.limiter.env_steps, flush=True)\n"
+        "algo.train()\n"  # whatever comes after the save is lost
+        "os.kill(os.getpid(), 9)\n"
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "saved")],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    saved = float(done.stdout.split("STEPS")[1].split()[1])
+    algo = Algorithm.from_checkpoint(str(tmp_path / "saved"))
+    try:
+        assert algo.limiter.env_steps == saved
+        sizes = [ray.get(shard.report.remote()) for shard in algo.replay.shards]
+        assert sum(size.num_steps for size in sizes) == saved  # the writer's last row is there, too
+        assert algo.training_iteration == 1
+        steps = algo.limiter.gradient_steps
+        assert algo.model.gradient_steps == steps > 0
+        result = algo.train()
+        check_ratio(result)
+        assert result["training_iteration"] == 2
+        assert result["gradient_steps"] > steps and result["replay"]["env_steps"] > saved
+        assert result["env_runners"]["num_env_steps_sampled_lifetime"] > saved * 0.8
+    finally:
+        algo.stop()
+
+
+def test_a_restored_learner_takes_the_same_step(built: Any, tmp_path: Path) -> None:
+    algo = built(small())
+    algo.train()
+    path = algo.save_to_path(tmp_path / "saved")
+    given = [ray.get(shard.sample.remote(4))[1] for shard in algo.replay.shards[:1]]
+    losses = [algo.learner_group._learner.step(0, given[0]) for _ in range(2)]
+    again = built(small(lr=1e-9))
+    again.restore_from_path(path)
+    ours = algo.learner_group._learner.learner.optimizers["model"]
+    theirs = again.learner_group._learner.learner.optimizers["model"]
+    assert [group["lr"] for group in theirs.param_groups] != [g["lr"] for g in ours.param_groups]
+    first = again.learner_group._learner.step(0, given[0])
+    assert first["loss"] == losses[0]["loss"]  # the same weights and the same random numbers
+    assert again.learner_group._learner.step(0, given[0])["loss"] != losses[1]["loss"]  # another lr
+    # Replay draws what it would have drawn.
+    drawn = [ray.get(a.replay.shards[1].sample.remote(4))[1][0].reward for a in (algo, again)]
+    assert np.array_equal(*drawn)
+
+
+def test_without_replay_a_checkpoint_is_small(built: Any, tmp_path: Path) -> None:
+    algo = built(small(checkpoint_replay=False))
+    algo.train()
+    path = Path(algo.save_to_path(tmp_path / "saved"))
+    assert not (path / "replay").exists()
+    steps = algo.limiter.gradient_steps
+    again = Algorithm.from_checkpoint(str(path))
+    try:
+        result = until(lambda r: r["gradient_steps"] > steps, again)
+        check_ratio(result)
+    finally:
+        again.stop()
+
+
+def test_a_running_algorithm_goes_back(built: Any, tmp_path: Path) -> None:
+    """Runners too act with the older weights again, which a mere version number would prevent."""
+    algo = built(small(1, 1))
+    algo.train()
+    path = algo.save_to_path(tmp_path / "saved")
+    then, steps = weights(algo)[0], algo.limiter.gradient_steps
+    algo.train()
+    algo.restore_from_path(path)
+    assert same(then, weights(algo)[0]) and algo.limiter.gradient_steps == steps
+
+    def acting(runner: Any, store: Any) -> dict[str, np.ndarray]:
+        runner.pull(store)
+        return {name: x.numpy().copy() for name, x in runner.module.agent.state_dict().items()}
+
+    (found,) = algo.env_runner_group.foreach_env_runner(
+        lambda runner, store=algo.store: acting(runner, store), local_env_runner=False
+    )
+    assert all(np.array_equal(value, then[name]) for name, value in found.items())
+    check_ratio(algo.train())
+
+
+@pytest.mark.parametrize("role", ["runner", "shard", "imaginer"])
+def test_a_killed_process_comes_back(built: Any, role: str) -> None:
+    algo = built(small(2, 0, num_imagination_actors=1))
+    before = algo.train()
+
+    def kill() -> None:
+        if role == "runner":
+            algo.env_runner_group.foreach_env_runner_async(
+                lambda _: os.kill(os.getpid(), signal.SIGKILL), remote_worker_ids=[1], tag="kill"
+            )
+            return
+        actor = (algo.replay.shards if role == "shard" else algo.imaginers)[0]
+        pid = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
+        os.kill(pid, signal.SIGKILL)
+
+    kill()
+    if role == "runner":
+        back = until(lambda r: r["num_env_runners_restarted"] if False else _restarted(algo), algo)
+    else:
+        back = until(lambda r: r["restarts"][role] == 1, algo)
+    later = algo.train()
+    check_ratio(later)
+    assert later["gradient_steps"] > back["gradient_steps"] >= before["gradient_steps"]
+    assert later["replay"]["duplicates"] == 0
+    if role == "runner":
+        assert algo.env_runner_group.num_healthy_remote_workers() == 2
+
+
+def _restarted(algo: Any) -> bool:
+    return algo._counters["total_num_restored_workers"] > 0
+
+
+def test_tune_restores_what_was_interrupted(ray_here: None, tmp_path: Path) -> None:
+    """A trial that fails goes on from its last checkpoint, with all its counters."""
+    config = small(1, 0, model_options=tune.grid_search([{"units": 32}, {"units": 48}]))
+
+    def tuner_config() -> dict[str, Any]:
+        return dict(
+            name="interrupted",
+            storage_path=str(tmp_path),
+            stop={"training_iteration": 3},
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1),
+            failure_config=tune.FailureConfig(max_failures=0),
+        )
+
+    config.callbacks(callbacks_class=None, on_train_result=_fail_once(tmp_path))
+    first = tune.Tuner(
+        "WorldFlux", param_space=config, run_config=tune.RunConfig(**tuner_config())
+    ).fit()
+    assert first.num_errors == 1
+    tuner = tune.Tuner.restore(
+        str(tmp_path / "interrupted"), "WorldFlux", resume_errored=True, param_space=config
+    )
+    results = tuner.fit()
+    assert results.num_errors == 0
+    steps = [r.metrics["gradient_steps"] for r in results]
+    assert len(steps) == 2
+    for result in results:
+        assert result.metrics["training_iteration"] == 3
+        check_ratio(result.metrics)
+
+
+def _fail_once(folder: Path) -> Any:
+    def fail(*, algorithm: Any, result: dict[str, Any], **kwargs: Any) -> None:
+        mark = folder / "failed"
+        if algorithm.iteration == 2 and not mark.exists():
+            mark.touch()
+            raise RuntimeError("interrupted")
+
+    return fail

@@ -1,0 +1,279 @@
+"""Episodes as RLlib sees them: callbacks and evaluation, and training that goes on beside both."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import ray
+import torch
+from gymnasium import spaces
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+from rllib_runs import small
+
+from worldflux_dist.rllib.learner import agent_of
+
+pytestmark = pytest.mark.ray
+
+NUM_ENVS = 4
+TINY = {"deter": 32, "hidden": 16, "groups": 4, "classes": 4, "units": 16, "depth": 2}
+
+
+class Clock(gymnasium.Env):
+    """Shows the episode's number, the time and the last action, which is the reward, too. Episodes
+    have `length` steps, and every second one is truncated."""
+
+    observation_space = spaces.Box(-1, 1000, (3,), np.float32)
+    action_space = spaces.Discrete(8)
+
+    def __init__(self, config: Any) -> None:
+        self.length, self.episode = config["length"], -1
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.episode, self.time = self.episode + 1, 0
+        return self._look(-1), {"time": 0}
+
+    def step(self, action: Any) -> Any:
+        self.time += 1
+        end, even = self.time == self.length, self.episode % 2 == 0
+        obs, info = self._look(action), {"time": self.time}
+        return obs, float(action), end and even, end and not even, info
+
+    def _look(self, action: int) -> np.ndarray:
+        return np.array([self.episode, self.time, action], np.float32)
+
+
+def clock(length: int, **training: Any) -> Any:
+    settings: dict[str, Any] = {"model_options": TINY | {"warmup": 2}, "num_replay_shards": 1}
+    config = small(**settings | {"train_ratio": 2, "prefill": 64} | training)
+    config.min_sample_timesteps_per_iteration = 0  # an iteration is one chunk of 4 x 16 steps
+    return config.environment(Clock, env_config={"length": length})
+
+
+@pytest.fixture
+def built(ray_local: None) -> Iterator[Any]:
+    """Builds algorithms that are stopped afterwards."""
+    algos: list[Algorithm] = []
+
+    def build(config: Any) -> Any:
+        algos.append(config.build_algo())
+        return algos[-1]
+
+    yield build
+    for algo in algos:
+        algo.stop()
+
+
+# --------------------------------------------------------------------------------------- callbacks
+
+
+class Log:
+    """What callbacks saw. A class attribute, because RLlib makes the instances."""
+
+    seen: dict[str, list[Any]] = defaultdict(list)
+
+
+class Callbacks(RLlibCallback):
+    """Checks every episode at every step, as a user's callback would look at it."""
+
+    def on_algorithm_init(self, *, algorithm: Any, **kwargs: Any) -> None:
+        Log.seen["init"].append(algorithm)
+
+    def on_environment_created(self, *, env: Any, env_context: Any, **kwargs: Any) -> None:
+        assert env_context["length"] == 10 and env_context.worker_index == 0
+        Log.seen["environment"].append(env)
+
+    def on_episode_created(self, *, episode: Any, env_index: int, **kwargs: Any) -> None:
+        assert isinstance(episode, SingleAgentEpisode) and not episode.is_reset
+        Log.seen["created"].append((env_index, episode.id_))
+
+    def on_episode_start(self, *, episode: Any, env_index: int, **kwargs: Any) -> None:
+        assert episode.is_reset and len(episode) == 0
+        assert list(episode.get_observations(-1)[1:]) == [0, -1]
+        assert episode.get_infos(-1) == {"time": 0}
+        Log.seen["start"].append((env_index, episode.id_))
+
+    def on_episode_step(
+        self, *, episode: Any, env: Any, env_index: int, metrics_logger: Any, **kwargs: Any
+    ) -> None:
+        _, time, action = episode.get_observations(-1)
+        assert len(episode) == time and episode.get_actions(-1) == action
+        assert episode.get_rewards(-1) == action
+        assert episode.get_infos(-1) == {"time": time}
+        assert Clock.action_space.contains(episode.get_actions(-1))
+        inner = env.envs[env_index].unwrapped
+        assert inner.episode == episode.get_observations(-1)[0] and inner.time == time
+        Log.seen["step"].append(episode.id_)
+        metrics_logger.log_value("actions_mean", float(action), reduce="mean", window=1)
+
+    def on_episode_end(
+        self, *, episode: Any, env_runner: Any, rl_module: Any, env_index: int, **kwargs: Any
+    ) -> None:
+        assert episode.is_done and len(episode) == 10
+        number = episode.get_observations(0)[0]
+        assert episode.is_terminated == (number % 2 == 0) != episode.is_truncated
+        assert episode.get_return() == sum(obs[2] for obs in episode.get_observations()[1:])
+        assert kwargs["prev_episode_chunks"] == []
+        assert env_runner.module is rl_module
+        Log.seen["end"].append((env_index, episode.id_, episode.get_return()))
+
+    def on_sample_end(self, *, samples: Any, **kwargs: Any) -> None:
+        Log.seen["sample"].append([sample.env_steps() for sample in samples])
+
+    def on_train_result(self, *, algorithm: Any, result: dict[str, Any], **kwargs: Any) -> None:
+        result["seen"] = len(Log.seen["end"])
+
+
+def test_callbacks_see_every_episode(built: Any) -> None:
+    Log.seen.clear()
+    functions: list[Any] = []
+    config = clock(10).callbacks(
+        Callbacks,
+        on_episode_end=lambda *, episode, **kwargs: functions.append(episode.id_),
+        on_episode_step=[lambda **kwargs: functions.append("a"), lambda **kwargs: None],
+        on_train_result=lambda *, result, **kwargs: result.update(given=True),
+    )
+    algo = built(config)
+    results = [algo.train() for _ in range(4)]
+    seen, last = Log.seen, results[-1]
+    assert seen["init"] == [algo] and seen["environment"][-1] is algo.env_runner.env
+    steps = algo.limiter.env_steps
+    ended = steps // NUM_ENVS // 11 * NUM_ENVS  # a reset and 10 steps each
+    assert seen["created"] == seen["start"] and len(seen["start"]) == ended + NUM_ENVS
+    assert len({episode for _, episode in seen["start"]}) == ended + NUM_ENVS
+    assert len(seen["step"]) == functions.count("a") == steps - ended - NUM_ENVS
+    assert [(lane, episode) for lane, episode, _ in seen["end"]] == seen["start"][:ended]
+    assert [name for name in functions if name != "a"] == [name for _, name, _ in seen["end"]]
+    assert sum(map(sum, seen["sample"])) == len(seen["step"])
+    assert {len(samples) for samples in seen["sample"]} == {1}
+    returns = [total for *_, total in seen["end"]]
+    runners = last["env_runners"]
+    assert runners["episode_return_mean"] == pytest.approx(np.mean(returns))
+    assert runners["episode_return_min"] == min(returns)
+    assert runners["episode_return_max"] == max(returns)
+    assert runners["episode_len_mean"] == 10
+    assert runners["num_episodes_lifetime"] == ended
+    assert last["num_env_steps_sampled_lifetime"] == len(seen["step"])
+    assert 0 <= runners["actions_mean"] <= 7
+    assert last["given"] and last["seen"] == ended
+
+
+def test_without_callbacks_no_episode_is_built(built: Any) -> None:
+    algo = built(clock(10).callbacks(on_sample_end=lambda **kwargs: None))
+    algo.train()
+    assert algo.env_runner._seen is None and not algo.env_runner._ongoing_episodes_for_metrics
+
+
+# -------------------------------------------------------------------------------------- evaluation
+
+
+def check_windows(algo: Any) -> None:
+    """In everything that replay draws, the steps of one episode follow each other without a gap."""
+    looked = 0
+    for _ in range(8):
+        batch, _ = ray.get(algo.replay.shards[0].sample.remote(16))[1]
+        episode, time, action = np.moveaxis(batch.obs["obs"], -1, 0)
+        inside = ~batch.is_first[:, 1:]
+        assert (episode[:, 1:] == episode[:, :-1])[inside].all()
+        assert (time[:, 1:] == time[:, :-1] + 1)[inside].all()
+        assert (batch.action.argmax(-1) == action)[~batch.is_first].all()
+        assert (time[batch.is_first] == 0).all()
+        looked += int(inside.sum())
+    assert looked > 1000
+
+
+def evaluated(config: Any) -> Any:
+    """`config` with a callback that notes the actions, in `Log.seen["greedy"]` or ["drawn"]."""
+    Log.seen.clear()
+
+    def note(*, episode: Any, env_runner: Any, **kwargs: Any) -> None:
+        evaluating = env_runner.evaluation is not None or env_runner.config.in_evaluation
+        Log.seen["evaluation" if evaluating else "training"].append(episode.get_actions(-1))
+
+    return config.callbacks(on_episode_step=note)
+
+
+def prefer_three(algo: Any) -> None:
+    """Make the third action twice as probable as all others together."""
+    head = agent_of(algo.learner_group._learner).behavior.actor.heads[0]
+    with torch.no_grad():
+        head.bias += 2.6 * torch.eye(8)[3]
+
+
+def check_actions(explore: bool) -> None:
+    assert set(Log.seen["evaluation"]) == (set(range(8)) if explore else {3})
+    counts = np.bincount(Log.seen["training"])
+    assert (counts > 0).all() and counts[3] > counts.sum() / 4
+
+
+@pytest.mark.parametrize(("unit", "explore"), [("episodes", False), ("timesteps", True)])
+def test_evaluation_on_the_runner_that_collects(built: Any, unit: str, explore: bool) -> None:
+    """It leaves nothing in replay, and the episodes that it cut off do not go on."""
+    amount = 6 if unit == "episodes" else 200
+    config = evaluated(clock(24)).evaluation(
+        evaluation_duration=amount,
+        evaluation_duration_unit=unit,
+        evaluation_config={"explore": explore},
+    )
+    algo = built(config)
+    algo.train()
+    prefer_three(algo)
+    for _ in range(3):
+        algo.train()
+        steps = algo.limiter.env_steps
+        found = algo.evaluate()["env_runners"]
+        # As many of every environment; each begins with a reset and has 24 steps.
+        assert found["num_episodes"] == 8
+        assert found["episode_len_mean"] == 24
+        assert found["num_env_steps_sampled"] == (192 if unit == "episodes" else 200 - 2 * 4)
+        assert algo.limiter.env_steps == steps
+        assert ray.get(algo.replay.shards[0].report.remote()).num_steps == steps
+        check_windows(algo)
+    check_actions(explore)
+
+
+@pytest.mark.parametrize("explore", [False, True])
+def test_evaluation_by_a_runner_of_its_own(built: Any, explore: bool) -> None:
+    """Every second iteration; training goes on where it was, in the middle of its episodes."""
+    config = evaluated(clock(24)).evaluation(
+        evaluation_interval=2,
+        evaluation_duration=5,
+        evaluation_num_env_runners=0,
+        evaluation_config={"explore": explore},
+    )
+    algo = built(config)
+    results = [algo.train()]
+    prefer_three(algo)
+    results += [algo.train() for _ in range(5)]
+    looks = [result.get("evaluation", {}).get("env_runners", {}) for result in results]
+    assert [found.get("num_episodes") for found in looks[1::2]] == [8, 8, 8]
+    for found in looks[1::2]:
+        assert found["episode_len_mean"] == 24 and 0 <= found["episode_return_mean"] <= 24 * 7
+    check_actions(explore)
+    assert algo.eval_env_runner is not algo.env_runner
+    acting = algo.eval_env_runner.module.agent.state_dict()
+    newest = algo.get_module().agent.state_dict()
+    assert all(x.equal(newest[name]) for name, x in acting.items())
+    check_windows(algo)
+    ended = algo.limiter.env_steps // NUM_ENVS // 25 * NUM_ENVS  # nothing was cut off
+    assert results[-1]["env_runners"]["num_episodes_lifetime"] == ended > 0
+
+
+def test_the_mean_return_stays_known(built: Any) -> None:
+    """Iterations in which no episode ends show the last ones, never nan."""
+    algo = built(clock(100, prefill=10_000))
+    means: dict[int, list[Any]] = {0: [], 1: [], 2: []}
+    for _ in range(8):
+        found = algo.train()["env_runners"].get("episode_return_mean")
+        means[algo.limiter.env_steps // NUM_ENVS // 101].append(found)
+    assert set(means[0]) == {None}
+    assert len(means[1]) > 1 and len(means[2]) > 1
+    assert len(set(means[1])) == 1 and len(set(means[2])) == 1
+    assert np.isfinite(means[1] + means[2]).all() and means[1] != means[2]

@@ -1,0 +1,100 @@
+"""Spaces with which RLlib's own DreamerV3 fails: each trains and acts here as any other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
+from ray import tune
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core.columns import Columns
+from ray.rllib.utils.test_utils import check_train_results_new_api_stack
+from rllib_runs import check_ratio, small
+from space_envs import SPACE_ENVS
+
+pytestmark = pytest.mark.ray
+
+NUM_ENVS = 4
+TINY = {"deter": 32, "hidden": 16, "groups": 4, "classes": 4, "units": 16, "depth": 2}
+
+
+def registered(kind: Callable[[], gymnasium.Env]) -> str:
+    name = f"ours-{kind.__name__}"
+    tune.register_env(name, lambda context: kind())
+    return name
+
+
+def as_class(kind: type[gymnasium.Env]) -> type[gymnasium.Env]:
+    """RLlib hands a class the env_config."""
+
+    class Configured(kind):  # type: ignore[misc,valid-type]
+        def __init__(self, config: Any) -> None:
+            assert config == {"level": 3} and config.worker_index == 0
+
+    return Configured
+
+
+def by_name(kind: type[gymnasium.Env]) -> str:
+    return f"space_envs:{kind.__name__}"
+
+
+CASES = [
+    ("DictObs", registered),  # an image and a vector
+    ("MultiDiscreteAction", as_class),
+    ("DictAction", by_name),
+    ("GrayImage", registered),  # 84 x 84
+    ("DiscreteObs", as_class),
+    ("Float64Obs", by_name),
+]
+
+
+@pytest.mark.parametrize(("name", "given"), CASES, ids=[name for name, _ in CASES])
+def test_a_space_trains_and_acts(ray_local: None, name: str, given: Any) -> None:
+    kind = SPACE_ENVS[name]
+    config = small(
+        model_options=TINY | {"warmup": 2}, train_ratio=4, prefill=64, num_replay_shards=1
+    )
+    config.environment(given(kind), env_config={"level": 3} if given is as_class else {})
+    config.min_sample_timesteps_per_iteration = 120
+    algo = config.build_algo()
+    try:
+        for _ in range(2):
+            result = check_train_results_new_api_stack(algo.train())
+            check_ratio(result, ratio=4)
+            learned = result["learners"][DEFAULT_MODULE_ID]
+            assert np.isfinite([learned["loss"], learned["loss/policy"]]).all()
+            assert 0 <= result["env_runners"]["episode_return_mean"] <= 20
+            assert 10 <= result["env_runners"]["episode_len_mean"] <= 20
+        module = algo.get_module()
+        obs_space, action_space = kind.observation_space, kind.action_space
+        assert module.observation_space == obs_space and module.action_space == action_space
+        obs, state = batch(obs_space), None
+        for _ in range(2):
+            out = module.forward_inference(
+                {Columns.OBS: obs} | ({} if state is None else {Columns.STATE_IN: state})
+            )
+            state = out[Columns.STATE_OUT]
+            actions = list(iterate(batch_space(action_space, NUM_ENVS), numpy(out["actions"])))
+            assert len(actions) == NUM_ENVS
+            assert all(action_space.contains(action) for action in actions), actions
+    finally:
+        algo.stop()
+
+
+def batch(space: gymnasium.Space) -> Any:
+    """Observations of `NUM_ENVS` environments, stacked as a vector environment does."""
+    space.seed(0)
+    samples = [space.sample() for _ in range(NUM_ENVS)]
+    return concatenate(space, samples, create_empty_array(space, NUM_ENVS))
+
+
+def numpy(nested: Any) -> Any:
+    if isinstance(nested, dict):
+        return {key: numpy(value) for key, value in nested.items()}
+    assert isinstance(nested, torch.Tensor)
+    return nested.numpy()
