@@ -1,4 +1,4 @@
-"""The RLlib algorithm with processes of every role: it trains, keeps its ratio, saves, comes back."""
+"""The RLlib algorithm with processes of every role: it trains, keeps its ratio, and comes back."""
 
 from __future__ import annotations
 
@@ -121,24 +121,38 @@ def test_the_policy_learns_apart(built: Any) -> None:
     assert all(np.array_equal(x.numpy(), merged[name]) for name, x in acting.items())
 
 
+def test_others_evaluate_while_it_trains(built: Any) -> None:
+    config = small(1, 1).evaluation(
+        evaluation_interval=1,
+        evaluation_num_env_runners=1,
+        evaluation_parallel_to_training=True,
+        evaluation_duration="auto",
+    )
+    algo = built(config)
+    results = [algo.train() for _ in range(2)]
+    for result in results:
+        assert result["evaluation"]["env_runners"]["num_env_steps_sampled"] > 0
+    check_ratio(results[-1])
+    assert algo.eval_env_runner_group.num_healthy_remote_workers() == 1
+    returns = [r["evaluation"]["env_runners"]["episode_return_mean"] for r in results]
+    assert returns[0] != returns[1]
+
+
 def test_a_second_family_trains(built: Any) -> None:
-    config = small(1, 2, model="tdmpc2:tiny", model_options={"episode_length": 200}, num_replay_shards=1)
+    config = small(model="tdmpc2:tiny", model_options={"episode_length": 200}, num_replay_shards=1)
     algo = built(config.environment("Pendulum-v1"))
     result = until(lambda r: r["gradient_steps"] >= 16, algo)
     check_ratio(result)
-    assert same(*weights(algo))
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_a_new_process_goes_on(built: Any, tmp_path: Path, apart: bool) -> None:
+def test_a_new_process_goes_on(ray_here: None, tmp_path: Path) -> None:
     """Saved, killed, and restored elsewhere: all counters, weights, optimizers, random numbers and
-    replay are those of the save, as the same next gradient step shows."""
-    training = {"num_imagination_actors": 1} if apart else {}
+    replay are those of the save."""
     script = (
         "import ray, sys, os, rllib_runs\n"
         "ray.init(address='local', num_cpus=8, include_dashboard=False, log_to_driver=False,\n"
         "         object_store_memory=100_000_000)\n"
-        f"algo = rllib_runs.small(1, 0, **{training!r}).build_algo()\n"
+        "algo = rllib_runs.small(1, 0, num_imagination_actors=1).build_algo()\n"
         "result = algo.train()\n"
         "algo.save_to_path(sys.argv[1])\n"
         "print('STEPS', result['replay']['env_steps'], algo.limiter.env_steps, flush=True)\n"
@@ -226,41 +240,30 @@ def test_a_running_algorithm_goes_back(built: Any, tmp_path: Path) -> None:
     check_ratio(algo.train())
 
 
-@pytest.mark.parametrize("role", ["runner", "shard", "imaginer"])
-def test_a_killed_process_comes_back(built: Any, role: str) -> None:
+def test_killed_processes_come_back(built: Any) -> None:
     algo = built(small(2, 0, num_imagination_actors=1))
-    before = algo.train()
+    result = algo.train()
 
-    def kill() -> None:
-        if role == "runner":
-            algo.env_runner_group.foreach_env_runner_async(
-                lambda _: os.kill(os.getpid(), signal.SIGKILL), remote_worker_ids=[1], tag="kill"
-            )
-            return
-        actor = (algo.replay.shards if role == "shard" else algo.imaginers)[0]
-        pid = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
-        os.kill(pid, signal.SIGKILL)
+    def pid_of(actor: Any) -> int:
+        pid: int = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
+        return pid
 
-    kill()
-    if role == "runner":
-        back = until(lambda r: r["num_env_runners_restarted"] if False else _restarted(algo), algo)
-    else:
-        back = until(lambda r: r["restarts"][role] == 1, algo)
-    later = algo.train()
+    for role, actors in (("shard", algo.replay.shards), ("imaginer", algo.imaginers)):
+        os.kill(pid_of(actors[0]), signal.SIGKILL)
+        result = until(lambda r, role=role: r["restarts"][role] == 1, algo)
+    algo.env_runner_group.foreach_env_runner_async(
+        lambda _: os.kill(os.getpid(), signal.SIGKILL), remote_worker_ids=[1], tag="kill"
+    )
+    until(lambda _: algo._counters["total_num_restored_workers"] == 1, algo)
+    assert algo.env_runner_group.num_healthy_remote_workers() == 2
+    later = until(lambda r: r["gradient_steps"] > result["gradient_steps"] + 32, algo)
     check_ratio(later)
-    assert later["gradient_steps"] > back["gradient_steps"] >= before["gradient_steps"]
     assert later["replay"]["duplicates"] == 0
-    if role == "runner":
-        assert algo.env_runner_group.num_healthy_remote_workers() == 2
-
-
-def _restarted(algo: Any) -> bool:
-    return algo._counters["total_num_restored_workers"] > 0
 
 
 def test_tune_restores_what_was_interrupted(ray_here: None, tmp_path: Path) -> None:
     """A trial that fails goes on from its last checkpoint, with all its counters."""
-    config = small(1, 0, model_options=tune.grid_search([{"units": 32}, {"units": 48}]))
+    config = small(model_options=tune.grid_search([{"units": 32}, {"units": 48}]))
 
     def tuner_config() -> dict[str, Any]:
         return dict(

@@ -1,4 +1,4 @@
-"""The RLlib builder: what is set arrives, survives RLlib's copies, and mistakes are one sentence."""
+"""The RLlib builder: what is set arrives, survives copies, and mistakes are one sentence."""
 
 from __future__ import annotations
 
@@ -111,10 +111,22 @@ def test_search_spaces_survive() -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (lambda: small(replay={"batch_sise": 4}), "unknown config key 'replay.batch_sise': did you"),
-        (lambda: small(learner={"presision": 4}), "unknown config key 'learner.presision': did you"),
-        (lambda: small(imagination={"queue": 4}), "unknown config key 'imagination.queue': did you"),
-        (lambda: small(train_ratio="much"), "train.train_ratio = 'much': Input should be a valid nu"),
+        (
+            lambda: small(replay={"batch_sise": 4}),
+            "unknown config key 'replay.batch_sise': did you",
+        ),
+        (
+            lambda: small(learner={"presision": 4}),
+            "unknown config key 'learner.presision': did you",
+        ),
+        (
+            lambda: small(imagination={"queue": 4}),
+            "unknown config key 'imagination.queue': did you",
+        ),
+        (
+            lambda: small(train_ratio="much"),
+            "train.train_ratio = 'much': Input should be a valid nu",
+        ),
         (lambda: small(num_replay_shards=0), "scale.num_shards is 0: it must be at least 1"),
         (lambda: small(num_imagination_actors=-1), "num_imagination_actors is -1: 0 or more"),
         (lambda: small(imagination={"mode": "fused"}), "set training\\(num_imagination_actors=..."),
@@ -141,9 +153,11 @@ def test_search_spaces_survive() -> None:
             "does not read `num_aggregator_actors_per_learner`: batches come from replay",
         ),
         (
-            lambda: small()
-            .env_runners(batch_mode="complete_episodes")
-            .offline_data(output="here", output_write_episodes=True),
+            lambda: (
+                small()
+                .env_runners(batch_mode="complete_episodes")
+                .offline_data(output="here", output_write_episodes=True)
+            ),
             "does not read `output`: record with another algorithm",
         ),
         (
@@ -159,7 +173,10 @@ def test_search_spaces_survive() -> None:
             "new API stack: leave `api_stack` out",
         ),
         (lambda: small().environment(None), "needs an environment: call `.environment\\(env\\)`"),
-        (lambda: small(0, 3), "batch_size 4 cannot be shared by scale.num_learners 3: make it a mu"),
+        (
+            lambda: small(0, 3),
+            "batch_size 4 cannot be shared by scale.num_learners 3: make it a mu",
+        ),
         (
             lambda: small(num_imagination_actors=1, num_policy_learners=3),
             "batch_size 4 cannot be shared by imagination.num_policy_learners 3: make it a mul",
@@ -196,7 +213,10 @@ def test_unknown_arguments_are_refused() -> None:
         (lambda: small(model="dreamer:tiny"), "no world-model family .*did you mean 'dreamerv3'"),
         (lambda: small(model_options={"unitts": 8}), "no option 'unitts': did you mean 'units'"),
         (lambda: small(behavior={"horizn": 8}), "no option 'horizn': did you mean 'horizon'"),
-        (lambda: small().environment("CartPol-v1"), "unknown env CartPol-v1, did you mean CartPole"),
+        (
+            lambda: small().environment("CartPol-v1"),
+            "unknown env CartPol-v1, did you mean CartPole",
+        ),
         (
             lambda: small(3, 2),
             "needs 5 CPUs and this Ray has 4: ask for fewer .* or start Ray with num_cpus=5",
@@ -238,9 +258,7 @@ def test_env_config_is_split(env: str, kwargs: dict[str, Any]) -> None:
     """Fields of our section `env` are taken out; those of the same name as ours for how many and
     which environments are the environment's own."""
     config = small().environment(env, env_config=kwargs | {"patience": 3.0, "image_size": 32})
-    assert config.settings().env == EnvConfig(
-        env, 4, kwargs=kwargs, patience=3.0, image_size=32
-    )
+    assert config.settings().env == EnvConfig(env, 4, kwargs=kwargs, patience=3.0, image_size=32)
 
 
 def test_env_config_of_an_own_class_stays_whole() -> None:

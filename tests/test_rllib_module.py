@@ -12,6 +12,7 @@ import torch
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module import RLModule
+from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from rllib_runs import small
 from space_envs import DictAction, DictObs, MultiDiscreteAction, Small
 
@@ -194,9 +195,41 @@ def test_exploring_draws_and_acting_does_not() -> None:
     assert not same(greedy[0], drawn[0])
 
 
+class Shown(gymnasium.Env):
+    """Shows the last action."""
+
+    observation_space = gymnasium.spaces.Box(-9, 19, (2,), np.float32)
+    action_space = gymnasium.spaces.Box(np.float32([-1, 0]), np.float32([3, 10]))
+
+    def __init__(self, config: Any) -> None:
+        self.left = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        self.left = 9
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        self.left -= 1
+        return action, 0.0, self.left == 0, False, {}
+
+
+def test_rllibs_own_runner_acts_with_it() -> None:
+    """Its connectors leave our actions as they are: those of the environment already."""
+    config = small(**MODELS["dreamerv3"]).environment(Shown)
+    runner = SingleAgentEnvRunner(config=config)
+    episodes = runner.sample(num_episodes=5)
+    assert len(episodes) >= 5
+    for episode in episodes:
+        assert len(episode) == 9
+        np.testing.assert_array_equal(episode.get_observations()[1:], episode.get_actions())
+        assert not episode.get_extra_model_outputs(Columns.STATE_OUT)[FRESH].any()
+    actions = np.concatenate([episode.get_actions() for episode in episodes])
+    assert actions[:, 0].max() > 1.5 and actions[:, 1].max() > 6
+
+
 def test_training_it_by_hand_is_refused() -> None:
     module = build("dreamerv3")
-    with pytest.raises(RuntimeError, match="trained by WorldFluxLearner.step alone: leave"):
+    with pytest.raises(RuntimeError, match="trained by WorldFluxLearner"):
         module.forward_train({})
 
 

@@ -9,31 +9,33 @@ a process of its own, at equal widths (peers/rllib_dreamerv3.py), horizon and ba
 medians over repetitions, taken in turn, one side and then the other, since machines are shared:
 
 - runner: env steps per CPU-second of the process in `algo.env_runner.sample` with the model acting,
-  1 torch thread, 64 steps of every environment in a call. RLlib's Pong is wrapped by its own
-  `wrap_atari_for_new_api_stack`, which needs OpenCV (pip install opencv-python-headless).
-- as asked: the same in calls as the side's own algorithm makes them, RLlib's of one step of every
-  environment, ours of 64.
+  1 torch thread. Both are asked for 64 steps of every environment at a time, which favours RLlib:
+  its algorithm asks for one. RLlib's Pong is wrapped by its own `wrap_atari_for_new_api_stack`,
+  which needs OpenCV (pip install opencv-python-headless).
 - update: updates per second of the learner group, 2 torch threads, on a batch out of the side's own
   replay, sampled beforehand.
 - train: wall-clock seconds per 1,000 env steps of `algo.train()`, 2 torch threads, with replay and
-  weights, after replay was filled. RLlib takes one step of all its environments for each update,
-  whatever lower ratio it is asked for, and two where episodes end; every repetition of ours is given
-  the ratio that RLlib's was seen to have. An env step is a row of replay here, resets included.
+  weights, after replay was filled; env steps are rows of replay here, resets included. RLlib takes
+  at least one update for each step of all its environments, however low a ratio it is asked for; it
+  is asked for just that, and each repetition of ours is given the ratio RLlib's turned out to have.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import shutil
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import ale_py
 import gymnasium
+import numpy as np
 import ray
 import torch
 from ray import tune
@@ -52,37 +54,34 @@ from worldflux_dist.rllib import WorldFluxConfig
 ENVS = ("CartPole-v1", "ALE/Pong-v5")
 HORIZON = 15
 RUNNER_THREADS, LEARNER_THREADS = 1, 2
-SAMPLE_STEPS = 64  # of every environment, in one repetition of a runner
+SAMPLE_STEPS = 64  # of every environment, in one call of a runner
 CHUNK_STEPS = 4  # of every environment, in one iteration of ours: RLlib's are as short
 GOALS = {"runner": 3.0, "update": 2.5}
-UNITS = {
-    "runner": "env steps/CPU-s",
-    "as asked": "env steps/CPU-s",
-    "update": "updates/s",
-    "train": "s/1,000 env steps",
-}
+UNITS = {"runner": "env steps/CPU-s", "update": "updates/s", "train": "s/1,000 env steps"}
+# Threads that spin while they wait take the cores from the other jobs of a shared machine, and both
+# sides' small operators then take up to ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @dataclass(frozen=True)
 class Task:
-    """What both sides do: `num_envs` environments, batches of `rows` x `length` steps; and how many
-    env steps of training and how many updates one repetition has."""
+    """What both sides do, and how much of it in one repetition."""
 
     env: str
     num_envs: int
     size: str
     rows: int
     length: int
-    train_steps: int
+    train_steps: int  # env steps
     updates: int
+    samples: int  # calls of the runner
 
     @property
     def batch_steps(self) -> int:
         return self.rows * self.length
 
 
-@dataclass(frozen=True)
-class Trained:
+class Trained(NamedTuple):
     """What one repetition of training was."""
 
     env_steps: int
@@ -93,34 +92,19 @@ class Trained:
 class Side(ABC):
     """Owns one algorithm, which acts and learns in this process, with replay filled."""
 
-    own_call: int  # steps of every environment that its algorithm asks of a runner at a time
-
     def __init__(self, task: Task, config: Any) -> None:
         self.task = task
-        config = config.environment(_env(task.env, type(self))).learners(num_learners=0)
-        self.algo = config.build_algo()
-        learner = self.algo.learner_group._learner
-        module: Any = learner.module[DEFAULT_MODULE_ID]
+        self.algo = config.learners(num_learners=0).build_algo()
+        module: Any = self.algo.learner_group._learner.module[DEFAULT_MODULE_ID]
         self._parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        torch.set_num_threads(LEARNER_THREADS)
-        self._fill()
-        self.algo.train()  # the first updates allocate
-
-    @abstractmethod
-    def _fill(self) -> None:
-        """Bring at least a batch of steps into replay."""
 
     @abstractmethod
     def _counts(self) -> tuple[int, int]:
         """Env steps in replay, resets among them, and steps replayed so far."""
 
     @abstractmethod
-    def _sample_batch(self) -> Any:
-        """A batch of replay, as the learner takes it."""
-
-    @abstractmethod
-    def _update(self, batch: Any) -> None:
-        """One update through the learner group."""
+    def _one_update(self) -> Callable[[], object]:
+        """An update through the learner group, on one batch of replay, as a function."""
 
     def parameters(self) -> int:
         """Trained parameters; what follows others slowly is not counted."""
@@ -129,37 +113,32 @@ class Side(ABC):
     def train(self) -> Trained:
         """Iterations until the env steps of a repetition are taken."""
         torch.set_num_threads(LEARNER_THREADS)
-        env_steps, replayed = before = self._counts()
-        start = time.perf_counter()
-        while env_steps - before[0] < self.task.train_steps:
+        before, start = np.array(self._counts()), time.perf_counter()
+        env_steps = replayed = 0
+        while env_steps < self.task.train_steps:
             self.algo.train()
-            env_steps, replayed = self._counts()
-        seconds = time.perf_counter() - start
-        return Trained(env_steps - before[0], replayed - before[1], seconds)
+            env_steps, replayed = (np.array(self._counts()) - before).tolist()
+        return Trained(env_steps, replayed, time.perf_counter() - start)
 
     def update(self) -> float:
         """Updates per second."""
         torch.set_num_threads(LEARNER_THREADS)
-        batch = self._sample_batch()
+        update = self._one_update()
         start = time.perf_counter()
         for _ in range(self.task.updates):
-            self._update(batch)
+            update()
         return self.task.updates / (time.perf_counter() - start)
 
-    def runner(self, call: int = SAMPLE_STEPS) -> float:
-        """Env steps per CPU-second, without resets, in calls of `call` steps of every environment.
-        The steps go nowhere, so train no more."""
+    def runner(self) -> float:
+        """Env steps per CPU-second, resets left out. The steps go nowhere: train no more."""
         torch.set_num_threads(RUNNER_THREADS)
         runner, taken = self.algo.env_runner, 0
         start = time.process_time()
-        for _ in range(SAMPLE_STEPS // call):
-            found = runner.sample(num_timesteps=self.task.num_envs * call, explore=True)
+        for _ in range(self.task.samples):
+            found = runner.sample(num_timesteps=self.task.num_envs * SAMPLE_STEPS, explore=True)
             taken += sum(part.env_steps() for part in found)
             runner.get_metrics()  # as after every call of an algorithm
         return taken / (time.process_time() - start)
-
-    def as_asked(self) -> float:
-        return self.runner(self.own_call)
 
     def stop(self) -> None:
         """End the algorithm and delete its log directory."""
@@ -168,11 +147,10 @@ class Side(ABC):
 
 
 class Ours(Side):
-    own_call = SAMPLE_STEPS
-
     def __init__(self, task: Task) -> None:
         config = (
             WorldFluxConfig(model=f"dreamerv3:{task.size}")
+            .environment(task.env)
             .env_runners(num_envs_per_env_runner=task.num_envs, rollout_fragment_length=CHUNK_STEPS)
             .training(
                 behavior={"horizon": HORIZON},
@@ -184,6 +162,12 @@ class Ours(Side):
             .reporting(min_sample_timesteps_per_iteration=0)
         )
         super().__init__(task, config)
+        steps = 0
+        # Past the limiter, which would have these steps replayed at once.
+        while steps < task.batch_steps:
+            report, _ = self.algo.env_runner.collect(self.algo.store, self.algo.replay.shards)
+            steps += report.env_steps
+        self.algo.ports.ask_sizes()
 
     def set_ratio(self, ratio: float) -> None:
         """Go on at another ratio, as a run does that is resumed with one."""
@@ -191,33 +175,26 @@ class Ours(Side):
         limiter.load_state_dict(self.algo.limiter.state_dict())
         self.algo.limiter = self.algo.flow.limiter = limiter
 
-    def _fill(self) -> None:
-        # Past the limiter, which would have these steps replayed at once.
-        steps = 0
-        while steps < self.task.batch_steps:
-            report, _ = self.algo.env_runner.collect(self.algo.store, self.algo.replay.shards)
-            steps += report.env_steps
-        self.algo.ports.ask_sizes()
-
     def _counts(self) -> tuple[int, int]:
         limiter = self.algo.limiter
         return limiter.env_steps, limiter.gradient_steps * limiter.batch_steps
 
-    def _sample_batch(self) -> Any:
-        _, batch = self.algo.replay.shards[0].sample.remote(self.task.rows)
-        return ray.get(batch)
-
-    def _update(self, batch: Any) -> None:
-        self.algo.learner_group.foreach_learner(lambda learner: learner.step(0, batch))
+    def _one_update(self) -> Callable[[], object]:
+        _, sampled = self.algo.replay.shards[0].sample.remote(self.task.rows)
+        group, batch = self.algo.learner_group, ray.get(sampled)
+        return lambda: group.foreach_learner(lambda learner: learner.step(0, batch))
 
 
 class Rllib(Side):
-    own_call = 1
-
     def __init__(self, task: Task) -> None:
         _set_widths(WIDTHS[task.size])
+        env = task.env
+        if env.startswith("ALE/"):  # ours makes 64x64 RGB of it by itself
+            env = "atari-64x64"
+            tune.register_env(env, lambda _: _rllib_atari(task.env))
         config = (
             DreamerV3Config()
+            .environment(env)
             .env_runners(num_env_runners=0, num_envs_per_env_runner=task.num_envs)
             .training(
                 batch_size_B=task.rows,
@@ -227,34 +204,21 @@ class Rllib(Side):
             )
         )
         super().__init__(task, config)
-
-    def _fill(self) -> None:
-        """Nothing: its first iteration does."""
+        self.algo.train()  # fills replay first
 
     def _counts(self) -> tuple[int, int]:
         buffer = self.algo.replay_buffer
         env_steps = buffer.get_added_timesteps() + buffer.get_num_episodes()
         return env_steps, buffer.get_sampled_timesteps()
 
-    def _sample_batch(self) -> Any:
+    def _one_update(self) -> Callable[[], object]:
         sample = self.algo.replay_buffer.sample(
             batch_size_B=self.task.rows, batch_length_T=self.task.length
         )
-        sample["actions_ints"] = sample["actions"]
         num_actions = self.algo.env_runner.env.single_action_space.n
-        sample["actions"] = one_hot(sample["actions_ints"], depth=num_actions)
-        return SampleBatch(sample).as_multi_agent()
-
-    def _update(self, batch: Any) -> None:
-        self.algo.learner_group.update(batch=batch)
-
-
-def _env(env: str, side: type) -> str:
-    """The name of the environment for a side; ours makes 64x64 RGB of Atari by itself."""
-    if side is Ours or not env.startswith("ALE/"):
-        return env
-    tune.register_env("atari-64x64", lambda _: _rllib_atari(env))
-    return "atari-64x64"
+        sample["actions"] = one_hot(sample["actions"], depth=num_actions)
+        batch = SampleBatch(sample).as_multi_agent()
+        return lambda: self.algo.learner_group.update(batch=batch)
 
 
 def _rllib_atari(env: str) -> gymnasium.Env:
@@ -268,18 +232,16 @@ def measure(task: Task, repeat: int) -> tuple[dict[str, dict[str, list[Any]]], d
     sides = {"RLlib": actor(Rllib, **ONCE).remote(task), "ours": actor(Ours, **ONCE).remote(task)}
     counts = {name: ray.get(side.parameters.remote()) for name, side in sides.items()}
     found: dict[str, dict[str, list[Any]]] = {}
-    for figure in ("train", "update", "runner", "as asked"):
+    for figure in ("train", "update", "runner"):
         found[figure] = {name: [] for name in sides}
         for run in range(-1, repeat):  # the first one warms up
             for name, side in sides.items():
-                value = ray.get(getattr(side, figure.replace(" ", "_")).remote())
+                value = ray.get(getattr(side, figure).remote())
                 if figure == "train" and name == "RLlib":
                     ray.get(sides["ours"].set_ratio.remote(_ratio([value])))
                 if run >= 0:
                     found[figure][name].append(value)
-    for side in sides.values():
-        ray.get(side.stop.remote())
-        ray.kill(side)
+    ray.get([side.stop.remote() for side in sides.values()])
     return found, counts
 
 
@@ -318,18 +280,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small batches: about a minute")
     args = parser.parse_args()
     if any(env.startswith("ALE/") for env in args.env) and not importlib.util.find_spec("cv2"):
-        parser.error(
-            "RLlib's Atari wrapper needs OpenCV: pip install opencv-python-headless, or give "
-            "--env CartPole-v1"
-        )
-    shape = (8, 16, 64, 2) if args.quick else (16, 64, 64, 4)
+        parser.error("RLlib's Atari wrapper needs OpenCV: pip install opencv-python-headless")
+    amounts = (8, 16, 64, 4, 1) if args.quick else (16, 64, 64, 4, 2)
     with local_ray(256 * MB):
         print(
             f"{machine()}, torch {torch.__version__}, {LEARNER_THREADS} threads in learners and "
             f"{RUNNER_THREADS} in runners, medians of {args.repeat}"
         )
         for env in args.env:
-            compare(Task(env, args.num_envs, args.size, *shape), args.repeat)
+            compare(Task(env, args.num_envs, args.size, *amounts), args.repeat)
         print(f"afterwards: {machine()}")
 
 

@@ -13,11 +13,16 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import ALL_MODULES, COMPONENT_LEARNER_GROUP, DEFAULT_MODULE_ID
-from ray.rllib.utils.metrics import LEARNER_RESULTS, NUM_ENV_STEPS_TRAINED_LIFETIME
+from ray.rllib.utils.metrics import (
+    ENV_RUNNER_RESULTS,
+    LEARNER_RESULTS,
+    NUM_ENV_STEPS_TRAINED_LIFETIME,
+)
 from ray.tune.execution.placement_groups import PlacementGroupFactory
 from ray.util.placement_group import get_current_placement_group
 
@@ -58,6 +63,7 @@ class WorldFlux(Algorithm):
     def setup(self, config: Any) -> None:
         self.imaginers: list[Any] = []
         self.policy: Learners | None = None
+        self._episodes: dict[str, float] = {}  # what is known of the last ones
         self._check_room()
         super().setup(config)
         settings: Config = self.config.settings()
@@ -76,6 +82,16 @@ class WorldFlux(Algorithm):
         self._tidied = time.monotonic()
         if self.config.input_ and self.config.input_ != "sampler":
             self._fill(self.config.input_)
+
+    def step(self) -> dict[str, Any]:
+        """RLlib's; where no episode ended, the result shows the episodes that ended last."""
+        result: dict[str, Any] = super().step()
+        found = result.get(ENV_RUNNER_RESULTS, {})
+        for name, value in found.items():
+            if name.startswith("episode_") and not np.isnan(value):
+                self._episodes[name] = value
+        result[ENV_RUNNER_RESULTS] = found | self._episodes
+        return result
 
     def training_step(self) -> None:
         """Collect once; then learn until nothing is owed."""

@@ -7,6 +7,7 @@ only where a callback wants to see episodes.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,13 +39,16 @@ UNNUMBERED = 1_000_000  # streams of evaluation, which no shard ever sees
 
 @dataclass
 class Sample:
-    """Some steps of all environments, as RLlib counts them."""
+    """Some steps of all environments, as RLlib counts them: actions, for it counts no resets.
 
-    chunk: Chunk
+    Whole episodes are for looking at, and their steps are not kept: then `chunk` is None.
+    """
+
+    steps: int
+    chunk: Chunk | None = None
 
     def env_steps(self) -> int:
-        """Actions taken; RLlib does not count a reset as a step."""
-        return int((~self.chunk.is_first).sum())
+        return self.steps
 
     agent_steps = env_steps
 
@@ -57,8 +61,9 @@ class WorldFluxEnvRunner(SingleAgentEnvRunner):
         self._reader: WeightReader | None = None
         self.evaluation: WorldFluxConfig | None = None  # of a runner that also collects, for now
         if kwargs.get("worker_index"):  # in a process of its own
-            torch.set_num_threads(1)
             keep_freed_memory()
+        if kwargs.get("worker_index") or config.num_learners:  # else as the learner here has it
+            torch.set_num_threads(1)
         super().__init__(config=config, **kwargs)
 
     def make_env(self) -> None:
@@ -95,12 +100,13 @@ class WorldFluxEnvRunner(SingleAgentEnvRunner):
         start = time.monotonic()
         learned = self.pull(store)
         (sample,) = self.sample(random_actions=not learned)
+        chunk = sample.chunk
         collected = time.monotonic()
-        reports = send(sample.chunk, shards, 0.9 * self.config.patience)
+        reports = send(chunk, shards, 0.9 * self.config.patience)
         report = RunnerReport(
-            sample.chunk.num_steps,
+            chunk.num_steps,
             [],
-            sample.chunk.version,
+            chunk.version,
             reports,
             self.envs.take_failures(),
             0,
@@ -119,8 +125,8 @@ class WorldFluxEnvRunner(SingleAgentEnvRunner):
     def _sample(
         self,
         *,
-        num_timesteps: int | None = None,
-        num_episodes: int | None = None,
+        num_timesteps: float | None = None,
+        num_episodes: float | None = None,
         explore: bool,
         random_actions: bool = False,
         force_reset: bool = False,
@@ -139,29 +145,27 @@ class WorldFluxEnvRunner(SingleAgentEnvRunner):
         start = time.monotonic()
         if num_episodes is None:
             assert num_timesteps is not None
-            chunks = [runner.collect(-(-num_timesteps // self.num_envs))]
-            episodes = runner.take_episodes()
+            chunk = runner.collect(math.ceil(num_timesteps / self.num_envs))
+            sample, episodes = Sample(_actions(chunk), chunk), runner.take_episodes()
         else:
-            chunks, episodes = self._whole_episodes(runner, num_episodes)
+            sample, episodes = self._whole_episodes(runner, num_episodes)
         if apart:
             self._runner = None  # nothing goes on from here
-        samples = [Sample(chunk) for chunk in chunks]
-        steps = sum(sample.env_steps() for sample in samples)
-        self._log(episodes, steps, time.monotonic() - start)
-        return samples
+        self._log(episodes, sample.steps, time.monotonic() - start)
+        return [sample]
 
-    def _whole_episodes(self, runner: EnvRunner, num: int) -> tuple[list[Chunk], list[Episode]]:
-        each = -(-num // self.num_envs)
-        chunks: list[Chunk] = []
+    def _whole_episodes(self, runner: EnvRunner, num: float) -> tuple[Sample, list[Episode]]:
+        each = math.ceil(num / self.num_envs)
+        sample = Sample(0)
         episodes: list[Episode] = []
         counts = np.zeros(self.num_envs, int)
         while (counts < each).any():
-            chunks.append(runner.collect(1))
+            sample.steps += _actions(runner.collect(1))
             for episode in runner.take_episodes():
                 if counts[episode.lane] < each:
                     episodes.append(episode)
                 counts[episode.lane] += 1
-        return chunks, episodes
+        return sample, episodes
 
     def _make_runner(self) -> EnvRunner:
         envs: Any = self.envs if self._seen is None else self._seen.watch(self.envs)
@@ -189,6 +193,10 @@ class WorldFluxEnvRunner(SingleAgentEnvRunner):
 
     def assert_healthy(self) -> None:
         assert self.env is not None and self.module is not None
+
+
+def _actions(chunk: Chunk) -> int:
+    return int((~chunk.is_first).sum())
 
 
 def _own_env(env: Any, context: EnvContext) -> Callable[[], Any] | None:

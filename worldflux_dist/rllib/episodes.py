@@ -148,11 +148,11 @@ def encode_actions(spaces: Spaces, raw: Any, normalized: bool = False) -> np.nda
             value = value[key]
         value = np.asarray(value)
         rows = value.reshape(len(value), -1)
-        if rows.shape[1] != math.prod(leaf.shape):
+        if rows.shape[1] != math.prod(leaf.shape or ()):
             raise ValueError(f"the action {value[0]} is not in {leaf}")
         if isinstance(leaf, gym_spaces.Box):
             low, high = (bound.reshape(-1).astype(np.float64) for bound in (leaf.low, leaf.high))
-            if not (normalized and leaf.dtype.kind == "f"):
+            if not (normalized and np.dtype(leaf.dtype).kind == "f"):
                 # Half of everything, because the difference of the bounds can overflow.
                 half = np.where(high > low, high / 2 - low / 2, 1)
                 rows = (rows / 2 - low / 2) / half * 2 - 1
