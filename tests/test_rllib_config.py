@@ -11,6 +11,7 @@ from typing import Any
 
 import gymnasium
 import pytest
+from gymnasium.envs.classic_control import CartPoleEnv
 from ray import tune
 from rllib_runs import BATCH, small
 
@@ -263,9 +264,7 @@ def test_env_config_is_split(env: str, kwargs: dict[str, Any]) -> None:
 
 def test_env_config_of_an_own_class_stays_whole() -> None:
     """RLlib hands it to the class; what is ours in it counts for us, too."""
-    config = small().environment(
-        gymnasium.envs.classic_control.CartPoleEnv, env_config={"level": 2, "max_failures": 1}
-    )
+    config = small().environment(CartPoleEnv, env_config={"level": 2, "max_failures": 1})
     assert config.settings().env == EnvConfig("CartPoleEnv", 4, max_failures=1)
 
 

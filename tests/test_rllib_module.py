@@ -199,7 +199,7 @@ class Shown(gymnasium.Env):
     """Shows the last action."""
 
     observation_space = gymnasium.spaces.Box(-9, 19, (2,), np.float32)
-    action_space = gymnasium.spaces.Box(np.float32([-1, 0]), np.float32([3, 10]))
+    action_space = gymnasium.spaces.Box(np.array([-1, 0], "f"), np.array([3, 10], "f"))
 
     def __init__(self, config: Any) -> None:
         self.left = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -23,14 +22,14 @@ NUM_ENVS = 4
 TINY = {"deter": 32, "hidden": 16, "groups": 4, "classes": 4, "units": 16, "depth": 2}
 
 
-def registered(kind: Callable[[], gymnasium.Env]) -> str:
+def registered(kind: type[gymnasium.Env]) -> str:
     name = f"ours-{kind.__name__}"
-    tune.register_env(name, lambda context: kind())
+    tune.register_env(name, as_class(kind))
     return name
 
 
 def as_class(kind: type[gymnasium.Env]) -> type[gymnasium.Env]:
-    """RLlib hands a class the env_config."""
+    """RLlib hands a class, or what is registered, the env_config."""
 
     class Configured(kind):  # type: ignore[misc,valid-type]
         def __init__(self, config: Any) -> None:
@@ -59,7 +58,7 @@ def test_a_space_trains_and_acts(ray_local: None, name: str, given: Any) -> None
     config = small(
         model_options=TINY | {"warmup": 2}, train_ratio=4, prefill=64, num_replay_shards=1
     )
-    config.environment(given(kind), env_config={"level": 3} if given is as_class else {})
+    config.environment(given(kind), env_config={} if given is by_name else {"level": 3})
     config.min_sample_timesteps_per_iteration = 120
     algo = config.build_algo()
     try:

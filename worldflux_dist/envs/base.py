@@ -99,12 +99,11 @@ class Envs:
         self.spaces, self.num_envs, self.action_repeat = spaces, vector.num_envs, action_repeat
         self.vector, self._draw = vector, draw
         self.last: tuple[Any, dict[str, Any]] = (None, {})
-        # Drawn apart, so that runners with neighbouring seeds do not share environments; 31 bits
-        # because the emulator's seed is a C int.
-        self._seeds: Any = np.random.SeedSequence(seed).generate_state(self.num_envs) >> 1
-        self._done = np.ones(self.num_envs, bool)
-        self._obs: dict[str, np.ndarray] | None = None
         self._failures = 0
+        self._done = np.ones(self.num_envs, bool)
+        self._seeds: np.ndarray | None = None
+        self._obs: dict[str, np.ndarray] | None = None
+        self.reset(seed)
 
     def step(self, action: np.ndarray) -> Step:
         """Flat actions (N, A) in, one Step with leading shape (N,) out.
@@ -117,7 +116,7 @@ class Envs:
         is_first = self._done
         action = np.where(is_first[:, None], 0, action).astype(np.float32)
         if self._obs is None:
-            raw, infos = self.vector.reset(seed=self._seeds)
+            raw, infos = self.vector.reset(seed=self._seeds)  # type: ignore[arg-type]
             self._seeds = None  # once: later episodes are others
             reward = np.zeros(self.num_envs)
             terminated = truncated = np.zeros(self.num_envs, bool)
@@ -137,9 +136,14 @@ class Envs:
             is_terminal=terminated,
         )
 
-    def reset(self) -> None:
-        """Begin new episodes everywhere with the next `step`."""
-        self._done, self._obs = np.ones(self.num_envs, bool), None
+    def reset(self, seed: int | None = None) -> None:
+        """Begin new episodes everywhere with the next `step`, from `seed` where it is given."""
+        self._done = np.ones(self.num_envs, bool)
+        self._obs = None
+        if seed is not None:
+            # Drawn apart, so that runners with neighbouring seeds do not share environments; 31
+            # bits because the emulator's seed is a C int.
+            self._seeds = np.random.SeedSequence(seed).generate_state(self.num_envs) >> 1
 
     def take_failures(self) -> int:
         """How often an environment raised and was rebuilt since the last call."""

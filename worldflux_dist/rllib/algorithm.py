@@ -329,5 +329,6 @@ class WorldFlux(Algorithm):
         return path
 
     def restore_from_path(self, path: Any, *args: Any, **kwargs: Any) -> None:
+        self.ports.drain(DRAIN_S)  # what is on its way belongs to what is left behind
         super().restore_from_path(path, *args, **kwargs)
         self._connect()

@@ -21,6 +21,7 @@ ELSEWHERE = {
     "grad_clip": "the family's optimizer clips, set training(model_options=...)",
     "replay_buffer_config": "set training(replay={...}, num_replay_shards=...)",
     "gamma": "the family has its discount, set training(model_options=...)",
+    "torch_compile_learner": "set training(learner={'compile': True})",
     "minibatch_size": "set training(replay={'batch_size': ...})",
     "_train_batch_size_per_learner": "set training(replay={'batch_size': ...})",
     "num_epochs": "set training(train_ratio=...)",

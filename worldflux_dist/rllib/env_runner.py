@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.callbacks.utils import make_callback
@@ -76,9 +77,8 @@ class WorldFluxEnvRunner(SingleAgentEnvRunner):
             num_workers=self.num_workers,
             remote=False,
         )
-        seed = self._seed if self._seed is not None else time.time_ns() % 2**31
-        build = _own_env(self.config.env, context)
-        self.envs: Envs = make_envs(settings.env, seed, build=build)
+        self.envs: Envs = make_envs(settings.env, 0, build=_own_env(self.config.env, context))
+        self._seeded = False
         self.env, self.num_envs = self.envs.vector, self.envs.num_envs
         self._seen = CallbackEpisodes(self) if self._has_episode_callbacks() else None
         self._runner = None
@@ -137,7 +137,8 @@ class WorldFluxEnvRunner(SingleAgentEnvRunner):
         if self.evaluation is not None:
             explore = self.evaluation.explore
         if apart or force_reset or self._runner is None:
-            self.envs.reset()
+            self.envs.reset(None if self._seeded else self._fresh_seed())
+            self._seeded = True
             self._runner = self._make_runner()
         runner = self._runner
         runner.act = self._act(explore, random_actions)
@@ -166,6 +167,18 @@ class WorldFluxEnvRunner(SingleAgentEnvRunner):
                     episodes.append(episode)
                 counts[episode.lane] += 1
         return sample, episodes
+
+    def _fresh_seed(self) -> int:
+        """Neither a restored algorithm nor a restarted runner plays its episodes once more."""
+        seed = self._seed if self._seed is not None else time.time_ns()
+        life = 0
+        if self.worker_index:
+            life = ray.get_runtime_context().was_current_actor_reconstructed * time.time_ns()
+        taken = int(self.num_env_steps_sampled_lifetime)
+        state = np.random.SeedSequence([seed, taken, life]).generate_state(1)
+        if self.worker_index:  # elsewhere the learner's random numbers must go on
+            torch.manual_seed(int(state[0]))
+        return int(state[0])
 
     def _make_runner(self) -> EnvRunner:
         envs: Any = self.envs if self._seen is None else self._seen.watch(self.envs)
