@@ -166,7 +166,7 @@ class Agent(nn.Module):
 
     # --------------------------------------------------------------------------------- acting
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def act_batch(
         self,
         obs: dict[str, np.ndarray],
