@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+from gymnasium.envs.classic_control import CartPoleEnv
+from ray.rllib.core import DEFAULT_MODULE_ID
 
+from worldflux_dist.agent import Agent
 from worldflux_dist.rllib import WorldFluxConfig
+
+
+class Sticky(CartPoleEnv):
+    """Hangs once, which the file `config["mark"]` tells from then on."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.mark, self.taken = Path(config["mark"]), 0
+
+    def step(self, action: Any) -> Any:
+        self.taken += 1
+        if self.taken == 100 and not self.mark.exists():
+            self.mark.touch()
+            time.sleep(3600)
+        return super().step(action)
+
 
 BATCH = {"batch_size": 4, "batch_length": 16}
 BATCH_STEPS = BATCH["batch_size"] * BATCH["batch_length"]
@@ -28,6 +49,12 @@ def small(num_env_runners: int = 0, num_learners: int = 0, **training: Any) -> W
     config.min_sample_timesteps_per_iteration = 256
     settings = {"train_ratio": 8, "prefill": 128, "replay": BATCH, "num_replay_shards": 2}
     return config.training(**settings | training)
+
+
+def agent_of(learner: Any) -> Agent:
+    """The agent that a learner trains."""
+    agent: Agent = learner.module[DEFAULT_MODULE_ID].agent
+    return agent
 
 
 def check_ratio(result: dict[str, Any], ratio: float = 8) -> None:

@@ -17,9 +17,7 @@ import ray
 from ray import tune
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import DEFAULT_MODULE_ID
-from rllib_runs import BATCH_STEPS, check_ratio, small
-
-from worldflux_dist.rllib.learner import agent_of
+from rllib_runs import BATCH_STEPS, Sticky, agent_of, check_ratio, small
 
 pytestmark = pytest.mark.ray
 
@@ -259,6 +257,15 @@ def test_killed_processes_come_back(built: Any) -> None:
     later = until(lambda r: r["gradient_steps"] > result["gradient_steps"] + 32, algo)
     check_ratio(later)
     assert later["replay"]["duplicates"] == 0
+
+
+def test_a_silent_runner_is_started_again(built: Any, tmp_path: Path) -> None:
+    mark = tmp_path / "hung"
+    config = small(1, 0, patience=5).environment(Sticky, env_config={"mark": str(mark)})
+    algo = built(config)
+    until(lambda _: algo._counters["total_num_restored_workers"] == 1, algo)
+    assert mark.exists()
+    check_ratio(until(lambda result: result["gradient_steps"] > 32, algo))
 
 
 def test_tune_restores_what_was_interrupted(ray_here: None, tmp_path: Path) -> None:

@@ -263,9 +263,12 @@ def test_env_config_is_split(env: str, kwargs: dict[str, Any]) -> None:
 
 
 def test_env_config_of_an_own_class_stays_whole() -> None:
-    """RLlib hands it to the class; what is ours in it counts for us, too."""
-    config = small().environment(CartPoleEnv, env_config={"level": 2, "max_failures": 1})
-    assert config.settings().env == EnvConfig("CartPoleEnv", 4, max_failures=1)
+    """RLlib hands it to the class, whose settings may be named as ours are."""
+    config = small().environment(CartPoleEnv, env_config={"level": 2, "image_size": [84, 84]})
+    assert config.settings().env == EnvConfig("CartPoleEnv", 4)
+    tune.register_env("own", CartPoleEnv)
+    config.environment("own", env_config={"image_size": [84, 84]})
+    assert config.settings().env == EnvConfig("own", 4)
 
 
 def test_bundles() -> None:

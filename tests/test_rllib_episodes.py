@@ -16,9 +16,7 @@ from gymnasium import spaces
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
-from rllib_runs import small
-
-from worldflux_dist.rllib.learner import agent_of
+from rllib_runs import agent_of, small
 
 pytestmark = pytest.mark.ray
 
@@ -266,7 +264,7 @@ def test_the_mean_return_stays_known(built: Any) -> None:
     """Iterations in which no episode ends show the last ones, never nan."""
     algo = built(clock(100, prefill=10_000).callbacks(on_sample_end=lambda **kwargs: None))
     means: dict[int, list[Any]] = {0: [], 1: [], 2: []}
-    for _ in range(8):
+    for _ in range(16):
         found = algo.train()["env_runners"].get("episode_return_mean")
         means[algo.limiter.env_steps // NUM_ENVS // 101].append(found)
     assert set(means[0]) == {None}

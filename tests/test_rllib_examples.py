@@ -43,18 +43,12 @@ def numbers(pattern: str, text: str) -> list[tuple[float, ...]]:
 
 def test_pong_trains_and_is_saved(tmp_path: Path) -> None:
     small = ("--model", "dreamerv3:tiny", "--train-ratio", "2", "--num-replay-shards", "2")
-    text = output(tmp_path, "rllib_pong.py", *small, "--stop-env-steps", "1500")
+    text = output(tmp_path, "rllib_pong.py", *small, "--stop-env-steps", "2000")
     line = r"env_steps #  episode_return_mean none yet  train_ratio #  env_steps/s #"
     lines = numbers(line, text)
-    assert len(lines) == 2 and lines[0][0] < 1500 <= lines[1][0]
+    assert len(lines) > 1 and lines[-2][0] < 2000 <= lines[-1][0]
     assert all(ratio == 2 and speed > 0 for _, ratio, speed in lines)
     assert (tmp_path / "runs" / "pong" / "rllib_checkpoint.json").exists()
-
-
-def test_more_processes_than_cpus_are_refused(tmp_path: Path) -> None:
-    done = run(tmp_path, "rllib_pong.py", "--num-env-runners", "500")
-    assert done.returncode == 1
-    assert "ValueError: WorldFlux needs 500 CPUs and this Ray has" in done.stderr
 
 
 def test_tune_names_the_best_family(tmp_path: Path) -> None:

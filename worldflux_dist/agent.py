@@ -166,7 +166,7 @@ class Agent(nn.Module):
 
     # --------------------------------------------------------------------------------- acting
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def act_batch(
         self,
         obs: dict[str, np.ndarray],

@@ -74,9 +74,9 @@ class Guard(gymnasium.Wrapper):
                     self.env = self._build()
                     self._broken = False
                     seed = int(self._rng.integers(2**31))
-                signal.setitimer(signal.ITIMER_REAL, self._patience)
+                self._alarm(self._patience)
                 obs, info = self.env.reset(seed=seed, options=options)
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                self._alarm(0)
                 check_obs(self.observation_space, obs)
             except Exception as error:
                 self._failed(error)
@@ -86,9 +86,9 @@ class Guard(gymnasium.Wrapper):
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         try:
-            signal.setitimer(signal.ITIMER_REAL, self._patience)
+            self._alarm(self._patience)
             obs, reward, terminated, truncated, info = self.env.step(action)
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            self._alarm(0)
             check_obs(self.observation_space, obs)
             reward = np.asarray(reward).item()  # some hand out an array of one
             if not math.isfinite(np.float32(reward)):
@@ -103,11 +103,16 @@ class Guard(gymnasium.Wrapper):
         self._last = deepcopy(obs)
         return self._last, reward, terminated, truncated, info
 
+    def _alarm(self, seconds: float) -> None:
+        """Interrupt this thread then, if it can be; 0 takes it back."""
+        if self._patience and threading.current_thread() is threading.main_thread():
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+
     def render(self) -> Any:
         return None if self._broken else self.env.render()
 
     def _failed(self, error: Exception) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        self._alarm(0)
         self._failures += 1
         self.num_failures += 1
         self._good, self._broken = 0, True

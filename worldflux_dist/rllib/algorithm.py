@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 import torch
+from ray.exceptions import RayActorError
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import ALL_MODULES, COMPONENT_LEARNER_GROUP, DEFAULT_MODULE_ID
 from ray.rllib.utils.metrics import (
@@ -94,8 +96,10 @@ class WorldFlux(Algorithm):
         return result
 
     def training_step(self) -> None:
-        """Collect once; then learn until nothing is owed."""
+        """Collect once, give runners more to do, and learn until nothing is owed."""
         rounds = [self.flow.round()]
+        if self.env_runner_group.num_remote_env_runners():
+            self.ports.start_collect()  # beside what is learned now
         while self.limiter.owed and (len(rounds) == 1 or rounds[-1].updates):
             rounds.append(self.flow.round(collect=False))
         self._log(rounds)
@@ -131,7 +135,7 @@ class WorldFlux(Algorithm):
         for imaginer in self.imaginers:
             ray.kill(imaginer)
         if hasattr(self, "replay"):
-            self.replay.stop()
+            self.replay.end()
             ray.kill(self.store)
         super().cleanup()
 
@@ -153,7 +157,8 @@ class WorldFlux(Algorithm):
             cpus = settings.num_cpus_per_learner
             gpus = settings.num_gpus_per_learner
             cpus = (0 if gpus else 1) if cpus == "auto" else cpus
-            ours += [{"CPU": cpus, "GPU": gpus}] * settings.num_policy_learners
+            more = settings.custom_resources_per_learner or {}
+            ours += [{"CPU": cpus, "GPU": gpus} | more] * settings.num_policy_learners
         ours += [{"CPU": settings.num_cpus_per_replay_shard}] * settings.num_replay_shards
         filled = [{k: v for k, v in bundle.items() if v} for bundle in ours]
         bundles = asked.bundles + [bundle for bundle in filled if bundle]
@@ -219,6 +224,10 @@ class WorldFlux(Algorithm):
             * self.settings.env.num_envs
         )
         self.flow: Flow[RunnerReport] = Flow(self.limiter, self.ports, steps)
+        stored = self.replay.total_steps()
+        if not stored:  # replay was not in the checkpoint
+            self.limiter.prefill = self.settings.train.prefill + self.limiter.env_steps
+        self._uncounted = stored - self.limiter.env_steps  # in replay, but not by this limiter
 
     def _merge(self) -> None:
         """Have the model's learners hold the newest policy too: they are what RLlib looks at."""
@@ -231,17 +240,18 @@ class WorldFlux(Algorithm):
         for number, episode in enumerate(
             read_episodes([paths] if isinstance(paths, str) else paths)
         ):
-            stream = RECORDED + number % len(shards)
+            row, index = divmod(number, len(shards))
             chunk = to_chunk(
                 episode,
                 self.spaces_inside,
-                stream,
-                number,
+                RECORDED + index,
+                row,
                 normalized=self.config.actions_in_input_normalized,
             )
             send(chunk, shards, self.settings.scale.patience)
             total += chunk.num_steps
         self.limiter.prefill = max(0, self.limiter.prefill - total)
+        self._uncounted += total
         self.ports.ask_sizes()
 
     def _log(self, rounds: list[Round[RunnerReport]]) -> None:
@@ -303,9 +313,16 @@ class WorldFlux(Algorithm):
             state[POLICY] = self.policy.group.get_state(**kwargs)
         if components == REPLAY:
             state[REPLAY] = {}
-        return state | {STATE: {"limiter": self.limiter.state_dict()}}
+        apart = self.policy is not None
+        return state | {STATE: {"limiter": self.limiter.state_dict(), "apart": apart}}
 
     def set_state(self, state: dict[str, Any]) -> None:
+        apart = self.policy is not None
+        if state.get(STATE, {}).get("apart", apart) != apart:
+            raise ValueError(
+                "this was saved with num_imagination_actors "
+                f"{'0' if apart else 'above 0'}: restore it with the same"
+            )
         super().set_state(state)
         if POLICY in state and self.policy is not None:
             self.policy.group.set_state(state[POLICY])
@@ -325,6 +342,10 @@ class WorldFlux(Algorithm):
         """As RLlib's; what runners have under way is waited for, so that all counts agree."""
         reports = self.ports.drain(DRAIN_S)
         self.limiter.inserted(sum(report.env_steps for report in reports))
+        with suppress(RayActorError):  # a shard is on its way back
+            # Runners that died may have stored what they could not report.
+            stored = self.replay.total_steps() - self._uncounted
+            self.limiter.inserted(max(0, stored - self.limiter.env_steps))
         path: str = super().save_to_path(*args, **kwargs)
         return path
 

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.tune.registry import ENV_CREATOR, _global_registry
 
 from worldflux_dist import config
 from worldflux_dist.envs import EnvConfig
@@ -24,6 +25,18 @@ ELSEWHERE = {
     "torch_compile_learner": "set training(learner={'compile': True})",
     "minibatch_size": "set training(replay={'batch_size': ...})",
     "_train_batch_size_per_learner": "set training(replay={'batch_size': ...})",
+    "train_batch_size": "set training(replay={'batch_size': ...})",
+    "clip_rewards": "set env_config={'reward_clipping': True} for Atari, or wrap the environment",
+    "observation_filter": "wrap the environment instead",
+    "clip_actions": "actions are in their space already",
+    "torch_ddp_kwargs": "learners share gradients by themselves",
+    "_torch_lr_scheduler_classes": "the family's optimizer warms up by itself",
+    "_torch_grad_scaler_class": "set training(learner={'precision': 'bfloat16'})",
+    "use_env_runner_state_server": "runners pull weights already",
+    "remote_worker_envs": "set num_env_runners",
+    "gym_env_vectorize_mode": "set num_env_runners",
+    "num_gpus": "set learners(num_gpus_per_learner=...)",
+    "_model_config": "set training(model=..., model_options={...})",
     "num_epochs": "set training(train_ratio=...)",
     "output": "record with another algorithm, or keep the replay, checkpoint_replay=True",
     "num_aggregator_actors_per_learner": "batches come from replay shards",
@@ -38,7 +51,7 @@ class WorldFluxConfig(AlgorithmConfig):
     """Settings of a `WorldFlux` algorithm.
 
     `.environment(env, env_config=...)` takes the ids of `worldflux-dist envs` (Gymnasium, ALE,
-    `dmc/...`, `module:factory`), names registered with Tune and classes. For the first,
+    `dmc/...`, `module:factory`), names registered with Tune and classes. For the ids,
     `env_config` may set what config.yaml's section `env` can; what is left goes to the environment.
     `.env_runners(rollout_fragment_length=...)` is the length of a chunk of steps.
     `.offline_data(input_=[...])` puts episodes that RLlib recorded into replay; their actions are
@@ -157,6 +170,8 @@ class WorldFluxConfig(AlgorithmConfig):
             self._value_error("WorldFlux needs an environment: call `.environment(env)`")
         if self.num_imagination_actors < 0:
             self._value_error(f"num_imagination_actors is {self.num_imagination_actors}: 0 or more")
+        if "device" in self.learner:
+            self._value_error("set learners(num_gpus_per_learner=...) instead of `device`")
         if {"mode", "num_imaginers", "num_policy_learners"} & self.imagination.keys():
             self._value_error(
                 "WorldFlux reads queue_size and max_staleness in `imagination`: set "
@@ -205,15 +220,14 @@ class WorldFluxConfig(AlgorithmConfig):
 
     def env_settings(self) -> dict[str, Any]:
         """The section `env`: what `env_config` says of it, the rest for the environment itself."""
+        found = {"id": self.env, "num_envs": self.num_envs_per_env_runner}
+        if not isinstance(self.env, str):
+            return found | {"id": getattr(self.env, "__name__", "env")}
+        if _global_registry.contains(ENV_CREATOR, self.env):
+            return found  # all of env_config is its own
         given = dict(self.env_config)
         known = {name: given.pop(name) for name in ENV_FIELDS & given.keys()}
-        own = isinstance(self.env, str)
-        return {
-            "id": self.env if own else getattr(self.env, "__name__", "env"),
-            "num_envs": self.num_envs_per_env_runner,
-            "kwargs": given if own else {},
-            **known,
-        }
+        return found | known | {"kwargs": given}
 
     def get_default_rl_module_spec(self) -> RLModuleSpec:
         from worldflux_dist.rllib.module import WorldFluxModule

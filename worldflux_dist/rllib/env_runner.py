@@ -35,7 +35,6 @@ from worldflux_dist.rllib.episodes import CallbackEpisodes
 from worldflux_dist.runner import EnvRunner, Episode
 
 EPISODE_CALLBACKS = ("on_episode_created", "on_episode_start", "on_episode_step", "on_episode_end")
-UNNUMBERED = 1_000_000  # streams of evaluation, which no shard ever sees
 
 
 @dataclass
@@ -170,12 +169,15 @@ class WorldFluxEnvRunner(SingleAgentEnvRunner):
 
     def _fresh_seed(self) -> int:
         """Neither a restored algorithm nor a restarted runner plays its episodes once more."""
-        seed = self._seed if self._seed is not None else time.time_ns()
+        given = self.config.seed
+        seed = [time.time_ns()] if given is None else [given, self.worker_index or 0]
         life = 0
         if self.worker_index:
             life = ray.get_runtime_context().was_current_actor_reconstructed * time.time_ns()
         taken = int(self.num_env_steps_sampled_lifetime)
-        state = np.random.SeedSequence([seed, taken, life]).generate_state(1)
+        state = np.random.SeedSequence(
+            [*seed, self.config.in_evaluation, taken, life]
+        ).generate_state(1)
         if self.worker_index:  # elsewhere the learner's random numbers must go on
             torch.manual_seed(int(state[0]))
         return int(state[0])
@@ -183,13 +185,13 @@ class WorldFluxEnvRunner(SingleAgentEnvRunner):
     def _make_runner(self) -> EnvRunner:
         envs: Any = self.envs if self._seen is None else self._seen.watch(self.envs)
         index = self.worker_index or 0
-        first = UNNUMBERED if self.config.in_evaluation else index * self.num_envs
-        return EnvRunner(envs, random_act(self.envs.spaces, 0), f"runner-{index}", first)
+        act = random_act(self.envs.spaces, 0)  # until `_sample` says how
+        return EnvRunner(envs, act, f"runner-{index}", index * self.num_envs)
 
     def _act(self, explore: bool, random_actions: bool) -> Any:
         if random_actions:
             return random_act(self.envs.spaces, int(torch.randint(2**31, ())))
-        return partial(self.module.agent.act_batch, greedy=not explore)
+        return torch.inference_mode()(partial(self.module.agent.act_batch, greedy=not explore))
 
     def _log(self, episodes: Sequence[Episode], steps: int, seconds: float) -> None:
         self._log_env_steps(metric=self._metrics_num_env_steps_sampled, num_steps=steps)

@@ -189,7 +189,7 @@ def _lane(batch: Any, lane: int) -> Any:
 def _info(infos: dict[str, Any], lane: int) -> dict[str, Any]:
     """One environment's part of a vector environment's infos: `_key` says who has `key`."""
     return {
-        key: value[lane]
+        key: _info(value, lane) if isinstance(value, dict) else value[lane]
         for key, value in infos.items()
         if not key.startswith("_") and f"_{key}" in infos and infos[f"_{key}"][lane]
     }

@@ -13,10 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 
-from worldflux_dist.agent import Agent
 from worldflux_dist.behaviors.base import Imagined
 from worldflux_dist.data import Batch
 from worldflux_dist.distributed.group import Rank, trains_on_rows
@@ -94,13 +92,10 @@ class WorldFluxLearner(TorchLearner):
     def _make_modules_ddp_if_necessary(self) -> None:
         """Ranks share gradients by stage, which the learner does itself."""
         if self.config.num_learners > 1:
-            self.learner.share(torch.distributed.get_rank())
-
-
-def agent_of(learner: WorldFluxLearner) -> Agent:
-    """The agent that a learner trains."""
-    agent: Agent = learner.module[DEFAULT_MODULE_ID].agent
-    return agent
+            rank = torch.distributed.get_rank()
+            self.learner.share(rank)
+            if self.config.seed is not None:  # RLlib gives all ranks the same one
+                torch.manual_seed(self.config.seed * 1000 + rank)
 
 
 def _plain(group: dict[str, Any]) -> dict[str, Any]:

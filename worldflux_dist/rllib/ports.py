@@ -83,6 +83,7 @@ class RLlibPorts(RayPorts):
 
     def __post_init__(self) -> None:
         self._here: list[RunnerReport] = []
+        self._since: dict[int, float] = {}  # when runners were asked
         super().__post_init__()
 
     @property
@@ -93,6 +94,8 @@ class RLlibPorts(RayPorts):
     def start_collect(self) -> None:
         assert self.runners is not None
         store, shards = self.store, list(self.roles.shards)
+        if self._here:
+            return  # the runner of this process has collected already
         if self.runners.num_remote_env_runners() == 0:
             self._here += self._take_in([self.runners.local_env_runner.collect(store, shards)])
             return
@@ -100,6 +103,8 @@ class RLlibPorts(RayPorts):
         self.runners.foreach_env_runner_async(
             partial(_collect, store=store, shards=shards), tag=COLLECT
         )
+        now = time.monotonic()
+        self._since = {i: self._since.get(i, now) for i in self.runners.healthy_env_runner_ids()}
 
     def finished_collects(self, wait: bool) -> list[RunnerReport]:
         """Reports that have come in. Whoever died is left to RLlib."""
@@ -111,9 +116,22 @@ class RLlibPorts(RayPorts):
                 tags=COLLECT, timeout_seconds=POLL_S if wait else 0.0
             )
             reports += self._take_in([result for _, result in found])
+            for index, _ in found:
+                self._since.pop(index, None)
             if reports or not wait or time.monotonic() > deadline:
                 break
+            if not self.num_collects:
+                time.sleep(POLL_S)  # all runners are on their way back
+        self._end_silent()
         return reports
+
+    def _end_silent(self) -> None:
+        """End runners that have not answered for `patience` seconds: RLlib starts them again."""
+        assert self.runners is not None
+        for index, since in list(self._since.items()):
+            if time.monotonic() - since > self.config.scale.patience:
+                del self._since[index]
+                ray.kill(self.runners._worker_manager.actors()[index], no_restart=False)
 
     def drain(self, seconds: float) -> list[RunnerReport]:
         reports, deadline = [], time.monotonic() + seconds
@@ -130,8 +148,9 @@ class RLlibPorts(RayPorts):
 
     def _restart(self, stepper: Stepper, error: GroupLostError) -> None:
         raise RuntimeError(
-            f"a learner of {stepper.group.part} died ({error}): RLlib does not start learners again"
-            ", so restore the last checkpoint, or let Tune do it with FailureConfig(max_failures=1)"
+            f"a learner of {stepper.group.part}, or its batch, was lost ({error}): RLlib does not "
+            "start learners again, so restore the last checkpoint, or let Tune do it with "
+            "FailureConfig(max_failures=1)"
         ) from error
 
 

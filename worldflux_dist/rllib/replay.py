@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-import uuid
+import shutil
+import time
 from collections.abc import Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.fs
 import ray
+from ray.exceptions import RayError
 
 from worldflux_dist.checkpoint import CheckpointError
 from worldflux_dist.config import Config
 from worldflux_dist.distributed.cluster import shard_config
 from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.shard import ReplayShardActor, ShardPlace
+from worldflux_dist.distributed.supervision import RETURN_S
 
 if TYPE_CHECKING:
     from worldflux_dist.checkpoint import AnyPath
@@ -38,7 +41,7 @@ class Replay:
         """Start the shards, with what `saved` names of the segments under `root`."""
         self.stop()
         num, seed = self.settings.scale.num_shards, self.settings.seed * 1000
-        share, life = shard_config(self.settings), uuid.uuid4().hex[:12]
+        share, life = shard_config(self.settings), f"{time.time_ns():020d}"  # later ones sort later
         make = actor(ReplayShardActor, concurrency_groups={"disk": 1}, num_cpus=self.num_cpus)
         places = [ShardPlace(str(self.root), life, index, num) for index in range(num)]
         self.shards = [make.remote(share, seed + p.index, p, list(saved)) for p in places]
@@ -49,6 +52,19 @@ class Replay:
             ray.kill(shard)
         self.shards = []
 
+    def end(self) -> None:
+        """Stop, and delete what the shards had on disk: checkpoints hold copies."""
+        self.stop()
+        if isinstance(self.root, Path):
+            shutil.rmtree(self.root, ignore_errors=True)
+        elif self.root.exists():
+            self.root.rmdir(recursive=True)
+
+    def total_steps(self) -> int:
+        """Steps that were ever stored. Raises RayActorError while a shard is on its way back."""
+        reports = ray.get([shard.report.remote() for shard in self.shards])
+        return sum(report.total_steps for report in reports)
+
     def tidy(self) -> None:
         """Let the shards delete segments of which they hold nothing any more."""
         for shard in self.shards:
@@ -56,8 +72,7 @@ class Replay:
 
     def save_to_path(self, path: Any, *, filesystem: pyarrow.fs.FileSystem, **kwargs: Any) -> None:
         """Copy all segments. Raises CheckpointError where another node has them."""
-        ray.get([shard.seal.remote() for shard in self.shards])
-        states = ray.get([shard.sealed.remote() for shard in self.shards])
+        states = self._seal()
         names = sorted({segment["name"] for state in states for segment in state["segments"]})
         for name in names:
             try:
@@ -69,6 +84,19 @@ class Replay:
                 ) from None
             _write(filesystem, PurePath(path) / name, data)
         _write(filesystem, PurePath(path) / STATES, json.dumps(states).encode())
+
+    def _seal(self) -> list[dict[str, Any]]:
+        """The shards' states, all on disk; one that died is waited for."""
+        deadline = time.monotonic() + RETURN_S
+        while True:
+            try:
+                ray.get([shard.seal.remote() for shard in self.shards])
+                states: list[dict[str, Any]] = ray.get([s.sealed.remote() for s in self.shards])
+                return states
+            except RayError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
 
     def restore_from_path(
         self, path: Any, *, filesystem: pyarrow.fs.FileSystem | None = None, **kwargs: Any
