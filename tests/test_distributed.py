@@ -51,7 +51,7 @@ def test_a_run_directory_is_complete(solved: Solved) -> None:
     assert checkpoint.read_json(run_dir / "manifest.json")["versions"]["ray"]
     lines = read_metrics(run_dir)
     for name in ("loss/reward", "loss/policy", "staleness", "busy/learner", "episode/return"):
-        assert name in lines[-1], name
+        assert any(name in line for line in lines), name  # the last one may cover an instant
     # Runners act with weights of the round before, or of the one before that.
     found = [line["staleness"] for line in lines if "staleness" in line]
     assert all(0 <= staleness <= 3 * UPDATES_PER_ROUND for staleness in found)
@@ -89,7 +89,7 @@ def test_eval_plays_the_saved_agent(
 def test_killed_runners_and_shards_come_back(tmp_path: Path) -> None:
     with ToyRun(tmp_path, "train.threshold=0.7") as run:  # without memory 0.5 is the most
         run.wait_for("train ")
-        time.sleep(1)
+        time.sleep(3)  # the prefill comes in a burst, and is on disk after replay.flush_every 2 s
         victims = [run.processes(f"ray::{role}")[0] for role in ("EnvRunnerActor", "ReplayShard")]
         for victim in victims:
             victim.kill()

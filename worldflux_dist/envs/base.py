@@ -101,7 +101,8 @@ class Envs:
         self.last: tuple[Any, dict[str, Any]] = (None, {})
         self._failures = 0
         self._done = np.ones(self.num_envs, bool)
-        self._seeds: np.ndarray | None = None
+        self._seeds: np.ndarray = np.zeros(0)
+        self._seeded = False
         self._obs: dict[str, np.ndarray] | None = None
         self.reset(seed)
 
@@ -116,8 +117,9 @@ class Envs:
         is_first = self._done
         action = np.where(is_first[:, None], 0, action).astype(np.float32)
         if self._obs is None:
-            raw, infos = self.vector.reset(seed=self._seeds)  # type: ignore[arg-type]
-            self._seeds = None  # once: later episodes are others
+            seeds: Any = None if self._seeded else self._seeds  # once: later episodes are others
+            raw, infos = self.vector.reset(seed=seeds)
+            self._seeded = True
             reward = np.zeros(self.num_envs)
             terminated = truncated = np.zeros(self.num_envs, bool)
         else:
@@ -144,6 +146,7 @@ class Envs:
             # Drawn apart, so that runners with neighbouring seeds do not share environments; 31
             # bits because the emulator's seed is a C int.
             self._seeds = np.random.SeedSequence(seed).generate_state(self.num_envs) >> 1
+            self._seeded = False
 
     def take_failures(self) -> int:
         """How often an environment raised and was rebuilt since the last call."""
