@@ -1,7 +1,7 @@
 """The algorithm: RLlib's lifecycle around the flow of this package.
 
-Each `training_step` is one round of the flow (collect, update, publish), after which nothing is
-owed: the achieved train_ratio is the asked one to within a batch. RLlib owns env runners and
+Each `training_step` is as many rounds of the flow (collect, update, publish) as it takes until
+nothing is owed, while env runners collect on beside it: the achieved train_ratio is the asked one to within a batch. RLlib owns env runners and
 learners; replay, imagination actors and the store of weights are started here, after them, so that
 in a placement group of Tune each finds its bundle.
 """

@@ -215,7 +215,7 @@ def _actions(chunk: Chunk) -> int:
 
 
 def _own_env(env: Any, context: EnvContext) -> Callable[[], Any] | None:
-    """How to make an environment that is registered with Tune, a class or a function."""
+    """How to make an environment that is registered with Tune, or a class."""
     if isinstance(env, str) and _global_registry.contains(ENV_CREATOR, env):
         return partial(_global_registry.get(ENV_CREATOR, env), context)
     return None if isinstance(env, str) else partial(env, context)
