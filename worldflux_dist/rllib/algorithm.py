@@ -1,9 +1,9 @@
 """The algorithm: RLlib's lifecycle around the flow of this package.
 
 Each `training_step` is as many rounds of the flow (collect, update, publish) as it takes until
-nothing is owed, while env runners collect on beside it: the achieved train_ratio is the asked one to within a batch. RLlib owns env runners and
-learners; replay, imagination actors and the store of weights are started here, after them, so that
-in a placement group of Tune each finds its bundle.
+nothing is owed, while env runners collect on beside it: the achieved train_ratio is the asked one
+to within a batch. RLlib owns env runners and learners; replay, imagination actors and the store of
+weights are started here, after them, so that in a placement group of Tune each finds its bundle.
 """
 
 from __future__ import annotations
