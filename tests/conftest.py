@@ -13,7 +13,8 @@ os.environ["RAY_AUTH_MODE"] = "token"  # as on a cluster: clusters without one a
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(16)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,39 +38,51 @@ def shared() -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def ray_local() -> Iterator[None]:
-    """A Ray of its own for the module: 4 logical CPUs, 200 MB of object store, no dashboard."""
-    import ray
-
-    ray.init(
-        address="local",
-        num_cpus=4,
-        object_store_memory=200_000_000,
-        include_dashboard=False,
-        log_to_driver=False,
-    )
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def small_ray() -> Iterator[None]:
-    """A Ray of its own for the module, with the smallest object store it can have: 80 MB."""
+@contextmanager
+def a_ray(num_cpus: int, megabytes: int) -> Iterator[None]:
+    """A Ray of its own, without a dashboard, whose workers find the tests' modules."""
     import ray
 
     path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", path)  # workers find the tests' modules
+        patch.setenv("PYTHONPATH", path)
         ray.init(
             address="local",
-            num_cpus=4,
-            object_store_memory=80 * 2**20,
+            num_cpus=num_cpus,
+            object_store_memory=megabytes * 2**20,
             include_dashboard=False,
             log_to_driver=False,
         )
         yield
         ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ray_local() -> Iterator[None]:
+    """A Ray for the module: 4 logical CPUs, 200 MB of object store."""
+    with a_ray(4, 200):
+        yield
+
+
+@pytest.fixture(scope="module")
+def small_ray() -> Iterator[None]:
+    """A Ray for the module, with the smallest object store it can have: 80 MB."""
+    with a_ray(4, 80):
+        yield
+
+
+@pytest.fixture
+def built(ray_local: None) -> Iterator[Callable[[Any], Any]]:
+    """Builds algorithms from RLlib's configurations, and stops them afterwards."""
+    algos: list[Any] = []
+
+    def build(config: Any) -> Any:
+        algos.append(config.build_algo())
+        return algos[-1]
+
+    yield build
+    for algo in algos:
+        algo.stop()
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,39 +21,6 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from rllib_runs import BATCH_STEPS, Sticky, agent_of, check_ratio, small
 
 pytestmark = pytest.mark.ray
-
-ROOT = Path(__file__).parents[1]
-APART = {"num_imagination_actors": 1, "num_policy_learners": 2}
-
-
-@pytest.fixture(scope="module")
-def ray_here() -> Iterator[None]:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", path)  # workers find the tests' modules
-        ray.init(
-            address="local",
-            num_cpus=8,
-            object_store_memory=200_000_000,
-            include_dashboard=False,
-            log_to_driver=False,
-        )
-        yield
-        ray.shutdown()
-
-
-@pytest.fixture
-def built(ray_here: None) -> Iterator[Any]:
-    """Builds algorithms that are stopped afterwards."""
-    algos: list[Algorithm] = []
-
-    def build(config: Any) -> Algorithm:
-        algos.append(config.build_algo())
-        return algos[-1]
-
-    yield build
-    for algo in algos:
-        algo.stop()
 
 
 def weights(algo: Any, group: Any = None) -> list[dict[str, np.ndarray]]:
@@ -107,7 +73,8 @@ def test_it_trains(built: Any, num_env_runners: int, num_learners: int) -> None:
 
 
 def test_the_policy_learns_apart(built: Any) -> None:
-    algo = built(small(1, 1, **APART))
+    config = small(1, 1, num_imagination_actors=1, num_policy_learners=2)
+    algo = built(config.learners(num_cpus_per_learner=0.5))
     result = until(lambda r: r["gradient_steps"] >= 64, algo)
     check_ratio(result)
     assert result["num_imagined_steps_lifetime"] > 0
@@ -145,12 +112,12 @@ def test_a_second_family_trains(built: Any) -> None:
     check_ratio(result)
 
 
-def test_a_new_process_goes_on(ray_here: None, tmp_path: Path) -> None:
+def test_a_new_process_goes_on(ray_local: None, tmp_path: Path) -> None:
     """Saved, killed, and restored elsewhere: all counters, weights, optimizers, random numbers and
     replay are those of the save."""
     script = (
         "import ray, sys, os, rllib_runs\n"
-        "ray.init(address='local', num_cpus=8, include_dashboard=False, log_to_driver=False,\n"
+        "ray.init(address='local', num_cpus=3, include_dashboard=False, log_to_driver=False,\n"
         "         object_store_memory=100_000_000)\n"
         "algo = rllib_runs.small(1, 0, num_imagination_actors=1).build_algo()\n"
         "result = algo.train()\n"
@@ -159,10 +126,8 @@ def test_a_new_process_goes_on(ray_here: None, tmp_path: Path) -> None:
         "algo.train()\n"  # whatever comes after the save is lost
         "os.kill(os.getpid(), 9)\n"
     )
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "saved")],
-        env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=180,
@@ -270,7 +235,7 @@ def test_a_silent_runner_is_started_again(built: Any, tmp_path: Path) -> None:
     check_ratio(until(lambda result: result["gradient_steps"] > 32, algo))
 
 
-def test_tune_restores_what_was_interrupted(ray_here: None, tmp_path: Path) -> None:
+def test_tune_restores_what_was_interrupted(ray_local: None, tmp_path: Path) -> None:
     """A trial that fails goes on from its last checkpoint, with all its counters."""
     config = small(model_options=tune.grid_search([{"units": 32}, {"units": 48}]))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import gymnasium
@@ -13,7 +12,6 @@ import pytest
 import ray
 import torch
 from gymnasium import spaces
-from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from rllib_runs import agent_of, small
@@ -54,20 +52,6 @@ def clock(length: int, **training: Any) -> Any:
     config = small(**settings | {"train_ratio": 2, "prefill": 64} | training)
     config.min_sample_timesteps_per_iteration = 0  # an iteration is one chunk of 4 x 16 steps
     return config.environment(Clock, env_config={"length": length})
-
-
-@pytest.fixture
-def built(ray_local: None) -> Iterator[Any]:
-    """Builds algorithms that are stopped afterwards."""
-    algos: list[Algorithm] = []
-
-    def build(config: Any) -> Any:
-        algos.append(config.build_algo())
-        return algos[-1]
-
-    yield build
-    for algo in algos:
-        algo.stop()
 
 
 # --------------------------------------------------------------------------------------- callbacks

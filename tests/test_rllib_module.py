@@ -278,21 +278,18 @@ def test_it_comes_back_from_a_file(family: str, inference_only: bool, tmp_path: 
 
 
 @pytest.mark.ray
-def test_an_algorithms_checkpoint_holds_it(ray_local: None, tmp_path: Path) -> None:
-    algo = small(checkpoint_replay=False, num_replay_shards=1).build_algo()
-    try:
-        before = algo.get_module().get_state()
-        algo.train()
-        path = Path(algo.save_to_path(tmp_path / "saved"))
-        module = algo.get_module()
-        assert not same(before, module.get_state())
-        saved = path / "learner_group" / "learner" / "rl_module" / "default_policy"
-        again = RLModule.from_checkpoint(saved)
-        obs = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
-        state, other = None, None
-        for _ in range(2):
-            actions, state = act(module, obs, state)
-            found, other = act(again, obs, other)
-            assert same(actions, found)
-    finally:
-        algo.stop()
+def test_an_algorithms_checkpoint_holds_it(built: Any, tmp_path: Path) -> None:
+    algo = built(small(checkpoint_replay=False, num_replay_shards=1))
+    before = algo.get_module().get_state()
+    algo.train()
+    path = Path(algo.save_to_path(tmp_path / "saved"))
+    module = algo.get_module()
+    assert not same(before, module.get_state())
+    saved = path / "learner_group" / "learner" / "rl_module" / "default_policy"
+    again = RLModule.from_checkpoint(saved)
+    obs = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+    state, other = None, None
+    for _ in range(2):
+        actions, state = act(module, obs, state)
+        found, other = act(again, obs, other)
+        assert same(actions, found)

@@ -219,9 +219,7 @@ def test_another_environments_episode_is_one_sentence(
 
 
 @pytest.mark.ray
-def test_training_begins_with_what_another_algorithm_recorded(
-    ray_local: None, tmp_path: Path
-) -> None:
+def test_training_begins_with_what_another_algorithm_recorded(built: Any, tmp_path: Path) -> None:
     config = PPOConfig().environment("Pendulum-v1", env_config={})
     config.env_runners(num_env_runners=0, batch_mode="complete_episodes")
     config.offline_data(output=str(tmp_path), output_write_episodes=True)
@@ -233,20 +231,17 @@ def test_training_begins_with_what_another_algorithm_recorded(
 
     ours = small(prefill=200).environment("Pendulum-v1").offline_data(input_=[str(tmp_path)])
     ours.min_sample_timesteps_per_iteration = 60
-    algo = ours.build_algo()
-    try:
-        assert algo.limiter.prefill == 0 and algo.limiter.env_steps == 0
-        stored = [ray.get(shard.report.remote()).num_steps for shard in algo.replay.shards]
-        assert sum(stored) == steps and min(stored) > 0  # shared out
-        batch, _ = ray.get(algo.replay.shards[0].sample.remote(64))[1]
-        cos, sin, speed = np.moveaxis(batch.obs["obs"][:, :-1], -1, 0)
-        torque = 2 * batch.action[:, 1:, 0]  # RLlib recorded what its module gave, not the torque
-        reward = -(np.arctan2(sin, cos) ** 2 + 0.1 * speed**2 + 0.001 * torque**2)
-        inside = ~batch.is_first[:, 1:]
-        np.testing.assert_allclose(batch.reward[:, 1:][inside], reward[inside], atol=1e-4)
-        result = algo.train()
-        check_ratio(result)  # of the steps collected here
-        assert result["replay"]["num_steps"] == steps + result["replay"]["env_steps"]
-        assert np.isfinite(result["learners"]["default_policy"]["loss"])
-    finally:
-        algo.stop()
+    algo = built(ours)
+    assert algo.limiter.prefill == 0 and algo.limiter.env_steps == 0
+    stored = [ray.get(shard.report.remote()).num_steps for shard in algo.replay.shards]
+    assert sum(stored) == steps and min(stored) > 0  # shared out
+    batch, _ = ray.get(algo.replay.shards[0].sample.remote(64))[1]
+    cos, sin, speed = np.moveaxis(batch.obs["obs"][:, :-1], -1, 0)
+    torque = 2 * batch.action[:, 1:, 0]  # RLlib recorded what its module gave, not the torque
+    reward = -(np.arctan2(sin, cos) ** 2 + 0.1 * speed**2 + 0.001 * torque**2)
+    inside = ~batch.is_first[:, 1:]
+    np.testing.assert_allclose(batch.reward[:, 1:][inside], reward[inside], atol=1e-4)
+    result = algo.train()
+    check_ratio(result)  # of the steps collected here
+    assert result["replay"]["num_steps"] == steps + result["replay"]["env_steps"]
+    assert np.isfinite(result["learners"]["default_policy"]["loss"])

@@ -53,36 +53,33 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "given"), CASES, ids=[name for name, _ in CASES])
-def test_a_space_trains_and_acts(ray_local: None, name: str, given: Any) -> None:
+def test_a_space_trains_and_acts(built: Any, name: str, given: Any) -> None:
     kind = SPACE_ENVS[name]
     config = small(
         model_options=TINY | {"warmup": 2}, train_ratio=4, prefill=64, num_replay_shards=1
     )
     config.environment(given(kind), env_config={} if given is by_name else {"level": 3})
     config.min_sample_timesteps_per_iteration = 120
-    algo = config.build_algo()
-    try:
-        for _ in range(2):
-            result = check_train_results_new_api_stack(algo.train())
-            check_ratio(result, ratio=4)
-            learned = result["learners"][DEFAULT_MODULE_ID]
-            assert np.isfinite([learned["loss"], learned["loss/policy"]]).all()
-            assert 0 <= result["env_runners"]["episode_return_mean"] <= 20
-            assert 10 <= result["env_runners"]["episode_len_mean"] <= 20
-        module = algo.get_module()
-        obs_space, action_space = kind.observation_space, kind.action_space
-        assert module.observation_space == obs_space and module.action_space == action_space
-        obs, state = batch(obs_space), None
-        for _ in range(2):
-            out = module.forward_inference(
-                {Columns.OBS: obs} | ({} if state is None else {Columns.STATE_IN: state})
-            )
-            state = out[Columns.STATE_OUT]
-            actions = list(iterate(batch_space(action_space, NUM_ENVS), numpy(out["actions"])))
-            assert len(actions) == NUM_ENVS
-            assert all(action_space.contains(action) for action in actions), actions
-    finally:
-        algo.stop()
+    algo = built(config)
+    for _ in range(2):
+        result = check_train_results_new_api_stack(algo.train())
+        check_ratio(result, ratio=4)
+        learned = result["learners"][DEFAULT_MODULE_ID]
+        assert np.isfinite([learned["loss"], learned["loss/policy"]]).all()
+        assert 0 <= result["env_runners"]["episode_return_mean"] <= 20
+        assert 10 <= result["env_runners"]["episode_len_mean"] <= 20
+    module = algo.get_module()
+    obs_space, action_space = kind.observation_space, kind.action_space
+    assert module.observation_space == obs_space and module.action_space == action_space
+    obs, state = batch(obs_space), None
+    for _ in range(2):
+        out = module.forward_inference(
+            {Columns.OBS: obs} | ({} if state is None else {Columns.STATE_IN: state})
+        )
+        state = out[Columns.STATE_OUT]
+        actions = list(iterate(batch_space(action_space, NUM_ENVS), numpy(out["actions"])))
+        assert len(actions) == NUM_ENVS
+        assert all(action_space.contains(action) for action in actions), actions
 
 
 def batch(space: gymnasium.Space) -> Any:

@@ -69,6 +69,11 @@ class Rank:
         with suppress(RayActorError):  # a store that is away is brought up to date by the next one
             ray.get(self.store.publish.remote(self.learner.part, version, state))
 
+    def agent_arrays(self) -> dict[str, np.ndarray]:
+        """Copies of all weights of the part that is trained, for use elsewhere."""
+        state = self.learner.agent.part_state(self.learner.part)
+        return {name: value.cpu().numpy().copy() for name, value in state.items()}
+
 
 def trains_on_rows(config: Config, part: str) -> bool:
     """Whether shards want to know the losses of the windows that `part` is trained on."""
@@ -87,7 +92,7 @@ class LearnerActor(Rank):
         shards = [ray.get_actor(shard_name(i)) for i in range(num)]
         learner = Learner(agent, config.learner, part, rows)
         super().__init__(learner, ray.get_actor(WEIGHTS), shards, generation)
-        self.part, self.rank = part, rank
+        self.rank = rank
         self.patience = config.scale.patience  # the longest that ranks wait for each other
         self.learner.rank = rank  # each has its own random state, in a checkpoint too
 
@@ -109,11 +114,6 @@ class LearnerActor(Rank):
 
     def count_from(self, gradient_steps: int) -> None:
         self.learner.gradient_steps = gradient_steps
-
-    def agent_arrays(self) -> dict[str, np.ndarray]:
-        """All weights of the group's part, for evaluation elsewhere."""
-        state = self.learner.agent.part_state(self.part)
-        return {n: v.cpu().numpy().copy() for n, v in state.items()}
 
     def save(self, folder: AnyPath) -> None:
         self.learner.save(folder)

@@ -51,8 +51,7 @@ class WorldFluxLearner(TorchLearner):
 
     def agent_arrays(self) -> dict[str, np.ndarray]:
         """Copies of the weights of the part that is trained here."""
-        state = self.learner.agent.part_state(self.learner.part)
-        return {name: value.cpu().numpy().copy() for name, value in state.items()}
+        return self.rank.agent_arrays()
 
     def load_arrays(self, arrays: dict[str, np.ndarray]) -> None:
         """Take over weights of a part that is trained elsewhere."""
