@@ -6,7 +6,8 @@
 
 Both sides are algorithms as RLlib builds them, with a local env runner and a local learner, each in
 a process of its own, at equal widths (peers/rllib_dreamerv3.py), horizon and batches. Figures are
-medians over repetitions, taken in turn, one side and then the other, since machines are shared:
+medians over repetitions, taken in turn, one side and then the other. The machine must have nothing
+else to do: threads that wait for each other lose more than half of their speed beside other work:
 
 - runner: env steps per CPU-second of the process in `algo.env_runner.sample` with the model acting,
   1 torch thread. Both are asked for 64 steps of every environment at a time, which favours RLlib:
@@ -24,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -58,9 +58,6 @@ SAMPLE_STEPS = 64  # of every environment, in one call of a runner
 CHUNK_STEPS = 4  # of every environment, in one iteration of ours: RLlib's are as short
 GOALS = {"runner": 3.0, "update": 2.5}
 UNITS = {"runner": "env steps/CPU-s", "update": "updates/s", "train": "s/1,000 env steps"}
-# Threads that spin while they wait take the cores from the other jobs of a shared machine, and both
-# sides' small operators then take up to ten times as long.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @dataclass(frozen=True)

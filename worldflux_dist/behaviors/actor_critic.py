@@ -188,9 +188,10 @@ class ActorCritic(Behavior):
         that the policy has given up would be pushed away for ever, until it is certain of the rest.
         """
         config = self.config
-        logits = self.critic(features)
+        logits = self.critic(features[:-1])
         with torch.no_grad():
-            value = dist.twohot_predict(logits, self.bins)
+            last = self.critic(features[-1:])
+            value = torch.cat([dist.twohot_predict(x, self.bins) for x in (logits, last)])
             slow = dist.twohot_predict(self.slow_critic(features[:-1]), self.bins)
             target = returns.lambda_return(
                 rollout.rewards, rollout.continues, value[1:], config.lambda_
@@ -208,7 +209,7 @@ class ActorCritic(Behavior):
             "policy": returns.policy_loss(
                 log_prob, entropy, advantage, weight, config.entropy_scale
             ),
-            "value": returns.value_loss(logits[:-1], target, slow, weight, self.bins),
+            "value": returns.value_loss(logits, target, slow, weight, self.bins),
         }
         metrics = {
             "return_imagined": target.mean(),

@@ -113,18 +113,31 @@ class Core(nn.Module):
         """a / max(1, |a|) -> (..., hidden); independent of the state, so done for all steps."""
         return self.in_action(action / action.detach().abs().clamp(min=1))
 
-    def forward(self, deter: Tensor, stoch: Tensor, action: Tensor) -> Tensor:
+    def hidden_weights(self) -> tuple[Tensor, Tensor]:
+        """(blocks, D / blocks, D / blocks) for a block's own slice and (3 hidden, D) for what all
+        read. A loop over time takes them once: their gradients are then added up once, too."""
+        size = self.deter // self.blocks
+        own, shared = self.hid_weight.split([size, len(self.hid_weight) - size])
+        return own.view(size, self.blocks, size).transpose(0, 1), shared
+
+    def forward(
+        self,
+        deter: Tensor,
+        stoch: Tensor,
+        action: Tensor,
+        weights: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """deter (B, D), stoch (B, G * C), embedded action (B, hidden) -> deter (B, D).
 
         r, c, u per block; c = tanh(sigmoid(r) * c), u = sigmoid(u - 1),
         deter' = u c + (1 - u) deter
         """
         blocks, size = self.blocks, self.deter // self.blocks
-        shared = torch.cat([self.in_deter(deter), self.in_stoch(stoch), action], -1)
-        own = self.hid_weight[:size].view(size, blocks, size).transpose(0, 1)
+        own, shared = weights or self.hidden_weights()
+        inputs = torch.cat([self.in_deter(deter), self.in_stoch(stoch), action], -1)
         old = deter.view(-1, blocks, size).transpose(0, 1)  # (blocks, B, size)
         x = torch.baddbmm(self.hid_bias.view(blocks, 1, size), old, own)
-        x = torch.addmm(x.transpose(0, 1).flatten(-2), shared, self.hid_weight[size:])
+        x = torch.addmm(x.transpose(0, 1).flatten(-2), inputs, shared)
         x = F.silu(self.hid_norm(x)).view(-1, blocks, size).transpose(0, 1)
         x = torch.baddbmm(self.gates.bias.view(blocks, 1, 3 * size), x, self.gates.weight)
         reset, candidate, update = x.chunk(3, -1)  # (blocks, B, size) each
@@ -289,17 +302,19 @@ class DreamerV3(WorldModel):
         acted = self.core.embed_action(action * keep)
         layer, out = self.posterior
         assert isinstance(layer, NormedLinear)
-        weight = layer.linear.weight
-        looked = F.linear(tokens, weight[:, c.deter :], layer.linear.bias)  # all steps at once
+        by_deter, by_tokens = layer.linear.weight.split([c.deter, tokens.shape[-1]], 1)
+        looked = F.linear(tokens, by_tokens, layer.linear.bias)  # all steps at once
         if noise is None:
             noise = torch.rand(*action.shape[:2], c.groups, device=action.device)
         deter, stoch = start.tensors["deter"], start.tensors["stoch"].flatten(-2)
+        weights = self.core.hidden_weights()
         deters, stochs, logits = [], [], []
-        for t in range(action.shape[1]):
-            deter = self.core(deter * keep[:, t], stoch * keep[:, t], acted[:, t])
-            x = F.linear(deter, weight[:, : c.deter]) + looked[:, t]
+        steps = zip(*(x.unbind(1) for x in (keep, acted, looked, noise)), strict=True)
+        for going, move, look, draw in steps:
+            deter = self.core(deter * going, stoch * going, move, weights)
+            x = F.linear(deter, by_deter) + look
             logit = out(F.silu(layer.norm(x))).unflatten(-1, (c.groups, c.classes))
-            sample = self.sample(logit, noise[:, t])
+            sample = self.sample(logit, draw)
             stoch = sample.flatten(-2)
             deters.append(deter)
             stochs.append(sample)

@@ -43,14 +43,12 @@ def symlog_bins(num: int = 101, high: float = 10.0) -> Tensor:
 def twohot_predict(logits: Tensor, bins: Tensor) -> Tensor:
     """sum_i p_i b_i in raw space, (..., bins) -> (...); logits beyond the bins do not count.
 
-    Mirrored bins are added in pairs: a plain float32 sum of terms up to 5e8 gives -0.3 for
-    uniform p, the paired one exactly 0.
+    Taken as sum_i (p_i - p_-i) b_i over the positive bins: a plain float32 sum of terms up to 5e8
+    gives -0.3 for uniform p, this exactly 0.
     """
-    value = logits.float().softmax(-1)[..., : len(bins)] * bins
-    half = value.shape[-1] // 2
-    paired = value[..., :half].flip(-1) + value[..., value.shape[-1] - half :]
-    total = paired.sum(-1)
-    return total if value.shape[-1] % 2 == 0 else total + value[..., half]
+    probs, half = logits.float().softmax(-1), len(bins) // 2
+    more = probs[..., len(bins) - half : len(bins)] - probs[..., :half].flip(-1)
+    return more @ bins[len(bins) - half :]
 
 
 def twohot_target(target: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
