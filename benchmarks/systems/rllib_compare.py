@@ -3,6 +3,7 @@
     python benchmarks/systems/rllib_compare.py
     python benchmarks/systems/rllib_compare.py --quick --env CartPole-v1
     python benchmarks/systems/rllib_compare.py --size size12m --repeat 5
+    python benchmarks/systems/rllib_compare.py --env CartPole-v1 --compile
 
 Both sides are algorithms as RLlib builds them, with a local env runner and a local learner, each in
 a process of its own, at equal widths (peers/rllib_dreamerv3.py), horizon and batches. Figures are
@@ -72,6 +73,7 @@ class Task:
     train_steps: int  # env steps
     updates: int
     samples: int  # calls of the runner
+    compiled: bool  # our learner, by torch.compile
 
     @property
     def batch_steps(self) -> int:
@@ -152,7 +154,11 @@ class Ours(Side):
             .training(
                 behavior={"horizon": HORIZON},
                 replay={"batch_size": task.rows, "batch_length": task.length},
-                learner={"precision": "float32", "threads": LEARNER_THREADS},
+                learner={
+                    "precision": "float32",
+                    "threads": LEARNER_THREADS,
+                    "compile": task.compiled,
+                },
                 train_ratio=task.batch_steps / task.num_envs,
                 prefill=0,
             )
@@ -275,6 +281,7 @@ def main() -> None:
     parser.add_argument("--num-envs", type=int, default=8)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="small batches: about a minute")
+    parser.add_argument("--compile", action="store_true", help="our learner; takes minutes first")
     args = parser.parse_args()
     if any(env.startswith("ALE/") for env in args.env) and not importlib.util.find_spec("cv2"):
         parser.error("RLlib's Atari wrapper needs OpenCV: pip install opencv-python-headless")
@@ -285,7 +292,7 @@ def main() -> None:
             f"{RUNNER_THREADS} in runners, medians of {args.repeat}"
         )
         for env in args.env:
-            compare(Task(env, args.num_envs, args.size, *amounts), args.repeat)
+            compare(Task(env, args.num_envs, args.size, *amounts, args.compile), args.repeat)
         print(f"afterwards: {machine()}")
 
 
