@@ -179,17 +179,18 @@ class Agent(nn.Module):
         `carry` is what the last call gave; is_first (N,) rows forget it, and all do where it is
         None.
         """
-        first = torch.as_tensor(is_first, device=self.device)
+        device = self.device
+        first = torch.as_tensor(is_first, device=device)
         if carry is None:
             carry, first = self.initial_carry(len(first)), torch.ones_like(first)
         remembered = {n[6:]: value for n, value in carry.items() if n.startswith("state/")}
-        action = carry["action"].to(self.device)
+        action = carry["action"].to(device)
         state = self.world_model.update(State(remembered), action, obs, first)
         found = {f"state/{name}": value for name, value in state.tensors.items()}
         if self.planner is None:
             action = self.behavior.act(self.world_model.features(state), greedy)
         else:
-            fresh = self.planner.initial(len(first), self.device)
+            fresh = self.planner.initial(len(first), device)
             mean = torch.where(first[:, None, None], fresh, carry["plan"])
             action, found["plan"] = self.planner.plan(
                 self.world_model, self.behavior, state, mean, greedy, self._goal_features()
