@@ -47,8 +47,7 @@ def main() -> None:
         result = algo.train()
         env_steps = result["num_env_steps_sampled_lifetime"]
         runners = result["env_runners"]
-        # A game takes a thousand steps and more: none may have ended yet.
-        returns = runners.get("episode_return_mean", "none yet")
+        returns = runners["episode_return_mean"]  # nan until a game has ended, in 1,000 steps or so
         speed = runners["num_env_steps_sampled_lifetime_throughput"]["throughput_since_last_reduce"]
         print(
             f"env_steps {env_steps:.0f}  episode_return_mean {returns}  "

@@ -29,6 +29,18 @@ class Sticky(CartPoleEnv):
         return super().step(action)
 
 
+class Closing(CartPoleEnv):
+    """Leaves the file `config["mark"]` when it is closed."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.mark = Path(config["mark"])
+
+    def close(self) -> None:
+        self.mark.touch()
+        super().close()
+
+
 BATCH = {"batch_size": 4, "batch_length": 16}
 BATCH_STEPS = BATCH["batch_size"] * BATCH["batch_length"]
 

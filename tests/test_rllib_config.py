@@ -251,6 +251,16 @@ def test_the_learning_rate_reaches_the_optimizer(lr: float | None) -> None:
     assert {group["lr"] for group in optimizer.param_groups} == {preset}
 
 
+def test_a_restored_optimizer_goes_on_with_the_learning_rate_that_is_configured() -> None:
+    env = gymnasium.make("CartPole-v1")
+    saved, restored = small().build_learner(env=env), small(lr=3e-5).build_learner(env=env)
+    (before,), (after,) = (each.learner.optimizers.values() for each in (saved, restored))
+    for group in before.param_groups:
+        group["steps"] = 50  # of the warm-up, and of the moments' correction
+    restored.set_state(saved.get_state())
+    assert {(group["lr"], group["steps"]) for group in after.param_groups} == {(3e-5, 50)}
+
+
 @pytest.mark.parametrize(
     ("env", "kwargs"),
     [("CartPole-v1", {"sutton_barto_reward": True}), ("module:thing", {"num_envs": 3, "id": 1})],

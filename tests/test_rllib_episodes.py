@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -47,6 +48,20 @@ class Clock(gymnasium.Env):
         return np.array([self.episode, self.time, action], np.float32)
 
 
+class Failing(Clock):
+    """Raises once, at a time that the second chunk reaches."""
+
+    def step(self, action: Any) -> Any:
+        if self.episode == 2 and not self.mark.exists():
+            self.mark.touch()
+            raise OSError("the simulator is gone")
+        return super().step(action)
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.mark = config["mark"]
+
+
 def clock(length: int, **training: Any) -> Any:
     settings: dict[str, Any] = {"model_options": TINY | {"warmup": 2}, "num_replay_shards": 1}
     config = small(**settings | {"train_ratio": 2, "prefill": 64} | training)
@@ -64,6 +79,7 @@ class Callbacks(RLlibCallback):
     """Checks every episode at every step, as a user's callback would look at it."""
 
     def on_algorithm_init(self, *, algorithm: Any, **kwargs: Any) -> None:
+        assert algorithm.limiter.env_steps == 0 and algorithm.get_module() is not None
         SEEN["init"].append(algorithm)
 
     def on_environment_created(self, *, env: Any, env_context: Any, **kwargs: Any) -> None:
@@ -95,8 +111,16 @@ class Callbacks(RLlibCallback):
         metrics_logger.log_value("actions_mean", float(action), reduce="mean", window=1)
 
     def on_episode_end(
-        self, *, episode: Any, env_runner: Any, rl_module: Any, env_index: int, **kwargs: Any
+        self,
+        *,
+        episode: Any,
+        env_runner: Any,
+        rl_module: Any,
+        env_index: int,
+        metrics_logger: Any,
+        **kwargs: Any,
     ) -> None:
+        metrics_logger.log_value(("episode_stats", "time"), episode.get_observations(-1)[1])
         assert episode.is_done and len(episode) == 10
         number = episode.get_observations(0)[0]
         assert episode.is_terminated == (number % 2 == 0) != episode.is_truncated
@@ -142,7 +166,7 @@ def test_callbacks_see_every_episode(built: Any) -> None:
     assert runners["episode_len_mean"] == 10
     assert runners["num_episodes_lifetime"] == ended
     assert last["num_env_steps_sampled_lifetime"] == len(seen["step"])
-    assert 0 <= runners["actions_mean"] <= 7
+    assert 0 <= runners["actions_mean"] <= 7 and runners["episode_stats"]["time"] == 10
     assert last["given"] and last["seen"] == ended
 
 
@@ -239,20 +263,35 @@ def test_evaluation_by_a_runner_of_its_own(built: Any) -> None:
     acting = algo.eval_env_runner.module.agent.state_dict()
     newest = algo.get_module().agent.state_dict()
     assert all(x.equal(newest[name]) for name, x in acting.items())
+    (sample,) = algo.eval_env_runner.sample(num_timesteps=0)  # as where others take the rest
+    assert sample.env_steps() <= NUM_ENVS
     check_windows(algo)
     ended = algo.limiter.env_steps // NUM_ENVS // 25 * NUM_ENVS  # nothing was cut off
     assert results[-1]["env_runners"]["num_episodes_lifetime"] == ended > 0
 
 
 def test_the_mean_return_stays_known(built: Any) -> None:
-    """Iterations in which no episode ends show the last ones, never nan."""
-    algo = built(clock(100, prefill=10_000).callbacks(on_sample_end=lambda **kwargs: None))
+    """Iterations in which no episode ends show the last ones, nan only before the first."""
+    config = clock(100, prefill=10_000)
+    algo = built(config.callbacks(on_sample_end=lambda **kwargs: None))
+    seed = algo.env_runner._fresh_seed()
     means: dict[int, list[Any]] = {0: [], 1: [], 2: []}
     for _ in range(16):
-        found = algo.train()["env_runners"].get("episode_return_mean")
+        found = algo.train()["env_runners"]["episode_return_mean"]
         means[algo.limiter.env_steps // NUM_ENVS // 101].append(found)
-    assert set(means[0]) == {None}
+    assert np.isnan(means[0]).all()
     assert len(means[1]) > 1 and len(means[2]) > 1
     assert len(set(means[1])) == 1 and len(set(means[2])) == 1
     assert np.isfinite(means[1] + means[2]).all() and means[1] != means[2]
     assert algo.env_runner._seen is None  # and no RLlib episode was built, as no callback looks
+    again = built(config)
+    again.set_state(algo.get_state())
+    assert again.env_runner._fresh_seed() == algo.env_runner._fresh_seed() != seed
+    assert again.train()["env_runners"]["episode_return_mean"] == means[2][-1]
+
+
+def test_failures_of_environments_are_counted(built: Any, tmp_path: Path) -> None:
+    config = clock(10).environment(Failing, env_config={"length": 10, "mark": tmp_path / "failed"})
+    algo = built(config)
+    results = [algo.train() for _ in range(3)]
+    assert [result["env_failures_lifetime"] for result in results] == [0, 1, 1]

@@ -44,7 +44,7 @@ def numbers(pattern: str, text: str) -> list[tuple[float, ...]]:
 def test_pong_trains_and_is_saved(tmp_path: Path) -> None:
     small = ("--model", "dreamerv3:tiny", "--train-ratio", "2", "--num-replay-shards", "2")
     text = output(tmp_path, "rllib_pong.py", *small, "--stop-env-steps", "2000")
-    line = r"env_steps #  episode_return_mean none yet  train_ratio #  env_steps/s #"
+    line = r"env_steps #  episode_return_mean nan  train_ratio #  env_steps/s #"
     lines = numbers(line, text)
     assert len(lines) > 1 and lines[-2][0] < 2000 <= lines[-1][0]
     assert all(ratio == 2 and speed > 0 for _, ratio, speed in lines)

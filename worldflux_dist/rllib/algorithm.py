@@ -22,7 +22,15 @@ from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import ALL_MODULES, COMPONENT_LEARNER_GROUP, DEFAULT_MODULE_ID
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
+    EPISODE_DURATION_SEC_MEAN,
+    EPISODE_LEN_MAX,
+    EPISODE_LEN_MEAN,
+    EPISODE_LEN_MIN,
+    EPISODE_RETURN_MAX,
+    EPISODE_RETURN_MEAN,
+    EPISODE_RETURN_MIN,
     LEARNER_RESULTS,
+    NUM_ENV_STEPS_SAMPLED_LIFETIME,
     NUM_ENV_STEPS_TRAINED_LIFETIME,
 )
 from ray.tune.execution.placement_groups import PlacementGroupFactory
@@ -47,6 +55,15 @@ REPLAY, POLICY = "replay", "policy_learner_group"  # parts that save themselves
 TIDY_EVERY_S = 60.0
 DRAIN_S = 60.0  # how long a checkpoint waits for chunks on their way
 RECORDED = 2_000_000  # streams of recorded episodes
+EPISODES = {
+    EPISODE_DURATION_SEC_MEAN,
+    EPISODE_LEN_MAX,
+    EPISODE_LEN_MEAN,
+    EPISODE_LEN_MIN,
+    EPISODE_RETURN_MAX,
+    EPISODE_RETURN_MEAN,
+    EPISODE_RETURN_MIN,
+}
 
 
 class WorldFlux(Algorithm):
@@ -65,32 +82,23 @@ class WorldFlux(Algorithm):
     def setup(self, config: Any) -> None:
         self.imaginers: list[Any] = []
         self.policy: Learners | None = None
-        self._episodes: dict[str, float] = {}  # what is known of the last ones
+        # What is known of the last ones: Tune's schedulers want to see them from the beginning.
+        self._episodes = {EPISODE_RETURN_MEAN: np.nan, EPISODE_LEN_MEAN: np.nan}
+        self._tidied = time.monotonic()
         self._check_room()
         super().setup(config)
-        settings: Config = self.config.settings()
-        self.settings, train = settings, settings.train
-        self.spaces_inside = Spaces(*self.spaces[DEFAULT_MODULE_ID])
-        batch_steps = settings.replay.batch_size * settings.replay.batch_length
-        self.limiter = Limiter(train.train_ratio, batch_steps, train.prefill)
-        self.store = actor(WeightStore, num_cpus=0).remote()
-        storage = self.config.storage
-        root = as_path(storage) / Path(self.logdir).name if storage else Path(self.logdir)
-        self.replay = Replay(settings, root / REPLAY, self.config.num_cpus_per_replay_shard)
-        self.model = Learners(self.learner_group, self.config.part)
-        if self.config.num_imagination_actors:
-            self._start_imagination()
-        self._connect()
-        self._tidied = time.monotonic()
-        if self.config.input_ and self.config.input_ != "sampler":
-            self._fill(self.config.input_)
+
+    def _set_up_metrics(self) -> None:
+        """RLlib's last step before callbacks may use the algorithm: ours must be there by then."""
+        super()._set_up_metrics()
+        self._start()
 
     def step(self) -> dict[str, Any]:
         """RLlib's; where no episode ended, the result shows the episodes that ended last."""
         result: dict[str, Any] = super().step()
         found = result.get(ENV_RUNNER_RESULTS, {})
         for name, value in found.items():
-            if name.startswith("episode_") and not np.isnan(value):
+            if name in EPISODES and not np.isnan(value):
                 self._episodes[name] = value
         result[ENV_RUNNER_RESULTS] = found | self._episodes
         return result
@@ -130,6 +138,7 @@ class WorldFlux(Algorithm):
         return super().get_module(*args, **kwargs)
 
     def cleanup(self) -> None:
+        super().cleanup()  # runners first: they may be storing a chunk
         if self.policy is not None:
             self.policy.group.shutdown()
         for imaginer in self.imaginers:
@@ -137,7 +146,6 @@ class WorldFlux(Algorithm):
         if hasattr(self, "replay"):
             self.replay.end()
             ray.kill(self.store)
-        super().cleanup()
 
     @classmethod
     def default_resource_request(cls, config: Any) -> PlacementGroupFactory:
@@ -180,6 +188,25 @@ class WorldFlux(Algorithm):
                     "ask for fewer env runners, learners or imagination actors, or start Ray with "
                     f"num_{kind.lower()}s={need:g}"
                 )
+
+    def _start(self) -> None:
+        """Replay, weights, and where the policy learns apart, imagination; tied together."""
+        settings: Config = self.config.settings()
+        self.settings, train = settings, settings.train
+        self.spaces_inside = Spaces(*self.spaces[DEFAULT_MODULE_ID])
+        batch_steps = settings.replay.batch_size * settings.replay.batch_length
+        self.limiter = Limiter(train.train_ratio, batch_steps, train.prefill)
+        self.store = actor(WeightStore, num_cpus=0).remote()
+        storage = self.config.storage
+        root = as_path(storage) / Path(self.logdir).name if storage else Path(self.logdir)
+        self.replay = Replay(settings, root / REPLAY, self.config.num_cpus_per_replay_shard)
+        self.model = Learners(self.learner_group, self.config.part)
+        if self.config.num_imagination_actors:
+            self._start_imagination()
+            self._hand_over()  # the module's spec may have named weights to begin with
+        self._connect()
+        if self.config.input_ and self.config.input_ != "sampler":
+            self._fill(self.config.input_)
 
     def _start_imagination(self) -> None:
         """Imagination actors and the learners of the policy, beside those of the model."""
@@ -232,7 +259,12 @@ class WorldFlux(Algorithm):
     def _merge(self) -> None:
         """Have the model's learners hold the newest policy too: they are what RLlib looks at."""
         if self.policy is not None:
-            self.model.load_arrays(self.policy.agent_arrays())
+            self.policy.hand_over("behavior", self.model)
+
+    def _hand_over(self) -> None:
+        """Have the policy's learners begin with what the model's were given of it."""
+        if self.policy is not None:
+            self.model.hand_over("behavior", self.policy)
 
     def _fill(self, paths: Any) -> None:
         """Put recorded episodes into replay; they count for the prefill, not for the ratio."""
@@ -272,6 +304,9 @@ class WorldFlux(Algorithm):
         reports = [report for done in rounds for report in done.reports]
         for report in reports:
             self._note("weights/staleness", self.ports.version - report.version)
+            self.metrics.log_value(
+                "env_failures_lifetime", report.env_failures, reduce="lifetime_sum"
+            )
         self._note("train_ratio/achieved", self.limiter.achieved)
         self._note("train_ratio/asked", self.settings.train.train_ratio)
         self._note("gradient_steps", self.limiter.gradient_steps)
@@ -314,7 +349,8 @@ class WorldFlux(Algorithm):
         if components == REPLAY:
             state[REPLAY] = {}
         apart = self.policy is not None
-        return state | {STATE: {"limiter": self.limiter.state_dict(), "apart": apart}}
+        own = {"limiter": self.limiter.state_dict(), "apart": apart, "episodes": self._episodes}
+        return state | {STATE: own}
 
     def set_state(self, state: dict[str, Any]) -> None:
         apart = self.policy is not None
@@ -324,10 +360,15 @@ class WorldFlux(Algorithm):
                 f"{'0' if apart else 'above 0'}: restore it with the same"
             )
         super().set_state(state)
+        if self.env_runner is not None:  # its next seeds depend on it; RLlib tells it too early
+            taken = (ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME)
+            self.env_runner.num_env_steps_sampled_lifetime = self.metrics.peek(taken, default=0)
         if POLICY in state and self.policy is not None:
             self.policy.group.set_state(state[POLICY])
         if STATE in state:
-            self.limiter.load_state_dict(state[STATE]["limiter"])
+            saved = state[STATE]["limiter"]
+            self.limiter.load_state_dict(saved, saved["env_steps"])  # all is taken in an iteration
+            self._episodes = dict(state[STATE]["episodes"])
         self._connect()
 
     def get_checkpointable_components(self) -> list[tuple[str, Any]]:
@@ -340,8 +381,7 @@ class WorldFlux(Algorithm):
 
     def save_to_path(self, *args: Any, **kwargs: Any) -> str:
         """As RLlib's; what runners have under way is waited for, so that all counts agree."""
-        reports = self.ports.drain(DRAIN_S)
-        self.limiter.inserted(sum(report.env_steps for report in reports))
+        self._drain()
         with suppress(RayActorError):  # a shard is on its way back
             # Runners that died may have stored what they could not report.
             stored = self.replay.total_steps() - self._uncounted
@@ -350,6 +390,13 @@ class WorldFlux(Algorithm):
         return path
 
     def restore_from_path(self, path: Any, *args: Any, **kwargs: Any) -> None:
-        self.ports.drain(DRAIN_S)  # what is on its way belongs to what is left behind
+        self._drain()
         super().restore_from_path(path, *args, **kwargs)
+        if COMPONENT_LEARNER_GROUP in (kwargs.get("component") or ""):
+            self._hand_over()
         self._connect()
+
+    def _drain(self) -> None:
+        """Wait for what runners have under way, and count it."""
+        reports = self.ports.drain(DRAIN_S)
+        self.limiter.inserted(sum(report.env_steps for report in reports))

@@ -68,7 +68,6 @@ class WorldFluxConfig(AlgorithmConfig):
         self.rollout_fragment_length = 64
         self.env_runner_cls = WorldFluxEnvRunner
         self.delay_between_env_runner_restarts_s = 1.0
-        self.restart_failed_env_runners = True
         self.min_sample_timesteps_per_iteration = 1000
         self.evaluation_config = {"explore": False}
         self.normalize_actions = False  # our module's actions are the environment's own

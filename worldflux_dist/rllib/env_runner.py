@@ -145,7 +145,8 @@ class WorldFluxEnvRunner(SingleAgentEnvRunner):
         start = time.monotonic()
         if num_episodes is None:
             assert num_timesteps is not None
-            chunk = runner.collect(math.ceil(num_timesteps / self.num_envs))
+            # RLlib asks an evaluation worker for 0 steps where others take the last ones.
+            chunk = runner.collect(max(1, math.ceil(num_timesteps / self.num_envs)))
             sample, episodes = Sample(_actions(chunk), chunk), runner.take_episodes()
         else:
             sample, episodes = self._whole_episodes(runner, num_episodes)
@@ -196,6 +197,7 @@ class WorldFluxEnvRunner(SingleAgentEnvRunner):
     def _log(self, episodes: Sequence[Episode], steps: int, seconds: float) -> None:
         self._log_env_steps(metric=self._metrics_num_env_steps_sampled, num_steps=steps)
         self._increase_sampled_metrics(steps, len(episodes))
+        self.num_env_steps_sampled_lifetime += steps  # RLlib tells remote runners the sum of all
         for episode in episodes:
             taken = seconds * episode.length * self.num_envs / max(1, steps)
             self._log_episode_metrics(episode.length, episode.total_reward, taken)
@@ -205,9 +207,6 @@ class WorldFluxEnvRunner(SingleAgentEnvRunner):
         plain = [getattr(RLlibCallback, n) for _ in self._callbacks for n in EPISODE_CALLBACKS]
         given = any(getattr(self.config, f"callbacks_{name}") for name in EPISODE_CALLBACKS)
         return given or own != plain
-
-    def assert_healthy(self) -> None:
-        assert self.env is not None and self.module is not None
 
 
 def _actions(chunk: Chunk) -> int:

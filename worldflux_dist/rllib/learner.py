@@ -49,14 +49,6 @@ class WorldFluxLearner(TorchLearner):
         """Send the inference weights to the store."""
         self.rank.publish()
 
-    def agent_arrays(self) -> dict[str, np.ndarray]:
-        """Copies of the weights of the part that is trained here."""
-        return self.rank.agent_arrays()
-
-    def load_arrays(self, arrays: dict[str, np.ndarray]) -> None:
-        """Take over weights of a part that is trained elsewhere."""
-        self.learner.agent.load_arrays(arrays)
-
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         random = {"cpu": torch.get_rng_state().numpy()}
         if self.learner.device.type == "cuda":
@@ -80,7 +72,7 @@ class WorldFluxLearner(TorchLearner):
         raise NotImplementedError("WorldFluxLearner.step computes its losses by itself")
 
     def _set_optimizer_state(self, state: dict[str, Any]) -> None:
-        """The moments only: learning rates and the like are those that are configured now."""
+        """Moments and counts only: learning rates and the like are as configured now."""
         for name, optimizer in self._named_optimizers.items():
             if name in state:
                 groups = copy.deepcopy([_plain(group) for group in optimizer.param_groups])
@@ -98,4 +90,5 @@ class WorldFluxLearner(TorchLearner):
 
 
 def _plain(group: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name != "params"}
+    """What is configured of a group of parameters; `steps` is how far its warm-up has come."""
+    return {name: value for name, value in group.items() if name not in ("params", "steps")}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import ray
 from ray import ObjectRef
 from ray.rllib.core.learner.learner_group import LearnerGroup as RLlibLearnerGroup
@@ -48,10 +49,11 @@ class Learners(LearnerGroup):
             else [Here(self.group._learner)]
         )
 
-    def load_arrays(self, arrays: Any) -> None:
-        """Take over weights of a part that other learners train."""
-        for found in self.group.foreach_learner(partial(_load, arrays=arrays)):
-            found.get()
+    def hand_over(self, part: str, other: Learners) -> None:
+        """Have `other` hold what these learners hold of a part of the agent."""
+        found, *_ = self.group.foreach_learner(partial(_arrays, part=part))
+        for done in other.group.foreach_learner(partial(_load, arrays=found.get())):
+            done.get()
 
 
 class Here:
@@ -163,8 +165,13 @@ def _handle(learner: WorldFluxLearner) -> Any:
     return ray.get_runtime_context().current_actor
 
 
-def _load(learner: WorldFluxLearner, arrays: Any) -> None:
-    learner.load_arrays(ray.get(arrays) if isinstance(arrays, ObjectRef) else arrays)
+def _arrays(learner: WorldFluxLearner, part: str) -> dict[str, np.ndarray]:
+    state = learner.learner.agent.part_state(part)
+    return {name: value.cpu().numpy().copy() for name, value in state.items()}
+
+
+def _load(learner: WorldFluxLearner, arrays: dict[str, np.ndarray]) -> None:
+    learner.learner.agent.load_arrays(arrays)
 
 
 def _collect(runner: Any, store: Any, shards: list[Any]) -> Any:
