@@ -30,11 +30,15 @@ class Sticky(CartPoleEnv):
 
 
 class Closing(CartPoleEnv):
-    """Leaves the file `config["mark"]` when it is closed."""
+    """Takes its time, and leaves the file `config["mark"]` when it is closed."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.mark = Path(config["mark"])
+
+    def step(self, action: Any) -> Any:
+        time.sleep(0.003)
+        return super().step(action)
 
     def close(self) -> None:
         self.mark.touch()

@@ -109,6 +109,7 @@ def test_an_error_reaches_everybody_who_waits(store: Any) -> None:
     assert all(isinstance(found, RuntimeError) for found in asyncio.run(ask()))
 
 
+@pytest.mark.chaos
 def test_a_run_goes_on_after_the_process_that_acts_was_killed(tmp_path: Path) -> None:
     settings = ("scale.acting=actor", "train.threshold=null", "train.prefill=100")
     with ToyRun(tmp_path, *settings) as run:

@@ -261,10 +261,11 @@ print("started", flush=True)
 time.sleep(600)
 """
 FOLLOW = """
-import sys
+import signal, sys
 from pathlib import Path
 from ray.job_submission import JobSubmissionClient
 from worldflux_dist.distributed import submit
+signal.signal(signal.SIGINT, signal.default_int_handler)  # not so in a shell's background job
 client = JobSubmissionClient()
 environment = submit.job_environment(Path())
 job, *entrypoint = sys.argv[1:]
