@@ -87,18 +87,19 @@ def test_eval_plays_the_saved_agent(
 
 
 def test_killed_runners_and_shards_come_back(tmp_path: Path) -> None:
-    with ToyRun(tmp_path, "train.threshold=0.7") as run:  # without memory 0.5 is the most
+    with ToyRun(tmp_path, "train.threshold=null") as run:
         run.wait_for("train ")
         time.sleep(3)  # the prefill comes in a burst, and is on disk after replay.flush_every 2 s
         victims = [run.processes(f"ray::{role}")[0] for role in ("EnvRunnerActor", "ReplayShard")]
         for victim in victims:
             victim.kill()
         assert run.wait() == 0, run.output
-    assert "PASSED" in run.output
     settings = config.load([run.run_dir / "config.yaml"])
     scores = trainer.RunDirectory(run.run_dir, settings).scores()
     after = [s["return_mean"] for s in scores if s["method"] != "random" and s["env_steps"] > 1100]
-    assert max(after) >= toy_task.THRESHOLD  # the last evaluation alone is a matter of luck
+    # The last evaluation alone is a matter of luck: a policy of 0.88 may forget for a while. Without
+    # memory 0.5 is the most.
+    assert max(after) >= toy_task.THRESHOLD, run.output
     last = read_metrics(run.run_dir)[-1]
     toy_task.check_ratio(settings, int(last["env_steps"]), int(last["gradient_steps"]))
     replay = replay_in(run.checkpoint_path(run.checkpoint_steps()[-1]))
