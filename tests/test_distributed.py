@@ -97,8 +97,8 @@ def test_killed_runners_and_shards_come_back(tmp_path: Path) -> None:
     settings = config.load([run.run_dir / "config.yaml"])
     scores = trainer.RunDirectory(run.run_dir, settings).scores()
     after = [s["return_mean"] for s in scores if s["method"] != "random" and s["env_steps"] > 1100]
-    # The last evaluation alone is a matter of luck: a policy of 0.88 may forget for a while. Without
-    # memory 0.5 is the most.
+    # The last evaluation alone is a matter of luck: a policy of 0.88 may forget for a while.
+    # Without memory 0.5 is the most.
     assert max(after) >= toy_task.THRESHOLD, run.output
     last = read_metrics(run.run_dir)[-1]
     toy_task.check_ratio(settings, int(last["env_steps"]), int(last["gradient_steps"]))
