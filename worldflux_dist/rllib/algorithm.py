@@ -197,13 +197,14 @@ class WorldFlux(Algorithm):
         batch_steps = settings.replay.batch_size * settings.replay.batch_length
         self.limiter = Limiter(train.train_ratio, batch_steps, train.prefill)
         self.store = actor(WeightStore, num_cpus=0).remote()
-        storage = self.config.storage
-        root = as_path(storage) / Path(self.logdir).name if storage else Path(self.logdir)
-        self.replay = Replay(settings, root / REPLAY, self.config.num_cpus_per_replay_shard)
         self.model = Learners(self.learner_group, self.config.part)
         if self.config.num_imagination_actors:
             self._start_imagination()
             self._hand_over()  # the module's spec may have named weights to begin with
+        storage = self.config.storage
+        root = as_path(storage) / Path(self.logdir).name if storage else Path(self.logdir)
+        # Shards last: with half a CPU each, they would take the others' bundles apart.
+        self.replay = Replay(settings, root / REPLAY, self.config.num_cpus_per_replay_shard)
         self._connect()
         if self.config.input_ and self.config.input_ != "sampler":
             self._fill(self.config.input_)
