@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group_table
 
 from worldflux_dist.distributed.cluster import MB, Plan, Role, join_cluster
-from worldflux_dist.distributed.placement import Placement, place
+from worldflux_dist.distributed.placement import Placement, _waiting, place
 
 NODE: dict[str, Any] = {"num_cpus": 3, "memory": 1000 * MB, "object_store_memory": 80 * MB}
 SPARE_S = 60.0  # two to five on an idle machine
@@ -107,6 +107,14 @@ def test_room_is_waited_for(cluster: Cluster) -> None:
         place(plan, timeout_s=1)
     with closing(place(plan)) as second:  # what was given back
         assert len(second.options["runner"]) == 5
+
+
+@pytest.mark.slow
+def test_room_that_is_there_is_never_missed(cluster: Cluster) -> None:
+    plan = make_plan(5, join_cluster())
+    with closing(place(plan)) as placement:
+        assert len(placement.groups) == 7
+        assert not any(_waiting(placement.groups) for _ in range(50))
 
 
 def test_on_one_machine_nothing_is_reserved() -> None:
