@@ -307,6 +307,10 @@ class Agent(nn.Module):
         prefix = "" if part == "agent" else f"{part}."
         return {name: x for name, x in self.state_dict().items() if name.startswith(prefix)}
 
+    def part_arrays(self, part: str = "agent") -> dict[str, np.ndarray]:
+        """Copies of all parameters and buffers of a part, as `load_arrays` takes them."""
+        return {name: x.cpu().numpy().copy() for name, x in self.part_state(part).items()}
+
     def load_files(self, folder: AnyPath, part: str = "agent") -> None:
         """Take over a part's weights from where `save` wrote them. Raises CheckpointError if they
         differ."""
@@ -329,8 +333,7 @@ class Agent(nn.Module):
         folder = checkpoint.as_path(folder) if isinstance(folder, str) else folder
         folder.mkdir(parents=True, exist_ok=True)
         for name in PARTS if part == "agent" else (part,):
-            arrays = {key: x.detach().cpu().numpy() for key, x in self.part_state(name).items()}
-            checkpoint.save_arrays(folder / f"{name}.safetensors", arrays)
+            checkpoint.save_arrays(folder / f"{name}.safetensors", self.part_arrays(name))
         if part != "behavior":
             checkpoint.write_json(folder / "agent.json", self.recipe)
 

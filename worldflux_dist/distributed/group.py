@@ -69,11 +69,6 @@ class Rank:
         with suppress(RayActorError):  # a store that is away is brought up to date by the next one
             ray.get(self.store.publish.remote(self.learner.part, version, state))
 
-    def agent_arrays(self) -> dict[str, np.ndarray]:
-        """Copies of all weights of the part that is trained, for use elsewhere."""
-        state = self.learner.agent.part_state(self.learner.part)
-        return {name: value.cpu().numpy().copy() for name, value in state.items()}
-
 
 def trains_on_rows(config: Config, part: str) -> bool:
     """Whether shards want to know the losses of the windows that `part` is trained on."""
@@ -114,6 +109,10 @@ class LearnerActor(Rank):
 
     def count_from(self, gradient_steps: int) -> None:
         self.learner.gradient_steps = gradient_steps
+
+    def agent_arrays(self) -> dict[str, np.ndarray]:
+        """All weights of the group's part, for evaluation elsewhere."""
+        return self.learner.agent.part_arrays(self.learner.part)
 
     def save(self, folder: AnyPath) -> None:
         self.learner.save(folder)

@@ -15,8 +15,6 @@ algorithm, with reasons:
   the learner. Replay then holds no latents (2 to 13 kB a step) and needs no write-back across
   processes. `loss(start=...)` takes a start state all the same.
 - Discrete observations are one-hot vectors with the squared symlog loss, not a categorical.
-- The block layer of the core stores its weight as (in, D) with the shared inputs' rows last:
-  the same function, as one dense product and one batched one.
 """
 
 from __future__ import annotations
@@ -32,15 +30,8 @@ from torch import Tensor, nn
 from worldflux_dist.data import Batch, Spaces
 from worldflux_dist.models.base import LossOutput, Prediction, State, WorldModel
 from worldflux_dist.nn import distributions as dist
-from worldflux_dist.nn.layers import (
-    MLP,
-    BinHead,
-    BlockLinear,
-    Linear,
-    NormedLinear,
-    RMSNorm,
-    init_weight,
-)
+from worldflux_dist.nn.gru import BlockGRU
+from worldflux_dist.nn.layers import MLP, BinHead, Linear, NormedLinear
 from worldflux_dist.nn.optim import LaProp
 from worldflux_dist.nn.vision import ImageDecoder, ImageEncoder
 
@@ -92,58 +83,6 @@ PRESETS = {
         DreamerV3Config(), deter=128, groups=16, classes=8, learning_rate=8e-4, warmup=100
     ),
 }
-
-
-class Core(nn.Module):
-    """The block GRU. Block g of the hidden layer reads its slice of deter and all three inputs."""
-
-    def __init__(self, deter: int, stoch: int, action: int, hidden: int, blocks: int) -> None:
-        super().__init__()
-        self.deter, self.blocks = deter, blocks
-        self.in_deter = NormedLinear(deter, hidden)
-        self.in_stoch = NormedLinear(stoch, hidden)
-        self.in_action = NormedLinear(action, hidden)
-        self.hid_weight = nn.Parameter(torch.empty(deter // blocks + 3 * hidden, deter))
-        self.hid_bias = nn.Parameter(torch.zeros(deter))
-        self.hid_norm = RMSNorm(deter)
-        self.gates = BlockLinear(deter, 3 * deter, blocks)
-        init_weight(self.hid_weight, deter + blocks * 3 * hidden)
-
-    def embed_action(self, action: Tensor) -> Tensor:
-        """a / max(1, |a|) -> (..., hidden); independent of the state, so done for all steps."""
-        return self.in_action(action / action.detach().abs().clamp(min=1))
-
-    def hidden_weights(self) -> tuple[Tensor, Tensor]:
-        """(blocks, D / blocks, D / blocks) for a block's own slice and (3 hidden, D) for what all
-        read. A loop over time takes them once: their gradients are then added up once, too."""
-        size = self.deter // self.blocks
-        own, shared = self.hid_weight.split([size, len(self.hid_weight) - size])
-        return own.view(size, self.blocks, size).transpose(0, 1), shared
-
-    def forward(
-        self,
-        deter: Tensor,
-        stoch: Tensor,
-        action: Tensor,
-        weights: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """deter (B, D), stoch (B, G * C), embedded action (B, hidden) -> deter (B, D).
-
-        r, c, u per block; c = tanh(sigmoid(r) * c), u = sigmoid(u - 1),
-        deter' = u c + (1 - u) deter
-        """
-        blocks, size = self.blocks, self.deter // self.blocks
-        own, shared = weights or self.hidden_weights()
-        inputs = torch.cat([self.in_deter(deter), self.in_stoch(stoch), action], -1)
-        old = deter.view(-1, blocks, size).transpose(0, 1)  # (blocks, B, size)
-        x = torch.baddbmm(self.hid_bias.view(blocks, 1, size), old, own)
-        x = torch.addmm(x.transpose(0, 1).flatten(-2), inputs, shared)
-        x = F.silu(self.hid_norm(x)).view(-1, blocks, size).transpose(0, 1)
-        x = torch.baddbmm(self.gates.bias.view(blocks, 1, 3 * size), x, self.gates.weight)
-        reset, candidate, update = x.chunk(3, -1)  # (blocks, B, size) each
-        candidate = dist.tanh(torch.sigmoid(reset) * candidate)
-        new = torch.lerp(old, candidate.to(old.dtype), torch.sigmoid(update - 1).to(old.dtype))
-        return new.transpose(0, 1).flatten(-2)
 
 
 class Encoder(nn.Module):
@@ -220,7 +159,7 @@ class DreamerV3(WorldModel):
         latent = config.groups * config.classes
         self.feature_dim = config.deter + latent
         self.encoder = Encoder(spaces, config)
-        self.core = Core(config.deter, latent, spaces.action_dim, config.hidden, config.blocks)
+        self.core = BlockGRU(config.deter, latent, spaces.action_dim, config.hidden, config.blocks)
         self.posterior = MLP(config.deter + self.encoder.size_out, config.hidden, 1, latent)
         self.prior = MLP(config.deter, config.hidden, 2, latent)
         self.decoder = Decoder(spaces, config)

@@ -8,6 +8,7 @@ weights are started here, after them, so that in a placement group of Tune each 
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Collection
 from contextlib import suppress
@@ -22,13 +23,8 @@ from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import ALL_MODULES, COMPONENT_LEARNER_GROUP, DEFAULT_MODULE_ID
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
-    EPISODE_DURATION_SEC_MEAN,
-    EPISODE_LEN_MAX,
     EPISODE_LEN_MEAN,
-    EPISODE_LEN_MIN,
-    EPISODE_RETURN_MAX,
     EPISODE_RETURN_MEAN,
-    EPISODE_RETURN_MIN,
     LEARNER_RESULTS,
     NUM_ENV_STEPS_SAMPLED_LIFETIME,
     NUM_ENV_STEPS_TRAINED_LIFETIME,
@@ -55,15 +51,8 @@ REPLAY, POLICY = "replay", "policy_learner_group"  # parts that save themselves
 TIDY_EVERY_S = 60.0
 DRAIN_S = 60.0  # how long a checkpoint waits for chunks on their way
 RECORDED = 2_000_000  # streams of recorded episodes
-EPISODES = {
-    EPISODE_DURATION_SEC_MEAN,
-    EPISODE_LEN_MAX,
-    EPISODE_LEN_MEAN,
-    EPISODE_LEN_MIN,
-    EPISODE_RETURN_MAX,
-    EPISODE_RETURN_MEAN,
-    EPISODE_RETURN_MIN,
-}
+# RLlib's own figures of episodes, among those that users may log.
+EPISODES = re.compile("episode_((return|len)_(mean|min|max)|duration_sec_mean)")
 
 
 class WorldFlux(Algorithm):
@@ -98,7 +87,7 @@ class WorldFlux(Algorithm):
         result: dict[str, Any] = super().step()
         found = result.get(ENV_RUNNER_RESULTS, {})
         for name, value in found.items():
-            if name in EPISODES and not np.isnan(value):
+            if EPISODES.fullmatch(name) and not np.isnan(value):
                 self._episodes[name] = value
         result[ENV_RUNNER_RESULTS] = found | self._episodes
         return result

@@ -166,8 +166,7 @@ def _handle(learner: WorldFluxLearner) -> Any:
 
 
 def _arrays(learner: WorldFluxLearner, part: str) -> dict[str, np.ndarray]:
-    state = learner.learner.agent.part_state(part)
-    return {name: value.cpu().numpy().copy() for name, value in state.items()}
+    return learner.learner.agent.part_arrays(part)
 
 
 def _load(learner: WorldFluxLearner, arrays: dict[str, np.ndarray]) -> None:
