@@ -284,6 +284,20 @@ def test_tune_restores_what_was_interrupted(ray_local: None, tmp_path: Path) -> 
     assert ran == {"1": 2, "2": 3, "3": 2}  # of two trials: the failed iteration alone was lost
 
 
+def test_each_process_of_a_trial_finds_its_bundle(ray_local: None, tmp_path: Path) -> None:
+    """Three sizes: taken apart by a smaller process, a bundle would leave its owner waiting."""
+    config = small(
+        num_imagination_actors=2,
+        num_cpus_per_imagination_actor=0.25,
+        num_cpus_per_replay_shard=0.5,
+    )
+    stop = {"training_iteration": 1}
+    run = tune.RunConfig(name="sizes", storage_path=str(tmp_path), stop=stop)
+    [result] = tune.Tuner("WorldFlux", param_space=config, run_config=run).fit()
+    assert result.error is None
+    check_ratio(result.metrics)
+
+
 def _fail_once(folder: Path) -> Any:
     def fail(*, algorithm: Any, result: dict[str, Any], **kwargs: Any) -> None:
         with (folder / "iterations").open("a") as file:

@@ -3,7 +3,7 @@
 Each `training_step` is as many rounds of the flow (collect, update, publish) as it takes until
 nothing is owed, while env runners collect on beside it: the achieved train_ratio is the asked one
 to within a batch. RLlib owns env runners and learners; replay, imagination actors and the store of
-weights are started here, after them, so that in a placement group of Tune each finds its bundle.
+weights are started here, after them.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from worldflux_dist.distributed.weights import WeightStore
 from worldflux_dist.replay.limiter import Limiter
 from worldflux_dist.rllib.config import WorldFluxConfig
 from worldflux_dist.rllib.episodes import read_episodes, to_chunk
+from worldflux_dist.rllib.places import Places, bundles
 from worldflux_dist.rllib.ports import Learners, RLlibPorts
 from worldflux_dist.rllib.replay import Replay
 
@@ -75,6 +76,7 @@ class WorldFlux(Algorithm):
         self._episodes = {EPISODE_RETURN_MEAN: np.nan, EPISODE_LEN_MEAN: np.nan}
         self._tidied = time.monotonic()
         self._check_room()
+        self.places = Places(self.config)
         super().setup(config)
 
     def _set_up_metrics(self) -> None:
@@ -143,23 +145,8 @@ class WorldFlux(Algorithm):
         settings = cls.get_default_config().update_from_dict(
             config if isinstance(config, dict) else config.to_dict()
         )
-        ours: list[dict[str, float]] = []
-        if settings.num_imagination_actors:
-            ours += [
-                {
-                    "CPU": settings.num_cpus_per_imagination_actor,
-                    "GPU": settings.num_gpus_per_imagination_actor,
-                }
-            ] * settings.num_imagination_actors
-            cpus = settings.num_cpus_per_learner
-            gpus = settings.num_gpus_per_learner
-            cpus = (0 if gpus else 1) if cpus == "auto" else cpus
-            more = settings.custom_resources_per_learner or {}
-            ours += [{"CPU": cpus, "GPU": gpus} | more] * settings.num_policy_learners
-        ours += [{"CPU": settings.num_cpus_per_replay_shard}] * settings.num_replay_shards
-        filled = [{k: v for k, v in bundle.items() if v} for bundle in ours]
-        bundles = asked.bundles + [bundle for bundle in filled if bundle]
-        return PlacementGroupFactory(bundles, strategy=settings.placement_strategy)
+        ours = [bundle for each in bundles(settings).values() for bundle in each if bundle]
+        return PlacementGroupFactory(asked.bundles + ours, strategy=settings.placement_strategy)
 
     # ------------------------------------------------------------------------------ the inside
 
@@ -192,8 +179,7 @@ class WorldFlux(Algorithm):
             self._hand_over()  # the module's spec may have named weights to begin with
         storage = self.config.storage
         root = as_path(storage) / Path(self.logdir).name if storage else Path(self.logdir)
-        # Shards last: with half a CPU each, they would take the others' bundles apart.
-        self.replay = Replay(settings, root / REPLAY, self.config.num_cpus_per_replay_shard)
+        self.replay = Replay(settings, root / REPLAY, self.places.take("shard"))
         self._connect()
         if self.config.input_ and self.config.input_ != "sampler":
             self._fill(self.config.input_)
@@ -204,15 +190,12 @@ class WorldFlux(Algorithm):
         settings = config.settings("auto" if config.num_gpus_per_imagination_actor else "cpu")
         with torch.device("meta"):
             settings.make_agent(self.spaces_inside).imagining()  # refuses what cannot learn so
-        make = actor(
-            ImaginerActor,
-            num_cpus=config.num_cpus_per_imagination_actor,
-            num_gpus=config.num_gpus_per_imagination_actor,
-        )
+        make = actor(ImaginerActor)
         self.imaginers = [
-            make.remote(settings, self.spaces_inside, index, self.store)
-            for index in range(config.num_imagination_actors)
+            make.options(**where).remote(settings, self.spaces_inside, index, self.store)
+            for index, where in enumerate(self.places.take("imaginer"))
         ]
+        self.places.take("policy")  # RLlib starts these
         apart = config.copy(copy_frozen=False)
         apart.num_learners, apart.of_policy = config.num_policy_learners, True
         group = apart.build_learner_group(

@@ -32,8 +32,8 @@ class Replay:
     To RLlib it is a part of the algorithm that saves and restores itself.
     """
 
-    def __init__(self, settings: Config, root: AnyPath, num_cpus: float) -> None:
-        self.settings, self.root, self.num_cpus = settings, root, num_cpus
+    def __init__(self, settings: Config, root: AnyPath, options: list[dict[str, Any]]) -> None:
+        self.settings, self.root, self.options = settings, root, options
         self.shards: list[Any] = []
         self.start([])
 
@@ -42,9 +42,12 @@ class Replay:
         self.stop()
         num, seed = self.settings.scale.num_shards, self.settings.seed * 1000
         share, life = shard_config(self.settings), f"{time.time_ns():020d}"  # later ones sort later
-        make = actor(ReplayShardActor, concurrency_groups={"disk": 1}, num_cpus=self.num_cpus)
+        make = actor(ReplayShardActor, concurrency_groups={"disk": 1})
         places = [ShardPlace(str(self.root), life, index, num) for index in range(num)]
-        self.shards = [make.remote(share, seed + p.index, p, list(saved)) for p in places]
+        self.shards = [
+            make.options(**where).remote(share, seed + place.index, place, list(saved))
+            for place, where in zip(places, self.options, strict=True)
+        ]
         ray.get([shard.report.remote() for shard in self.shards])
 
     def stop(self) -> None:
