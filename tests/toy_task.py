@@ -4,7 +4,8 @@ and environments that go wrong.
 BanditEnv wants memory and delayed credit, and is learned in half a minute on one core. A reward
 that is certain only to nine tenths keeps a policy from being sure of anything early, so the
 entropy bonus is far above the published one: without it the policy settles before the model knows
-the context.
+the context. At twice this learning rate, 2 of 40 seeds ended below the threshold, one of them never
+right (0.1). At this one none of 40 did, the lowest at 0.813.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ model_options:
   classes: 4
   units: 32
   blocks: 4
-  learning_rate: 3.0e-3
+  learning_rate: 1.5e-3
   warmup: 50
 behavior: {{horizon: 3, entropy_scale: 0.1}}
 env: {{id: "worldflux_dist.envs.toy:BanditEnv", num_envs: 4}}
