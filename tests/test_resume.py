@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from toy_run import ToyRun, read_metrics, replay_in
 
 from worldflux_dist import checkpoint
+from worldflux_dist.distributed.ending import StopSignals
 
 pytestmark = pytest.mark.ray
 
@@ -79,3 +81,27 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     assert "Traceback" not in run.output
     assert "everything is saved" not in run.output
     assert not run.checkpoint_steps()
+
+
+def test_a_second_ctrl_c_is_no_error_wherever_it_comes() -> None:
+    class Imported:
+        def __set_name__(self, owner: type, name: str) -> None:
+            signal.raise_signal(signal.SIGINT)  # Python 3.11 makes a RuntimeError of this one
+
+    def interrupted_twice() -> None:
+        with StopSignals(said.append) as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert stop.stopping
+            assert len(said) == 1
+            type("Class", (), {"attribute": Imported()})
+
+    def interrupted_once() -> None:
+        with StopSignals(said.append):
+            signal.raise_signal(signal.SIGINT)
+            raise RuntimeError("an error of its own")
+
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_twice()
+    with pytest.raises(RuntimeError, match="of its own"):
+        interrupted_once()

@@ -48,7 +48,7 @@ class StopSignals:
     """Ctrl-C or SIGTERM once: save and stop; a second time: stop at once."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self.stopping, self._say = False, say
+        self.stopping, self._at_once, self._say = False, False, say
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -57,12 +57,17 @@ class StopSignals:
                 self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         for number, previous in self._previous.items():
             signal.signal(number, previous)
+        # The interrupt rises wherever the run happens to be, and what is there may turn it into
+        # an error of its own (an import does, when it is in the middle of a class).
+        if self._at_once and isinstance(error, Exception):
+            raise KeyboardInterrupt from error
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.stopping:
+            self._at_once = True
             raise KeyboardInterrupt
         self.stopping = True
         self._say("stopping: saving a checkpoint first (once more to stop at once)")
