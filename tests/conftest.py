@@ -12,6 +12,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["RAY_AUTH_MODE"] = "token"  # as on a cluster: clusters without one are refused
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(16)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# At Ray's own 15 the load of others makes workers starve.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,8 +22,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+
+# The same examples every time, however slow the machine is.
+slow_machine = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("repeatable", derandomize=True, **slow_machine)
+settings.load_profile("repeatable")
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -110,9 +110,9 @@ def _live_shard(root: Path, folder: Path) -> list[Chunk]:
     return _read(root, names + [name for name in own if name >= index.get("oldest_open", "")])
 
 
-def saved_shards(run_dir: Path, folder: Any) -> Shards:
-    """All chunks that a checkpoint names."""
-    states = checkpoint.verify(folder)["counters"]["shards"]
+def saved_shards(run_dir: Path, manifest: dict[str, Any]) -> Shards:
+    """All chunks that a checkpoint's manifest names."""
+    states = manifest["counters"]["shards"]
     names = [[segment["name"] for segment in state["segments"]] for state in states]
     return [_read(run_dir / "replay", each) for each in names]
 
@@ -181,10 +181,10 @@ def _check_chunk(chunk: Chunk) -> None:
 
 
 def restored(
-    run_dir: Path, folder: Any, root: Path, life: str, settings: ReplayConfig
+    run_dir: Path, manifest: dict[str, Any], root: Path, life: str, settings: ReplayConfig
 ) -> Iterator[ReplayShard]:
     """The shards of a checkpoint as they come back, one by one, in a folder of their own."""
-    states = checkpoint.verify(folder)["counters"]["shards"]
+    states = manifest["counters"]["shards"]
     for segment in (segment for state in states for segment in state["segments"]):
         (root / segment["name"]).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(run_dir / "replay" / segment["name"], root / segment["name"])
@@ -195,10 +195,10 @@ def restored(
 
 
 def next_ids(
-    run_dir: Path, folder: Any, root: Path, life: str, settings: ReplayConfig
+    run_dir: Path, manifest: dict[str, Any], root: Path, life: str, settings: ReplayConfig
 ) -> Iterator[Any]:
     """For each shard, the blocks and steps of the next batches."""
-    for shard in restored(run_dir, folder, root, life, settings):
+    for shard in restored(run_dir, manifest, root, life, settings):
         found = [shard.sample_with_ids(16) for _ in range(5)]
         yield [np.column_stack([ids, batch.obs["obs"][:, 0]]) for batch, ids in found]
 
@@ -255,6 +255,16 @@ class FaultRun(ToyRun):
             assert time.monotonic() < deadline, f"waited for {what} in vain: {self.output}"
             time.sleep(0.1)
         return found
+
+    def next_manifest(self) -> dict[str, Any]:
+        """The manifest of a checkpoint that was put in place from now on."""
+        step = self.checkpoint_steps()[-1]
+        while True:
+            step = self.wait_for_checkpoint(step)
+            try:
+                return checkpoint.verify(self.checkpoint_path(step))
+            except (checkpoint.CheckpointError, FileNotFoundError):
+                assert step < self.checkpoint_steps()[-1]  # a later one has made the run remove it
 
     def lines(self) -> list[Line]:
         """Whole lines of metrics so far."""

@@ -1,7 +1,7 @@
 """Real Ray clusters of several nodes on this machine, for tests and benchmarks.
 
-Nodes find lost ones in a second instead of ten. Nothing outlives the block but what Ray itself
-leaves to its own clean-up.
+Unless told otherwise, nodes find lost ones in a second instead of ten. Nothing outlives the block
+but what Ray itself leaves to its own clean-up.
 """
 
 from __future__ import annotations
@@ -39,17 +39,20 @@ def environment(**values: str) -> Iterator[None]:
 
 
 @contextmanager
-def nodes(cpus: Sequence[float], store_bytes: int = 150 * MB) -> Iterator[Cluster]:
+def nodes(
+    cpus: Sequence[float], store_bytes: int = 150 * MB, quick: bool = True
+) -> Iterator[Cluster]:
     """A cluster with a node for each of `cpus`, the first one its head; this process is not joined.
 
-    Workers find modules of the tests too.
+    Workers find modules of the tests too. On a busy machine, a node that is to find lost ones
+    quickly may take one for lost that is only slow.
     """
     path = os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent)])
     with environment(PYTHONPATH=path):
         cluster = Cluster()
         try:
             for index, num in enumerate(cpus):
-                system = {"_system_config": QUICK} if index == 0 else {}
+                system = {"_system_config": QUICK} if index == 0 and quick else {}
                 cluster.add_node(
                     num_cpus=num,
                     object_store_memory=store_bytes,

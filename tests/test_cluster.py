@@ -26,7 +26,7 @@ ACTORS = (
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    with nodes([4, 4, 4]):
+    with nodes([4, 4, 4], quick=False):
         yield
 
 
@@ -35,8 +35,8 @@ def test_the_toy_task_is_solved_on_three_nodes(cluster: None, tmp_path: Path, mo
     overrides = (*TWO_OF_EACH, *(ACTORS if mode == "actors" else ()))
     settings = toy_task.make_config(tmp_path, *overrides)
     outcome = trainer.train(settings, tmp_path / "run", plain=True)
-    assert outcome is not None and outcome.passed
-    toy_task.check_solved(outcome.evaluation, outcome.random)
+    assert outcome is not None
+    toy_task.check_run_solved(tmp_path / "run", outcome)
     lines = read_metrics(tmp_path / "run")
     last = lines[-1]
     toy_task.check_ratio(settings, int(last["env_steps"]), int(last["gradient_steps"]))

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import fault_runs
 import imageio.v3 as imageio
 import pytest
 import toy_task
@@ -37,8 +38,7 @@ Solved = tuple[Path, config.Config, trainer.Outcome]
 
 def test_the_toy_task_is_solved_through_ray(solved: Solved) -> None:
     run_dir, settings, outcome = solved
-    toy_task.check_solved(outcome.evaluation, outcome.random)
-    assert outcome.passed
+    toy_task.check_run_solved(run_dir, outcome)
     last = read_metrics(run_dir)[-1]
     toy_task.check_ratio(settings, int(last["env_steps"]), int(last["gradient_steps"]))
     assert last["train_ratio/achieved"] == pytest.approx(40, rel=0.01)
@@ -83,29 +83,37 @@ def test_eval_plays_the_saved_agent(
         cli.main()
     assert not ended.value.code
     agent, random = capfd.readouterr().out.splitlines()
-    assert float(agent.split()[1]) >= 0.8 > 0.4 > float(random.split()[1])
+    played = float(agent.split()[1])
+    assert played == pytest.approx(solved[2].evaluation.mean, abs=0.15)  # five deviations
+    assert played > 0.45 > 0.4 > float(random.split()[1])
 
 
 def test_killed_runners_and_shards_come_back(tmp_path: Path) -> None:
     with ToyRun(tmp_path, "train.threshold=null") as run:
         run.wait_for("train ")
-        time.sleep(3)  # the prefill comes in a burst, and is on disk after replay.flush_every 2 s
+        prefill = toy_task.make_config(tmp_path).train.prefill
+        while on_disk(run.run_dir) < prefill:  # it comes in a burst, and is written a while later
+            assert run.running, run.output
+            time.sleep(0.1)
         victims = [run.processes(f"ray::{role}")[0] for role in ("EnvRunnerActor", "ReplayShard")]
         for victim in victims:
             victim.kill()
         assert run.wait() == 0, run.output
     settings = config.load([run.run_dir / "config.yaml"])
-    scores = trainer.RunDirectory(run.run_dir, settings).scores()
-    after = [s["return_mean"] for s in scores if s["method"] != "random" and s["env_steps"] > 1100]
-    # The last evaluation alone is a matter of luck: a policy of 0.88 may forget for a while.
-    # Without memory 0.5 is the most.
-    assert max(after) >= toy_task.THRESHOLD, run.output
+    assert toy_task.best_score(run.run_dir) >= toy_task.THRESHOLD, run.output
     last = read_metrics(run.run_dir)[-1]
     toy_task.check_ratio(settings, int(last["env_steps"]), int(last["gradient_steps"]))
     replay = replay_in(run.checkpoint_path(run.checkpoint_steps()[-1]))
     assert len(replay.lives) == 3  # the killed runner's second one
     assert last["env_steps"] - 400 < replay.steps  # the killed shard had written most of its steps
     assert replay.streams == EVERY_STREAM_IN_ONE_SHARD
+
+
+def on_disk(run_dir: Path) -> int:
+    """Env steps that its shards would come back with; those of both runners among them, or 0."""
+    shards = fault_runs.live_shards(run_dir)
+    both = {name for name, _ in fault_runs.lives(shards)} == {"runner-0", "runner-1"}
+    return sum(chunk.num_steps for shard in shards for chunk in shard) if both else 0
 
 
 # ---------------------------------------------------------------------------- what ends a run

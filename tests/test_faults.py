@@ -76,12 +76,12 @@ def test_a_killed_runner_begins_a_new_life(fused: FaultRun, tmp_path: Path) -> N
     f.note_recovery("runner", f.runner_back(fused, since, before))
     line = fused.wait_for_training(after=time.time())
     assert line["restarts/runner"] > restarts
-    newest = fused.checkpoint_path(fused.wait_for_checkpoint(fused.checkpoint_steps()[-1]))
-    saved = f.saved_shards(fused.run_dir, newest)
+    manifest = fused.next_manifest()
+    saved = f.saved_shards(fused.run_dir, manifest)
     settings = config.load([fused.run_dir / "config.yaml"]).replay
     ends = [
         f.check_windows(shard)
-        for shard in f.restored(fused.run_dir, newest, tmp_path, "9001", settings)
+        for shard in f.restored(fused.run_dir, manifest, tmp_path, "9001", settings)
     ]
     # Where the killed runner's episodes were abandoned; one time in five they had just ended.
     assert (sum(ends) > 0) == _unfinished(before, saved)
@@ -153,18 +153,21 @@ def test_a_killed_rank_takes_the_other_with_it(fused: FaultRun) -> None:
 
 
 def test_after_the_drivers_death_the_same_command_goes_on(fused: FaultRun, tmp_path: Path) -> None:
-    run_dir, family = fused.run_dir, fused.processes("ray::")
+    run_dir, agents = fused.run_dir, ("ray::RuntimeEnvAgent", "ray::DashboardAgent")
+    slow = {process for title in agents for process in fused.processes(title)}  # Ray's own: 60 s
+    family = set(fused.processes("ray::")) - slow
+    assert len(family) >= 7  # two of each role, and the store
     since = time.time()
     fused.kill()
     _, alive = psutil.wait_procs(family, timeout=PATIENCE_S)
     assert not alive
     f.note_recovery("actors of a dead driver gone", time.time() - since)
     found = f.newest(run_dir)
-    saved = f.saved_shards(run_dir, found[0])
+    saved = f.saved_shards(run_dir, found[1])
     f.check_shards(saved)
     settings = config.load([run_dir / "config.yaml"]).replay
     once, twice = (
-        list(f.next_ids(run_dir, found[0], tmp_path, life, settings)) for life in ("9001", "9002")
+        list(f.next_ids(run_dir, found[1], tmp_path, life, settings)) for life in ("9001", "9002")
     )
     assert len(once) == 2
     np.testing.assert_array_equal(once, twice)
@@ -205,7 +208,7 @@ def test_a_run_goes_on_with_other_shards_and_another_ratio(
         assert fused.wait() == 130
     run_dir, debt = fused.run_dir, 300
     found = f.newest(run_dir)
-    saved, before = f.saved_shards(run_dir, found[0]), found[1]["counters"]["limiter"]
+    saved, before = f.saved_shards(run_dir, found[1]), found[1]["counters"]["limiter"]
     f.owe(run_dir, debt)
     ratio = f.RATIO * (2 if num_shards == 3 else 1)
     changed = (f"train.train_ratio={ratio}", f"scale.num_shards={num_shards}")

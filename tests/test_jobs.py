@@ -26,7 +26,7 @@ from worldflux_dist.config import ConfigError
 from worldflux_dist.distributed import auth, submit
 
 TESTS = Path(__file__).parent
-PATIENCE_S = 120.0
+PATIENCE_S = 240.0
 # The first ports have a name; workers take the others.
 PORTS = (
     "port",
@@ -146,7 +146,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         )
     found = Head(folder, environment, environment["RAY_API_SERVER_ADDRESS"])
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while answer(found, "/api/jobs/", token.read_text()) != 200:
             assert process.poll() is None, (folder / "head.txt").read_text()
             assert time.monotonic() < deadline, (folder / "head.txt").read_text()

@@ -26,7 +26,7 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason  # type: ignore[attr-defined]
 
-from worldflux_dist import checkpoint, config
+from worldflux_dist import config
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
@@ -98,11 +98,10 @@ class Site:
         """A last checkpoint is taken, from which shards come back without a gap in any window."""
         self.run.interrupt()
         assert self.run.wait() == 130, self.run.output
-        found = checkpoint.newest(self.run.run_dir / "checkpoints")
-        assert found is not None
-        assert f.keys(self.before) <= f.keys(f.saved_shards(self.run.run_dir, found[0]))
+        _, manifest = f.newest(self.run.run_dir)
+        assert f.keys(self.before) <= f.keys(f.saved_shards(self.run.run_dir, manifest))
         replay = config.load([self.run.run_dir / "config.yaml"]).replay
-        for shard in f.restored(self.run.run_dir, found[0], root, "9999", replay):
+        for shard in f.restored(self.run.run_dir, manifest, root, "9999", replay):
             f.check_windows(shard)
 
 

@@ -95,7 +95,7 @@ def test_what_finds_no_room_is_said_and_nothing_is_kept(cluster: Cluster) -> Non
     began = time.monotonic()
     with pytest.raises(RuntimeError, match=r"for \d+ x runner \(1 CPU, 100 MB\).* are free"):
         place(make_plan(12, join_cluster()), timeout_s=3)
-    assert 3 <= time.monotonic() - began < 10
+    assert 3 <= time.monotonic() - began < 30
     states = {group["state"] for group in placement_group_table().values()}
     assert states == {"REMOVED"}
 

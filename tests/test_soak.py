@@ -134,13 +134,13 @@ def test_random_deaths_for_minutes(tmp_path: Path) -> None:
 
 def _check_replay(run: FaultRun, on_disk: set[f.Key], root: Path) -> None:
     """What was ever seen on disk is there in the end, once, and comes back in whole windows."""
-    folder, manifest = f.newest(run.run_dir)
+    _, manifest = f.newest(run.run_dir)
     print({name: manifest["counters"][name] for name in ("lost_steps", "gradient_steps")})
-    shards = f.saved_shards(run.run_dir, folder)
+    shards = f.saved_shards(run.run_dir, manifest)
     f.check_shards(shards)
     assert on_disk <= f.keys(shards)
     lost = f.missing(shards)
     print(f"{len(f.keys(shards))} chunks kept, {len(lost)} lost that were not on disk yet")
     settings = config.load([run.run_dir / "config.yaml"]).replay
-    for shard in f.restored(run.run_dir, folder, root, "9001", settings):
+    for shard in f.restored(run.run_dir, manifest, root, "9001", settings):
         f.check_windows(shard)

@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 RATE_WINDOW = 60.0  # seconds over which speeds are averaged
 
@@ -58,7 +61,7 @@ class RunLog:
     def __init__(self, run_dir: Path) -> None:
         self._metrics, self._scores = run_dir / "metrics.jsonl", run_dir / "scores.jsonl"
         self._tb_dir = run_dir / "tb"
-        self._tb: Any = None
+        self._tb: EventFileWriter | None = None
         run_dir.mkdir(parents=True, exist_ok=True)
         for path in (self._metrics, self._scores):
             _drop_torn_line(path)
@@ -108,8 +111,6 @@ class RunLog:
                 kept = [line for line in read_lines(path) if line["env_steps"] <= env_steps]
                 _rewrite(path, "".join(json.dumps(line) + "\n" for line in kept))
         if self._tb_dir.exists():
-            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
             # TensorBoard forgets the points of an earlier file from this step on.
             start = SessionLog(status=SessionLog.START)
             self._write_event(Event(step=env_steps + 1, wall_time=time.time(), session_log=start))
@@ -126,15 +127,10 @@ class RunLog:
         self.close()
 
     def _scalars(self, env_steps: int, now: float, values: Mapping[str, float]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._write_event(Event(step=env_steps, wall_time=now, summary=Summary(value=scalars)))
 
     def _write_event(self, event: Any) -> None:
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
         if self._tb is None:
             self._tb = EventFileWriter(str(self._tb_dir))
         self._tb.add_event(event)

@@ -31,6 +31,12 @@ def is_loss(error: Exception) -> bool:
     return isinstance(error, RayError)
 
 
+def sentence(error: Exception) -> str:
+    """What an error says at last, of another process's error its cause."""
+    cause = getattr(error, "cause", None) or error
+    return (str(cause).strip() or type(cause).__name__).splitlines()[-1]
+
+
 class RoleLostError(RuntimeError):
     """A process died for good; the message says which and why."""
 
@@ -48,8 +54,20 @@ class StopSignals:
     """Ctrl-C or SIGTERM once: save and stop; a second time: stop at once."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self.stopping, self._at_once, self._say = False, False, say
+        self._stopping, self._at_once, self._say = False, False, say
         self._previous: dict[int, Any] = {}
+
+    @property
+    def stopping(self) -> bool:
+        """Raises KeyboardInterrupt after a second signal: whatever was under way when it came may
+        have swallowed that one (a finalizer does)."""
+        if self._at_once:
+            raise KeyboardInterrupt
+        return self._stopping
+
+    def all_is_saved(self) -> None:
+        """From here on one signal stops at once."""
+        self._stopping = True
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -66,8 +84,8 @@ class StopSignals:
             raise KeyboardInterrupt from error
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.stopping:
+        if self._stopping:
             self._at_once = True
             raise KeyboardInterrupt
-        self.stopping = True
+        self._stopping = True
         self._say("stopping: saving a checkpoint first (once more to stop at once)")

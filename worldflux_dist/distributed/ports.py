@@ -56,6 +56,7 @@ class RayPorts:
     roles: Roles
     stopping: Callable[[], bool]
     say: Callable[[str], None] = print
+    settle: Callable[[], None] = lambda: None  # ends the checkpoint that is being written
     sizes: dict[int, ShardReport] = field(default_factory=dict)
     shard_losses: int = 0
     acting_losses: int = 0
@@ -265,6 +266,8 @@ class RayPorts:
         group = stepper.group
         why = next((line for line in str(error).splitlines() if line.strip()), "it died")
         self.say(f"the learners of {group.part} start again, since one was lost: {why.strip()}")
+        group.kill()  # whoever is left may wait for the dead one, and a checkpoint for them
+        self.settle()  # or it would be newer than the weights that go on
         while True:
             time.sleep(self.budgets["learner"].lost(0))
             if self.stopping():

@@ -20,6 +20,7 @@ import ray
 from ray import ObjectRef
 
 from worldflux_dist import checkpoint
+from worldflux_dist.distributed.ending import sentence
 from worldflux_dist.distributed.ports import RayPorts
 from worldflux_dist.replay.limiter import Limiter
 
@@ -52,6 +53,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         # Steps that runners have not reported yet are counted by the shards.
         self._before = limiter.env_steps - self._total_steps()
+        ports.settle = self.settle
 
     def begin(self, episodes: int) -> None:
         """Between two rounds: have everyone note or write what belongs to this moment.
@@ -111,6 +113,18 @@ class Saver:
         self.writing = None
         self._tidy()
         return True
+
+    def settle(self) -> None:
+        """Wait for the checkpoint that is being written; where it fails, say so and go on."""
+        try:
+            self.finish(wait=True)
+        except Exception as error:  # whatever a storage raises
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """Give up the checkpoint that is being written, and say why."""
+        self.give_up()
+        self.ports.say(f"no checkpoint this time: {sentence(error)}")
 
     def give_up(self) -> None:
         """Forget the checkpoint that is being written."""

@@ -10,7 +10,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +91,12 @@ class Trainer:
         try:
             self._rounds(flow, stop, per_call)
         except NonFiniteLossError:
-            with suppress(Exception):  # a checkpoint that is being written is of before
-                self.saver.finish(wait=True)
+            self.saver.settle()  # a checkpoint that is being written is of before
             raise
         self._save_everything()
         if stop.stopping:
             return None
-        stop.stopping = True  # all is saved: from here on one Ctrl-C stops at once
+        stop.all_is_saved()
         return self._finish()
 
     def _rounds(self, flow: Flow[RunnerReport], stop: StopSignals, per_call: int) -> None:
@@ -136,11 +135,9 @@ class Trainer:
         except NonFiniteLossError:
             raise
         except Exception as error:  # whatever a storage raises
-            self.saver.give_up()
+            self.saver.fail(error)
             wait = min(SAVE_AGAIN_S, self.config.train.checkpoint_every)
             self._saved = time.monotonic() - self.config.train.checkpoint_every + wait
-            cause = getattr(error, "cause", None) or error
-            self.progress.print(f"no checkpoint this time: {str(cause).strip().splitlines()[-1]}")
 
     def _save_everything(self) -> None:
         """The last checkpoint, taken while nothing moves; tried again where a shard dies."""
@@ -151,8 +148,7 @@ class Trainer:
         self.ports.ask_sizes()
         self._log()
         deadline = time.monotonic() + LAST_SAVE_S
-        with suppress(Exception):  # of an earlier moment: this one is to be saved
-            self.saver.finish(wait=True)
+        self.saver.settle()  # of an earlier moment: this one is to be saved
         while True:
             try:
                 self.saver.begin(self.episodes)
