@@ -6,35 +6,20 @@ them. The run in the fused mode ends with the death of its driver, so those test
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import fault_runs as f
 import numpy as np
 import psutil
 import pytest
-import ray
-import toy_task
 from fault_runs import FaultRun
-from ray.exceptions import ObjectLostError, RayTaskError
-from small import random_batch
 from toy_run import PATIENCE_S
 
 from worldflux_dist import config
-from worldflux_dist.distributed.group import GroupLostError, LearnerActor, LearnerGroup
-from worldflux_dist.distributed.roles import actor
-from worldflux_dist.distributed.weights import (
-    WEIGHTS,
-    StaleGenerationError,
-    WeightReader,
-    WeightStore,
-)
-from worldflux_dist.envs import make_envs
 
 pytestmark = pytest.mark.ray
 
@@ -277,137 +262,3 @@ def test_killed_learners_of_model_and_policy_are_started_again(actors: FaultRun)
     )
     assert kept == {part: taken[part] - lost[part] for part in ("world_model", "behavior")}
     assert lost["world_model"] == counters["limiter"]["redone"]
-
-
-# ------------------------------------------------------------------- a group of learners by itself
-
-
-@pytest.fixture(scope="module")
-def group(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LearnerGroup]:
-    """Two ranks that have met, and a store to publish to."""
-    settings = toy_task.make_config(
-        tmp_path_factory.mktemp("group"), "scale.num_learners=2", "learner.device=cpu"
-    )
-    store = actor(WeightStore).options(name=WEIGHTS, num_cpus=0).remote()
-    spaces = make_envs(settings.env, 0, num_envs=1).spaces
-    found = LearnerGroup(settings, spaces, "agent", [{"num_cpus": 1}] * 2)
-    found.start(None, 0)
-    found.meet()
-    yield found
-    found.kill()
-    ray.kill(store)
-
-
-def process_of(handle: Any) -> psutil.Process:
-    return psutil.Process(ray.get(handle.__ray_call__.remote(lambda self: os.getpid())))
-
-
-def train(group: LearnerGroup, batches: list[list[Any]]) -> list[dict[str, float]]:
-    history = [group.result(group.step([0, 0], batch)) for batch in batches]
-    return [{n: v for n, v in step.items() if not n.startswith("time/")} for step in history]
-
-
-def test_a_group_goes_on_as_if_nothing_had_happened(group: LearnerGroup, tmp_path: Path) -> None:
-    """Weights, optimizers and random state of every rank come back: the same batches then give the
-    same losses, to the last bit."""
-    batches = [
-        [ray.put(random_batch(group.spaces, 16, 6, 2 * step + rank)) for rank in range(2)]
-        for step in range(10)
-    ]
-    train(group, batches[:5])
-    ray.get(group.save(tmp_path))
-    want = train(group, batches[5:])
-    pids = [process_of(rank).pid for rank in group.ranks]
-    os.kill(pids[1], 9)
-    refs = group.step([0, 0], batches[0])
-    with pytest.raises(GroupLostError):
-        group.result(refs)
-    taken = group.gradient_steps
-    group.start(tmp_path, taken)
-    group.meet()
-    assert (group.generation, group.gradient_steps) == (2, taken)
-    assert train(group, batches[5:]) == want
-    first, second = ray.get([rank.agent_arrays.remote() for rank in group.ranks])
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        np.testing.assert_array_equal(value, second[name], err_msg=name)
-
-
-def test_learners_that_were_replaced_cannot_publish(group: LearnerGroup) -> None:
-    reader = WeightReader()
-    ray.get(group.ranks[0].publish.remote())
-    assert reader.pull(None)
-    had = dict(reader.versions)
-    assert had["agent"] == (group.generation, group.gradient_steps)
-    stale = _stale(group)
-    ray.get(stale.count_from.remote(10**6))
-    with pytest.raises(RayTaskError, match="had replaced them") as refused:
-        ray.get(stale.publish.remote())
-    assert isinstance(refused.value.as_instanceof_cause(), StaleGenerationError)
-    ray.kill(stale)
-    assert not reader.pull(None)
-    assert reader.versions == had
-
-
-def _stale(group: LearnerGroup) -> Any:
-    make: Any = ray.remote(LearnerActor)
-    where = {"num_cpus": 0}
-    return make.options(**where).remote(group.config, group.spaces, "agent", 0, 0)
-
-
-class DiesAfterAnswering:
-    """A store whose process dies when it has answered. Takes the place of a reader's handle."""
-
-    def __init__(self, store: Any) -> None:
-        self._store = store
-
-    @property
-    def newer_than(self) -> Any:
-        return self
-
-    def remote(self, versions: Any) -> Any:
-        victim, found = process_of(self._store), ray.get(self._store.newer_than.remote(versions))
-        victim.kill()
-        ((_, (ref,)),) = found.values()
-        deadline = time.time() + PATIENCE_S
-        while _there(ref):  # for a while it is still in this node's memory
-            assert time.time() < deadline
-            time.sleep(0.1)
-        return ray.put(found)
-
-
-def _there(ref: Any) -> bool:
-    try:
-        ray.get(ref)
-    except ObjectLostError:
-        return False
-    return True
-
-
-def test_readers_survive_the_owner_of_their_weights(group: LearnerGroup) -> None:
-    """The store is the owner. Readers keep what they have, also when it dies between naming the
-    weights and handing them out, and the next publication brings them up to date."""
-    agent = group.config.make_agent(group.spaces)
-    reader = WeightReader()
-    ray.get(group.ranks[0].publish.remote())
-    assert reader.pull(agent)
-    had = dict(reader.versions)
-    train(group, [[ray.put(random_batch(group.spaces, 16, 6, 0))] * 2])
-    ray.get(group.ranks[0].publish.remote())
-    direct: Any = reader.store
-    reader.store = DiesAfterAnswering(direct)  # type: ignore[assignment]
-    assert reader.pull(agent)
-    assert (reader.missed, reader.versions) == (1, had)
-    began = time.time()
-    reader.store = direct
-    while True:  # publishing to a store that is away is nobody's error
-        ray.get(group.ranks[0].publish.remote())
-        if reader.pull(agent):
-            break
-        assert time.time() - began < PATIENCE_S
-        time.sleep(0.1)
-    f.note_recovery("weight store, seen by a reader", time.time() - began)
-    assert reader.versions["agent"] == (group.generation, group.gradient_steps) > had["agent"]
-    want = ray.get(group.agent_arrays())
-    for name, value in agent.inference_state().items():
-        np.testing.assert_array_equal(value, want[name], err_msg=name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -96,6 +97,13 @@ def test_a_second_ctrl_c_is_no_error_wherever_it_comes() -> None:
             assert len(said) == 1
             type("Class", (), {"attribute": Imported()})
 
+    def interrupted_where_it_is_swallowed() -> None:
+        with StopSignals(said.append) as stop:
+            signal.raise_signal(signal.SIGINT)
+            with suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            assert stop.stopping
+
     def interrupted_once() -> None:
         with StopSignals(said.append):
             signal.raise_signal(signal.SIGINT)
@@ -104,5 +112,7 @@ def test_a_second_ctrl_c_is_no_error_wherever_it_comes() -> None:
     said: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         interrupted_twice()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_where_it_is_swallowed()
     with pytest.raises(RuntimeError, match="of its own"):
         interrupted_once()
