@@ -1,4 +1,4 @@
-"""The toy task that one process and the Ray trainer must both solve: same config and assertions;
+"""The toy task that one process and the Ray trainer must both solve: same config and threshold;
 and environments that go wrong.
 
 BanditEnv wants memory and delayed credit, and is learned in half a minute on one core. A reward
