@@ -33,6 +33,7 @@ from worldflux_dist.nn import distributions as dist
 from worldflux_dist.nn.gru import BlockGRU
 from worldflux_dist.nn.layers import MLP, BinHead, Linear, NormedLinear
 from worldflux_dist.nn.optim import LaProp
+from worldflux_dist.nn.products import linear
 from worldflux_dist.nn.vision import ImageDecoder, ImageEncoder
 
 
@@ -242,7 +243,7 @@ class DreamerV3(WorldModel):
         layer, out = self.posterior
         assert isinstance(layer, NormedLinear)
         by_deter, by_tokens = layer.linear.weight.split([c.deter, tokens.shape[-1]], 1)
-        looked = F.linear(tokens, by_tokens, layer.linear.bias)  # all steps at once
+        looked = linear(tokens, by_tokens, layer.linear.bias)  # all steps at once
         if noise is None:
             noise = torch.rand(*action.shape[:2], c.groups, device=action.device)
         deter, stoch = start.tensors["deter"], start.tensors["stoch"].flatten(-2)
@@ -251,7 +252,7 @@ class DreamerV3(WorldModel):
         steps = zip(*(x.unbind(1) for x in (keep, acted, looked, noise)), strict=True)
         for going, move, look, draw in steps:
             deter = self.core(deter * going, stoch * going, move, weights)
-            x = F.linear(deter, by_deter) + look
+            x = linear(deter, by_deter) + look
             logit = out(F.silu(layer.norm(x))).unflatten(-1, (c.groups, c.classes))
             sample = self.sample(logit, draw)
             stoch = sample.flatten(-2)
@@ -326,7 +327,8 @@ class DreamerV3(WorldModel):
             obs = batch.obs[key]
             image = self.spaces.obs[key].kind == "image"
             target = obs.float() / 255 if image else dist.symlog(obs)
-            losses[f"rec/{key}"] = (decoded.float() - target).square().flatten(2).sum(-1)
+            error = F.mse_loss(decoded.float(), target, reduction="none")
+            losses[f"rec/{key}"] = error.flatten(2).sum(-1)
         metrics = {
             "kl": kl.mean().detach(),
             "prior_entropy": -(prior * prior.log()).sum((-1, -2)).mean().detach(),

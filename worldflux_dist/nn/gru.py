@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from worldflux_dist.nn.distributions import tanh
 from worldflux_dist.nn.layers import BlockLinear, NormedLinear, RMSNorm, init_weight
+from worldflux_dist.nn.products import block_linear, linear
 
 
 class BlockGRU(nn.Module):
@@ -34,11 +35,11 @@ class BlockGRU(nn.Module):
         return self.in_action(action / action.detach().abs().clamp(min=1))
 
     def hidden_weights(self) -> tuple[Tensor, Tensor]:
-        """(blocks, D / blocks, D / blocks) for a block's own slice and (3 hidden, D) for what all
+        """(blocks, D / blocks, D / blocks) for a block's own slice and (D, 3 hidden) for what all
         read. A loop over time takes them once: their gradients are then added up once, too."""
         size = self.deter // self.blocks
         own, shared = self.hid_weight.split([size, len(self.hid_weight) - size])
-        return own.view(size, self.blocks, size).transpose(0, 1), shared
+        return own.view(size, self.blocks, size).transpose(0, 1), shared.t()
 
     def forward(
         self,
@@ -52,15 +53,12 @@ class BlockGRU(nn.Module):
         r, c, u per block; c = tanh(sigmoid(r) * c), u = sigmoid(u - 1),
         deter' = u c + (1 - u) deter
         """
-        blocks, size = self.blocks, self.deter // self.blocks
         own, shared = weights or self.hidden_weights()
         inputs = torch.cat([self.in_deter(deter), self.in_stoch(stoch), action], -1)
-        old = deter.view(-1, blocks, size).transpose(0, 1)  # (blocks, B, size)
-        x = torch.baddbmm(self.hid_bias.view(blocks, 1, size), old, own)
-        x = torch.addmm(x.transpose(0, 1).flatten(-2), inputs, shared)
-        x = F.silu(self.hid_norm(x)).view(-1, blocks, size).transpose(0, 1)
-        x = torch.baddbmm(self.gates.bias.view(blocks, 1, 3 * size), x, self.gates.weight)
-        reset, candidate, update = x.chunk(3, -1)  # (blocks, B, size) each
+        x = block_linear(deter, own, self.hid_bias) + linear(inputs, shared)
+        x = self.gates(F.silu(self.hid_norm(x))).unflatten(-1, (self.blocks, 3, -1))
+        reset, candidate, update = x.unbind(-2)  # (B, blocks, D / blocks) each
         candidate = tanh(torch.sigmoid(reset) * candidate)
+        old = deter.unflatten(-1, (self.blocks, -1))
         new = torch.lerp(old, candidate.to(old.dtype), torch.sigmoid(update - 1).to(old.dtype))
-        return new.transpose(0, 1).flatten(-2)
+        return new.flatten(-2)

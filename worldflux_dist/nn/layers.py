@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from worldflux_dist.nn.products import block_linear, linear
+
 CUT_NORMAL_STD = 1.1368  # sigma of the normal that has standard deviation 1 after the cut
 
 
@@ -36,6 +38,9 @@ class Linear(nn.Linear):
         init_weight(self.weight, self.in_features, self.outscale)
         nn.init.zeros_(self.bias)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
 
 class BlockLinear(nn.Module):
     """Block-diagonal linear: input slice g of `blocks` gives output slice g.
@@ -52,9 +57,7 @@ class BlockLinear(nn.Module):
         init_weight(self.weight, size_in)
 
     def forward(self, x: Tensor) -> Tensor:
-        inputs = x.reshape(-1, self.blocks, self.weight.shape[1]).transpose(0, 1)  # (G, N, I)
-        outputs = torch.bmm(inputs, self.weight).transpose(0, 1).flatten(-2)
-        return outputs.unflatten(0, x.shape[:-1]) + self.bias
+        return block_linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -115,4 +118,4 @@ class BinHead(MLP):
         assert isinstance(out, Linear)
         for layer in layers:
             x = layer(x)
-        return F.linear(x, F.pad(out.weight, (0, 0, 0, 1)), F.pad(out.bias, (0, 1), value=-1e9))
+        return linear(x, F.pad(out.weight, (0, 0, 0, 1)), F.pad(out.bias, (0, 1), value=-1e9))

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from worldflux_dist.nn.products import linear
+
 GROUP = 8  # entries that share one softmax in SimNorm
 
 
@@ -73,6 +75,9 @@ class Linear(nn.Linear):
         init_weight(self.weight, self.zero)
         nn.init.zeros_(self.bias)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
 
 class BinOutput(Linear):
     """Zero-initialised logits of two-hot bins, (..., size_in) -> (..., bins + a few).
@@ -86,7 +91,7 @@ class BinOutput(Linear):
     def forward(self, x: Tensor) -> Tensor:
         more = -self.out_features % 8
         weight = F.pad(self.weight, (0, 0, 0, more))
-        return F.linear(x, weight, F.pad(self.bias, (0, more), value=-1e9))
+        return linear(x, weight, F.pad(self.bias, (0, more), value=-1e9))
 
 
 class NormedLinear(nn.Module):

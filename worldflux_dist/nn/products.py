@@ -1,0 +1,57 @@
+"""Dense and block-diagonal products that a CPU takes as fast as it can.
+
+torch gives float32 products to MKL, which on other makers' CPUs does without AVX-512, and
+convolutions to oneDNN, which uses it. A product is a 1x1 convolution of images whose pixels are the
+rows; a large one takes half of the time that way. torch asks oneDNN only from 16 images on where it
+has one thread. All else, GPUs and compiled code among it, gets torch's own products.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IMAGES = 16
+ROWS, MULTIPLICATIONS = 256, 2**22  # from which on a convolution is the faster one
+
+_HAS_AVX512 = torch.backends.mkldnn.is_available() and (
+    torch.backends.cpu.get_cpu_capability() == "AVX512"
+)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b: (..., I), (O, I), (O,) -> (..., O)."""
+    if not _large(x, weight):
+        return F.linear(x, weight, bias)
+    return _convolve(x, weight, bias)
+
+
+def block_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Slice g of x by block g of the weight: (..., G I), (G, I, O), (G O,) -> (..., G O)."""
+    blocks, size_in, size_out = weight.shape
+    if _large(x, weight):
+        return _convolve(x, weight.transpose(1, 2).flatten(0, 1), bias, blocks)
+    inputs = x.reshape(-1, blocks, size_in).transpose(0, 1)  # (G, N, I)
+    outputs = torch.baddbmm(bias.view(blocks, 1, size_out), inputs, weight)
+    return outputs.transpose(0, 1).reshape(*x.shape[:-1], -1)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
+    pixels = x.reshape(IMAGES, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # channels last in memory
+    found = F.conv2d(pixels, weight[:, :, None, None], bias, groups=groups)
+    return found.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+def _large(x: Tensor, weight: Tensor) -> bool:
+    rows = x.shape[:-1].numel()
+    return (
+        _HAS_AVX512
+        and rows >= ROWS
+        and rows % IMAGES == 0
+        and rows * weight.numel() >= MULTIPLICATIONS
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
