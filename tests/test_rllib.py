@@ -72,6 +72,19 @@ def test_it_trains(built: Any, num_env_runners: int, num_learners: int) -> None:
     assert all(np.array_equal(x.numpy(), found[0][name]) for name, x in acting.items())
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c.training(model="dreamerv3:tinny"), "did you mean 'dreamerv3:tiny'"),
+        (lambda c: c.training(behavior={"horizn": 3}), "did you mean 'horizon'"),
+        (lambda c: c.environment("CartPol-v1"), "CartPol-v1"),
+    ],
+)
+def test_what_keeps_runners_from_starting_is_raised(built: Any, change: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        built(change(small(num_env_runners=1)))
+
+
 def test_the_policy_learns_apart(built: Any, tmp_path: Path) -> None:
     config = small(1, 1, num_imagination_actors=1, num_policy_learners=2)
     algo = built(config.learners(num_cpus_per_learner=0.5))

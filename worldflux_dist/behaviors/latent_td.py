@@ -56,6 +56,8 @@ class LatentTDConfig:
                 f"behavior.num_q is {self.num_q} and dropout {self.dropout}: there must be at "
                 "least 2 Qs and dropout must lie between 0 and 1"
             )
+        if self.learning_rate <= 0:
+            raise ValueError(f"behavior.learning_rate is {self.learning_rate}: it must be positive")
 
 
 class QDraw(NamedTuple):

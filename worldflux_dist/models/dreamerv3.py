@@ -65,6 +65,18 @@ class DreamerV3Config:
                 f"model sizes must be positive, classes at least 2 and deter {self.deter} a "
                 f"multiple of blocks {self.blocks}"
             )
+        if not (self.learning_rate > 0 and 0 <= self.unimix < 1 and 0 < self.discount <= 1):
+            raise ValueError(
+                f"learning_rate is {self.learning_rate}, unimix {self.unimix} and discount "
+                f"{self.discount}: the learning rate must be positive, unimix lie in [0, 1) and "
+                "discount in (0, 1]"
+            )
+        scales = (self.free_nats, self.dyn_scale, self.rep_scale)
+        if min(*scales, self.agc, self.warmup) < 0:
+            raise ValueError(
+                f"free_nats, dyn_scale and rep_scale are {scales}, agc {self.agc} and warmup "
+                f"{self.warmup}: none of them may be negative"
+            )
 
 
 def _size(deter: int, hidden: int, depth: int) -> DreamerV3Config:

@@ -77,7 +77,13 @@ class WorldFlux(Algorithm):
         self._tidied = time.monotonic()
         self._check_room()
         self.places = Places(self.config)
-        super().setup(config)
+        try:
+            super().setup(config)
+        except IndexError:
+            # RLlib's own end where no env runner started, whose reason it has only logged: here
+            # it is raised.
+            self.config.env_runner_cls(config=self.config, worker_index=1).stop()
+            raise
 
     def _set_up_metrics(self) -> None:
         """RLlib's last step before callbacks may use the algorithm: ours must be there by then."""
