@@ -18,7 +18,7 @@ import ray
 from ray import tune
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import DEFAULT_MODULE_ID
-from rllib_runs import BATCH_STEPS, Closing, Sticky, agent_of, check_ratio, small
+from rllib_runs import BATCH, BATCH_STEPS, Closing, Sticky, agent_of, check_ratio, small
 
 pytestmark = pytest.mark.ray
 
@@ -70,19 +70,6 @@ def test_it_trains(built: Any, num_env_runners: int, num_learners: int) -> None:
     # Runners act with what was learned, and whoever asks for the module gets it.
     acting = algo.get_module().agent.state_dict()
     assert all(np.array_equal(x.numpy(), found[0][name]) for name, x in acting.items())
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda c: c.training(model="dreamerv3:tinny"), "did you mean 'dreamerv3:tiny'"),
-        (lambda c: c.training(behavior={"horizn": 3}), "did you mean 'horizon'"),
-        (lambda c: c.environment("CartPol-v1"), "CartPol-v1"),
-    ],
-)
-def test_what_keeps_runners_from_starting_is_raised(built: Any, change: Any, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        built(change(small(num_env_runners=1)))
 
 
 def test_the_policy_learns_apart(built: Any, tmp_path: Path) -> None:
@@ -309,6 +296,32 @@ def test_each_process_of_a_trial_finds_its_bundle(ray_local: None, tmp_path: Pat
     [result] = tune.Tuner("WorldFlux", param_space=config, run_config=run).fit()
     assert result.error is None
     check_ratio(result.metrics)
+
+
+def test_a_failed_trial_takes_nothing_along(
+    built: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune starts it again in the same folder, perhaps before the old process has ended."""
+
+    def at_home(algo: Any) -> None:
+        algo._logdir = str(tmp_path / "trial")
+
+    monkeypatch.setattr(Algorithm, "_setup_logdir", at_home)
+    old, new = built(small()), built(small())
+    for algo in (old, new):
+        algo.train()
+    new.save_to_path(tmp_path / "first")
+    old.stop()
+    later = new.train()
+    new.save_to_path(tmp_path / "second")
+    assert later["replay"]["env_steps"] == new.replay.total_steps()
+
+
+def test_what_replay_refuses_is_raised(built: Any) -> None:
+    """A runner that is started again would only be refused again."""
+    algo = built(small(1, num_replay_shards=1, replay=BATCH | {"capacity": 100}))
+    with pytest.raises(ValueError, match="replay holds 6 x 16 steps, too few for 4 streams"):
+        until(lambda _: False, algo, seconds=30)
 
 
 def _fail_once(folder: Path) -> Any:

@@ -10,9 +10,11 @@ from collections import Counter
 from typing import Any
 
 import gymnasium
+import numpy as np
 import pytest
 from gymnasium.envs.classic_control import CartPoleEnv
 from ray import tune
+from ray.rllib.examples.envs.classes.multi_agent import MultiAgentCartPole
 from rllib_runs import BATCH, small
 
 from worldflux_dist.envs import EnvConfig
@@ -132,6 +134,14 @@ def test_search_spaces_survive() -> None:
         (lambda: small(num_imagination_actors=-1), "num_imagination_actors is -1: 0 or more"),
         (lambda: small(imagination={"mode": "fused"}), "set training\\(num_imagination_actors=..."),
         (lambda: small(lr=[[0, 1e-3], [9, 1e-4]]), "one positive number as `lr`, not a schedule"),
+        (
+            lambda: small().env_runners(rollout_fragment_length="auto"),
+            "takes one number as `rollout_fragment_length`",
+        ),
+        (
+            lambda: small().evaluation(offline_evaluation_interval=1),
+            "does not read `offline_evaluation_interval`: policies are evaluated in the env",
+        ),
         (lambda: small(lr=-1e-4), "takes one positive number as `lr`"),
         (lambda: small(grad_clip=1.0), "does not read `grad_clip`: the family's optimizer clips"),
         (lambda: small(gamma=0.9), "does not read `gamma`: the family has its discount"),
@@ -235,6 +245,14 @@ def test_unknown_arguments_are_refused() -> None:
             lambda: small(model="tdmpc2:tiny", num_imagination_actors=1),
             "behavior.kind latent_td does not learn in imagination: set behavior.kind to actor_cr",
         ),
+        # RLlib itself only logs why its runners do not start.
+        (lambda: small(1, model="dreamerv3:tinny"), "did you mean 'dreamerv3:tiny'"),
+        (lambda: small(1, behavior={"horizn": 3}), "did you mean 'horizon'"),
+        (lambda: small(1).environment("CartPol-v1"), "unknown env CartPol-v1, did you mean Cart"),
+        (
+            lambda: small().environment(MultiAgentCartPole, env_config={"num_agents": 2}),
+            "has no observation_space or action_space of one agent",
+        ),
     ],
 )
 def test_what_only_a_start_shows_is_one_sentence(ray_local: None, config: Any, words: str) -> None:
@@ -280,6 +298,22 @@ def test_env_config_of_an_own_class_stays_whole() -> None:
     tune.register_env("own", CartPoleEnv)
     config.environment("own", env_config={"image_size": [84, 84]})
     assert config.settings().env == EnvConfig("own", 4)
+
+
+def test_an_environment_gets_what_env_config_holds() -> None:
+    """Arrays and objects, too, which no file could hold."""
+    given = {"goal": np.ones(3), "kind": CartPoleEnv, "scale": np.float32(2)}
+    found = small().environment("Pendulum-v1", env_config=given).settings().env.kwargs
+    assert found.keys() == given.keys()
+    assert all(found[name] is value for name, value in given.items())
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """As searches draw them."""
+    settings = small(
+        train_ratio=np.int64(8), replay=BATCH | {"batch_size": np.int32(8)}, lr=np.float64(1e-4)
+    ).settings()
+    assert (settings.train.train_ratio, settings.replay.batch_size) == (8, 8)
 
 
 def test_bundles() -> None:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+import numpy as np
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
@@ -184,13 +185,18 @@ def from_dict(values: dict[str, Any]) -> Config:
     _check_keys(Config, values, "")
     try:
         # JSON's strictness is the wanted one: lists for tuples and 1 for 1.0, but no "1" for 1.
-        return _PARSER.validate_json(json.dumps(values, default=str), strict=True)
+        return _PARSER.validate_json(json.dumps(values, default=_plain), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "value_error":  # a part's own check, which names its key
             raise ConfigError(str(first["ctx"]["error"])) from None
         where = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{where} = {first['input']!r}: {first['msg']}") from None
+
+
+def _plain(value: Any) -> Any:
+    """numpy's numbers as Python's, anything else as text."""
+    return value.item() if isinstance(value, np.generic) else str(value)
 
 
 def to_yaml(config: Config) -> str:

@@ -177,6 +177,11 @@ def single_envs(
     limits = (config.max_failures, config.patience)
     guards = [Guard(build, config.id, lane, *limits) for lane in range(num_envs)]
     first = guards[0]
+    if None in (first.observation_space, first.action_space):
+        raise ValueError(
+            f"env {config.id} has no observation_space or action_space of one agent: set both as "
+            "attributes; environments of several agents are not supported"
+        )
     try:
         spaces = Spaces(first.observation_space, first.action_space)
     except ValueError as error:

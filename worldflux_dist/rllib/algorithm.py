@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import time
+import uuid
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
@@ -185,7 +186,9 @@ class WorldFlux(Algorithm):
             self._hand_over()  # the module's spec may have named weights to begin with
         storage = self.config.storage
         root = as_path(storage) / Path(self.logdir).name if storage else Path(self.logdir)
-        self.replay = Replay(settings, root / REPLAY, self.places.take("shard"))
+        # A folder of its own: a trial that failed may still be ending where it starts again.
+        own = root / REPLAY / uuid.uuid4().hex
+        self.replay = Replay(settings, own, self.places.take("shard"))
         self._connect()
         if self.config.input_ and self.config.input_ != "sampler":
             self._fill(self.config.input_)

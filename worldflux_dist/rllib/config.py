@@ -7,7 +7,7 @@ own methods; what is learned, with `training`. Everything becomes one strict `Co
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Self
 
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
@@ -43,6 +43,7 @@ ELSEWHERE = {
     "_env_to_module_connector": "wrap the environment instead",
     "_module_to_env_connector": "wrap the environment instead",
     "_learner_connector": "wrap the environment instead",
+    "offline_evaluation_interval": "policies are evaluated in the environment, by evaluation(...)",
 }
 ENV_FIELDS = {f.name for f in fields(EnvConfig)} - {"id", "num_envs", "kwargs"}
 
@@ -165,6 +166,8 @@ class WorldFluxConfig(AlgorithmConfig):
             self._value_error("WorldFlux needs RLlib's new API stack: leave `api_stack` out")
         if self.batch_mode != "truncate_episodes" and not self.in_evaluation:
             self._value_error("WorldFlux cuts episodes into chunks: leave `batch_mode` out")
+        if not isinstance(self.rollout_fragment_length, int):
+            self._value_error("WorldFlux takes one number as `rollout_fragment_length`")
         if self.env is None:
             self._value_error("WorldFlux needs an environment: call `.environment(env)`")
         if self.num_imagination_actors < 0:
@@ -193,11 +196,12 @@ class WorldFluxConfig(AlgorithmConfig):
             "num_imaginers": max(1, self.num_imagination_actors),
             "num_policy_learners": self.num_policy_learners,
         }
-        return config.from_dict(
+        env, own = self.env_settings()
+        parsed = config.from_dict(
             {
                 "seed": int(self.seed or 0),
                 **self._recipe(),
-                "env": self.env_settings(),
+                "env": env,
                 "replay": dict(self.replay),
                 "learner": {"device": device} | self.learner,
                 "train": {
@@ -209,6 +213,8 @@ class WorldFluxConfig(AlgorithmConfig):
                 "imagination": imagination | self.imagination,
             }
         )
+        # The environment gets what it was given: that need not fit into a file.
+        return replace(parsed, env=replace(parsed.env, kwargs=own))
 
     @property
     def part(self) -> str:
@@ -217,16 +223,16 @@ class WorldFluxConfig(AlgorithmConfig):
             return "behavior"
         return "world_model" if self.num_imagination_actors else "agent"
 
-    def env_settings(self) -> dict[str, Any]:
-        """The section `env`: what `env_config` says of it, the rest for the environment itself."""
+    def env_settings(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `env_config` says of the section `env`, and the rest, for the environment itself."""
         found = {"id": self.env, "num_envs": self.num_envs_per_env_runner}
         if not isinstance(self.env, str):
-            return found | {"id": getattr(self.env, "__name__", "env")}
+            return found | {"id": getattr(self.env, "__name__", "env")}, {}
         if _global_registry.contains(ENV_CREATOR, self.env):
-            return found  # all of env_config is its own
+            return found, {}  # all of env_config is its own
         given = dict(self.env_config)
         known = {name: given.pop(name) for name in ENV_FIELDS & given.keys()}
-        return found | known | {"kwargs": given}
+        return found | known, given
 
     def get_default_rl_module_spec(self) -> RLModuleSpec:
         from worldflux_dist.rllib.module import WorldFluxModule

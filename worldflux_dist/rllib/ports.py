@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import ray
 from ray import ObjectRef
+from ray.exceptions import RayTaskError
 from ray.rllib.core.learner.learner_group import LearnerGroup as RLlibLearnerGroup
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS
@@ -141,12 +142,17 @@ class RLlibPorts(RayPorts):
             reports += self.finished_collects(wait=True)
         return reports + self.finished_collects(wait=False)
 
-    def _take_in(self, found: Sequence[tuple[RunnerReport, Any]]) -> list[RunnerReport]:
-        if found:
-            self.metrics.aggregate([metrics for _, metrics in found], key=ENV_RUNNER_RESULTS)
-        for report, _ in found:
+    def _take_in(self, found: Sequence[tuple[RunnerReport, Any] | Exception]) -> list[RunnerReport]:
+        taken = []
+        for each in found:
+            if isinstance(each, Exception):
+                raise each
+            taken.append(each)
+        if taken:
+            self.metrics.aggregate([metrics for _, metrics in taken], key=ENV_RUNNER_RESULTS)
+        for report, _ in taken:
             self._know(report.shards)
-        return [report for report, _ in found]
+        return [report for report, _ in taken]
 
     def _restart(self, stepper: Stepper, error: GroupLostError) -> None:
         raise RuntimeError(
@@ -174,4 +180,9 @@ def _load(learner: WorldFluxLearner, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _collect(runner: Any, store: Any, shards: list[Any]) -> Any:
-    return runner.collect(store, shards)
+    """What a runner collected; or the error of a shard that refused it, by which no restart of the
+    runner, RLlib's remedy for all that is raised here, would help."""
+    try:
+        return runner.collect(store, shards)
+    except RayTaskError as error:
+        return error.cause
