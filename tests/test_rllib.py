@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from gymnasium.envs.classic_control import CartPoleEnv
 from ray import tune
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import DEFAULT_MODULE_ID
@@ -307,9 +308,11 @@ def test_a_failed_trial_takes_nothing_along(
         algo._logdir = str(tmp_path / "trial")
 
     monkeypatch.setattr(Algorithm, "_setup_logdir", at_home)
-    old, new = built(small()), built(small())
-    for algo in (old, new):
-        algo.train()
+    old = built(small())
+    old.train()
+    new = built(small())
+    assert [path.name for path in (tmp_path / "trial/replay").iterdir()] == [new.replay.root.name]
+    new.train()
     new.save_to_path(tmp_path / "first")
     old.stop()
     later = new.train()
@@ -317,10 +320,33 @@ def test_a_failed_trial_takes_nothing_along(
     assert later["replay"]["env_steps"] == new.replay.total_steps()
 
 
-def test_what_replay_refuses_is_raised(built: Any) -> None:
-    """A runner that is started again would only be refused again."""
-    algo = built(small(1, num_replay_shards=1, replay=BATCH | {"capacity": 100}))
-    with pytest.raises(ValueError, match="replay holds 6 x 16 steps, too few for 4 streams"):
+class Unlicensed(CartPoleEnv):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+
+    def step(self, action: Any) -> Any:
+        raise OSError("the simulator has no license")
+
+
+def misses(**given: Any) -> None:
+    raise KeyError("my_metric")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (
+            lambda: small(1, num_replay_shards=1, replay=BATCH | {"capacity": 100}),
+            "replay holds 6 x 16 steps, too few for 4 streams",
+        ),
+        (lambda: small(1).environment(Unlicensed), "the simulator has no license"),
+        (lambda: small(1).callbacks(on_episode_end=misses), "runner failed: KeyError: 'my_metric'"),
+    ],
+)
+def test_what_goes_wrong_in_a_runner_is_raised(built: Any, config: Any, words: str) -> None:
+    """Started again, it would only go wrong again."""
+    algo = built(config())
+    with pytest.raises((ValueError, RuntimeError), match=words):
         until(lambda _: False, algo, seconds=30)
 
 

@@ -46,7 +46,7 @@ from worldflux_dist.rllib.config import WorldFluxConfig
 from worldflux_dist.rllib.episodes import read_episodes, to_chunk
 from worldflux_dist.rllib.places import Places, bundles
 from worldflux_dist.rllib.ports import Learners, RLlibPorts
-from worldflux_dist.rllib.replay import Replay
+from worldflux_dist.rllib.replay import Replay, delete
 
 STATE = "worldflux"  # our part of the algorithm's state
 REPLAY, POLICY = "replay", "policy_learner_group"  # parts that save themselves
@@ -114,7 +114,11 @@ class WorldFlux(Algorithm):
             self.replay.tidy()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """RLlib's; without exploration, unless `evaluation_config` says otherwise."""
+        """RLlib's; without exploration, unless `evaluation_config` says otherwise.
+
+        Where there are no evaluation workers, no more is read of `evaluation_config` than that:
+        set `evaluation_interval` or `evaluation_num_env_runners` for environments of their own.
+        """
         self._merge()
         shared = self.env_runner if self.eval_env_runner_group is None else None
         if shared is None:
@@ -186,7 +190,9 @@ class WorldFlux(Algorithm):
             self._hand_over()  # the module's spec may have named weights to begin with
         storage = self.config.storage
         root = as_path(storage) / Path(self.logdir).name if storage else Path(self.logdir)
-        # A folder of its own: a trial that failed may still be ending where it starts again.
+        # What a process of the same trial left that was killed, or is still ending: it deletes
+        # what is its own, so each has a folder of its own.
+        delete(root / REPLAY)
         own = root / REPLAY / uuid.uuid4().hex
         self.replay = Replay(settings, own, self.places.take("shard"))
         self._connect()

@@ -43,6 +43,7 @@ ELSEWHERE = {
     "_env_to_module_connector": "wrap the environment instead",
     "_module_to_env_connector": "wrap the environment instead",
     "_learner_connector": "wrap the environment instead",
+    "input_filesystem": "recorded episodes are read from local paths, set offline_data(input_=...)",
     "offline_evaluation_interval": "policies are evaluated in the environment, by evaluation(...)",
 }
 ENV_FIELDS = {f.name for f in fields(EnvConfig)} - {"id", "num_envs", "kwargs"}

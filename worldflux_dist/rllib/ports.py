@@ -6,6 +6,7 @@ who steps and who restarts them is RLlib's.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import ray
 from ray import ObjectRef
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.rllib.core.learner.learner_group import LearnerGroup as RLlibLearnerGroup
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS
@@ -25,6 +26,8 @@ from worldflux_dist.distributed.feeding import Stepper
 from worldflux_dist.distributed.group import GroupLostError, LearnerGroup
 from worldflux_dist.distributed.ports import RayPorts
 from worldflux_dist.rllib.learner import WorldFluxLearner
+
+logger = logging.getLogger(__name__)
 
 COLLECT = "collect"  # the tag of RLlib's calls that are ours
 POLL_S = 0.02
@@ -180,9 +183,17 @@ def _load(learner: WorldFluxLearner, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _collect(runner: Any, store: Any, shards: list[Any]) -> Any:
-    """What a runner collected; or the error of a shard that refused it, by which no restart of the
-    runner, RLlib's remedy for all that is raised here, would help."""
+    """What a runner collected, or what went wrong, which the algorithm raises.
+
+    RLlib would start a runner that raises again and again, silently. It is to do so where a process
+    was lost; environments that fail were rebuilt already, as often as `env.max_failures` allows.
+    """
     try:
         return runner.collect(store, shards)
-    except RayTaskError as error:
+    except RayTaskError as error:  # a shard refused it
         return error.cause
+    except RayError:
+        raise
+    except Exception as error:
+        logger.exception("an env runner failed")
+        return RuntimeError(f"an env runner failed: {type(error).__name__}: {error}")

@@ -58,10 +58,7 @@ class Replay:
     def end(self) -> None:
         """Stop, and delete what the shards had on disk: checkpoints hold copies."""
         self.stop()
-        if isinstance(self.root, Path):
-            shutil.rmtree(self.root, ignore_errors=True)
-        elif self.root.exists():
-            self.root.rmdir(recursive=True)
+        delete(self.root)
 
     def total_steps(self) -> int:
         """Steps that were ever stored. Raises RayActorError while a shard is on its way back."""
@@ -113,6 +110,14 @@ class Replay:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(_read(filesystem, PurePath(path) / segment["name"]))
         self.start(states)
+
+
+def delete(folder: AnyPath) -> None:
+    """Delete a folder and all in it, where it is there."""
+    if isinstance(folder, Path):
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        folder.rmdir(recursive=True)
 
 
 def _write(filesystem: pyarrow.fs.FileSystem, path: PurePath, data: bytes) -> None:
