@@ -34,7 +34,7 @@ def test_a_dense_product(lead: tuple[int, ...], biased: bool) -> None:
 
 
 @pytest.mark.usefixtures("cpu")
-@pytest.mark.parametrize("lead", [SMALL, LARGE, (1025,)])
+@pytest.mark.parametrize("lead", [SMALL, LARGE, (1025,), (0,)])
 def test_a_block_diagonal_product(lead: tuple[int, ...]) -> None:
     x, weight, bias = inputs(*lead, 96), inputs(4, 24, 48), inputs(192)
     slices = x.double().unflatten(-1, (4, 24))

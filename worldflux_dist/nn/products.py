@@ -34,7 +34,7 @@ def block_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return _convolve(x, weight.transpose(1, 2).flatten(0, 1), bias, blocks)
     inputs = x.reshape(-1, blocks, size_in).transpose(0, 1)  # (G, N, I)
     outputs = torch.baddbmm(bias.view(blocks, 1, size_out), inputs, weight)
-    return outputs.transpose(0, 1).reshape(*x.shape[:-1], -1)
+    return outputs.transpose(0, 1).reshape(*x.shape[:-1], blocks * size_out)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
