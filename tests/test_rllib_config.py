@@ -130,10 +130,14 @@ def test_search_spaces_survive() -> None:
             lambda: small(train_ratio="much"),
             "train.train_ratio = 'much': Input should be a valid nu",
         ),
+        (
+            lambda: small(model_options={"units": CartPoleEnv}),
+            "which no config can hold: write a number, a text, a list or a mapping",
+        ),
         (lambda: small(num_replay_shards=0), "scale.num_shards is 0: it must be at least 1"),
         (lambda: small(num_imagination_actors=-1), "num_imagination_actors is -1: 0 or more"),
         (lambda: small(imagination={"mode": "fused"}), "set training\\(num_imagination_actors=..."),
-        (lambda: small(lr=[[0, 1e-3], [9, 1e-4]]), "one positive number as `lr`, not a schedule"),
+        (lambda: small(lr=[[0, 1e-3], [9, 1e-4]]), "takes one number as `lr`, not a schedule"),
         (
             lambda: small().env_runners(rollout_fragment_length="auto"),
             "takes one number as `rollout_fragment_length`",
@@ -142,7 +146,11 @@ def test_search_spaces_survive() -> None:
             lambda: small().evaluation(offline_evaluation_interval=1),
             "does not read `offline_evaluation_interval`: policies are evaluated in the env",
         ),
-        (lambda: small(lr=-1e-4), "takes one positive number as `lr`"),
+        (
+            lambda: small().offline_data(input_filesystem="s3"),
+            "does not read `input_filesystem`: recorded episodes are read from local paths",
+        ),
+        (lambda: small(lr=-1e-4), "takes a positive number as `lr`, not -0.0001"),
         (lambda: small(grad_clip=1.0), "does not read `grad_clip`: the family's optimizer clips"),
         (lambda: small(gamma=0.9), "does not read `gamma`: the family has its discount"),
         (lambda: small(minibatch_size=8), "does not read `minibatch_size`: set training\\(replay="),
@@ -311,9 +319,12 @@ def test_an_environment_gets_what_env_config_holds() -> None:
 def test_numbers_of_numpy_are_numbers() -> None:
     """As searches draw them."""
     settings = small(
-        train_ratio=np.int64(8), replay=BATCH | {"batch_size": np.int32(8)}, lr=np.float64(1e-4)
+        train_ratio=np.int64(8),
+        replay=BATCH | {"batch_size": np.int32(8)},
+        planner={"goal": np.ones(2)},
     ).settings()
     assert (settings.train.train_ratio, settings.replay.batch_size) == (8, 8)
+    assert settings.planner == {"goal": [1.0, 1.0]}
 
 
 def test_bundles() -> None:

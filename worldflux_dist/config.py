@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, get_type_hints
 
 import numpy as np
@@ -195,8 +195,15 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 
 def _plain(value: Any) -> Any:
-    """numpy's numbers as Python's, anything else as text."""
-    return value.item() if isinstance(value, np.generic) else str(value)
+    """numpy's numbers and arrays as Python's, paths as text."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, PurePath):
+        return str(value)
+    raise ConfigError(
+        f"{value!r} is of type {type(value).__name__}, which no config can hold: write a number, a "
+        "text, a list or a mapping"
+    )
 
 
 def to_yaml(config: Config) -> str:

@@ -161,8 +161,10 @@ class WorldFluxConfig(AlgorithmConfig):
                 self._value_error(f"WorldFlux does not read `{name.lstrip('_')}`: {instead}")
         if self.is_multi_agent:
             self._value_error("WorldFlux trains one agent: leave `multi_agent` out")
-        if self.lr is not None and not (isinstance(self.lr, int | float) and self.lr > 0):
-            self._value_error("WorldFlux takes one positive number as `lr`, not a schedule")
+        if self.lr is not None and not isinstance(self.lr, int | float):
+            self._value_error("WorldFlux takes one number as `lr`, not a schedule")
+        if self.lr is not None and self.lr <= 0:
+            self._value_error(f"WorldFlux takes a positive number as `lr`, not {self.lr}")
         if not self.enable_rl_module_and_learner:
             self._value_error("WorldFlux needs RLlib's new API stack: leave `api_stack` out")
         if self.batch_mode != "truncate_episodes" and not self.in_evaluation:
