@@ -14,8 +14,9 @@ import toy_task
 from toy_run import ToyRun, read_metrics, replay_in
 
 from worldflux_dist import checkpoint, cli, config
-from worldflux_dist.distributed import trainer
+from worldflux_dist.distributed import ending, trainer
 from worldflux_dist.distributed.flow import UPDATES_PER_ROUND
+from worldflux_dist.distributed.run import RunDirectory
 from worldflux_dist.learner import NonFiniteLossError
 
 pytestmark = pytest.mark.ray
@@ -55,7 +56,7 @@ def test_a_run_directory_is_complete(solved: Solved) -> None:
     # Runners act with weights of the round before, or of the one before that.
     found = [line["staleness"] for line in lines if "staleness" in line]
     assert all(0 <= staleness <= 3 * UPDATES_PER_ROUND for staleness in found)
-    scores = list(map(dict, trainer.RunDirectory(run_dir, settings).scores()))
+    scores = list(map(dict, RunDirectory(run_dir, settings).scores()))
     assert {score["method"] for score in scores} == {"random", "dreamerv3:tiny"}
     assert {score["episodes"] for score in scores} == {300}
     assert scores[-1]["return_mean"] == pytest.approx(outcome.evaluation.mean)
@@ -141,7 +142,7 @@ def test_an_environment_that_always_raises_is_named(tmp_path: Path) -> None:
 def test_a_runner_that_cannot_start_ends_the_run(tmp_path: Path) -> None:
     """It would be asked for steps for ever otherwise."""
     env = ("env.id=toy_task:DriverOnlyEnv", f"env.kwargs.pid={os.getpid()}")
-    sentence = ended_with(tmp_path, *env, error=trainer.RoleLostError)
+    sentence = ended_with(tmp_path, *env, error=ending.RoleLostError)
     assert "EnvRunnerActor is lost, it could not start: " in sentence
     assert "could not be made: OSError: no licence" in sentence
 

@@ -9,9 +9,14 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 from rich.console import Console
+from small import FAMILY, family_batch, make_small
 
-from worldflux_dist.metrics import Averages, Progress, RunLog, read_lines
+from worldflux_dist.imaginer import Imaginer
+from worldflux_dist.learner import Learner, LearnerConfig
+from worldflux_dist.metrics import Recorder, RunLog, find, markdown, read_lines
+from worldflux_dist.progress import SHOWN, Progress
 
 
 def scalars(run_dir: Path, tag: str) -> list[tuple[int, float]]:
@@ -89,20 +94,72 @@ def test_torn_line_does_not_swallow_the_next(
     assert [line["env_steps"] for line in read_lines(path)] == [1, 2]
 
 
-def test_averages() -> None:
-    averages = Averages()
-    for value in (1.0, 2.0, math.nan, 6.0):
-        averages.mean("x", value)
-    averages.mean("only_nan", math.nan)
-    assert averages.pop() == {"x": 3.0}
-    assert averages.pop() == {}
+def test_values_are_aggregated_as_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    recorder = Recorder()
+    for name in ("loss/value", "gradient_steps", "rate/env_steps", "busy/runner", "staleness"):
+        for value in (1.0, 2.0, math.nan, 6.0):
+            recorder.add(name, value)
+    recorder.add("loss/policy", math.nan)
+    assert recorder.recent()["staleness"] == 3.0
+    now += 4
+    assert recorder.line() == {
+        "loss/value": 3.0,
+        "gradient_steps": 6.0,
+        "rate/env_steps": 2.25,
+        "busy/runner": 2.25,
+        "staleness": 3.0,
+        "staleness/p50": 2.0,
+        "staleness/p95": pytest.approx(5.6),
+    }
+    assert recorder.line() == {}
+
+
+def test_a_metric_that_the_table_does_not_tell_is_refused() -> None:
+    with pytest.raises(KeyError, match="loss_total has no row"):
+        Recorder().add("loss_total", 1.0)
+    assert [find(name).name for name in ("policy/loss", "loss/rec/a/b", "replay/shard3_bytes")] == [
+        "policy/<metric>",
+        "loss/rec/<key>",
+        "replay/shard<index>_bytes",
+    ]
+    assert all(find(name) for name in SHOWN - {"bottleneck", "loss/rec"})
+
+
+@FAMILY
+@pytest.mark.parametrize("part", ["agent", "world_model", "behavior"])
+def test_every_metric_of_a_gradient_step_is_in_the_table(family: str, part: str) -> None:
+    agent = make_small(family, "dict", "mixed")
+    if part == "behavior" and family != "dreamerv3":
+        with pytest.raises(ValueError, match="does not learn in imagination"):
+            Learner(agent, part=part)
+        return
+    batch = family_batch(agent)
+    given = Imaginer(agent).imagine(batch) if part == "behavior" else batch
+    learner = Learner(agent, LearnerConfig(device="cpu"), part)
+    seen = [learner.step(given) for _ in range(2)]
+    assert {find(name).how for name in seen[1]} == {"mean", "last"}
+    for name, optimizer in learner.optimizers.items():
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        grads = [p.grad for p in params if p.grad is not None]
+        assert seen[1][f"grad_norm/{name}"] > 0
+        assert len(grads) == len(params)
+        warmup, rate = optimizer.param_groups[0].get("warmup"), optimizer.param_groups[0]["lr"]
+        expected = [0, rate / warmup] if warmup else [rate, rate]
+        assert [each[f"learning_rate/{name}"] for each in seen] == pytest.approx(expected)
+
+
+def test_the_page_of_metrics_is_the_table() -> None:
+    """Written anew by: python -m worldflux_dist.metrics > docs/metrics.md"""
+    assert (REPOSITORY / "docs" / "metrics.md").read_text() == markdown()
 
 
 @pytest.mark.parametrize("phase", ["prefill", "train", "evaluate", "save"])
 def test_a_blocked_phase_is_not_silent(phase: str) -> None:
     began, out = time.monotonic(), io.StringIO()
     with redirect_stdout(out), Progress(1000, plain=True, every=0.1) as progress:
-        progress.update(env_steps=250)
+        progress.update({"env_steps": 250})
         progress.phase(phase)
         while out.getvalue().count("\n") < 4:  # the main thread waits for something else
             assert time.monotonic() - began < 30
@@ -117,20 +174,22 @@ def test_a_blocked_phase_is_not_silent(phase: str) -> None:
 def test_plain_line_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(100_000, plain=True) as progress:
         progress.phase("train")
-        progress.update(env_steps=1000, gradient_steps=100)
+        progress.update({"env_steps": 1000, "gradient_steps": 100})
         began = time.monotonic()
         time.sleep(0.1)
         progress.update(
-            env_steps=2000,
-            frames=8000,
-            gradient_steps=300,
-            train_ratio=31.5,
-            asked_ratio=32,
-            staleness=1.5,
-            episode_return=-20.25,
-            bottleneck="learner",
-            loss_recon=0.125,
-            loss_total=12.5,
+            {
+                "env_steps": 2000,
+                "frames": 8000,
+                "gradient_steps": 300,
+                "train_ratio/achieved": 31.5,
+                "train_ratio/asked": 32,
+                "staleness": 1.5,
+                "episode/return": -20.25,
+                "bottleneck": "learner",
+                "loss/rec": 0.125,
+                "loss": 12.5,
+            }
         )
         progress.print("a note")
         line = progress.line()
@@ -161,12 +220,12 @@ def test_plain_line_names_everything(capsys: pytest.CaptureFixture[str]) -> None
 def test_unknown_is_a_dash_and_never_nan() -> None:
     progress = Progress(1000, plain=True)
     assert "return - |" in progress.line()
-    progress.update(episode_return=math.nan, loss_total=math.inf, train_ratio=None)
+    progress.update({"episode/return": math.nan, "loss": math.inf})
     line = progress.line()
     assert "return - |" in line
     assert not re.search(r"\b(nan|inf|None)\b", line)
-    with pytest.raises(TypeError, match="retrun"):
-        progress.update(retrun=1.0)
+    with pytest.raises(AssertionError, match="retrun"):
+        progress.update({"retrun": 1.0})
 
 
 def test_not_a_terminal_means_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,7 +239,7 @@ def test_not_a_terminal_means_plain_lines(capsys: pytest.CaptureFixture[str]) ->
 def test_live_display_shows_the_same_fields() -> None:
     with Progress(1000, plain=False) as progress:
         progress.phase("train")
-        progress.update(env_steps=500, bottleneck="replay")
+        progress.update({"env_steps": 500, "bottleneck": "replay"})
         console = Console(file=io.StringIO(), width=120, force_terminal=True)
         console.print(progress._display())
         shown = console.file.getvalue()  # type: ignore[attr-defined]

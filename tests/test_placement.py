@@ -14,8 +14,9 @@ from ray.cluster_utils import Cluster
 from ray.exceptions import RayError
 from ray.util.placement_group import placement_group_table
 
-from worldflux_dist.distributed.cluster import MB, Plan, Role, join_cluster
+from worldflux_dist.distributed.cluster import Need, Plan, join_cluster
 from worldflux_dist.distributed.placement import Placement, _waiting, place
+from worldflux_dist.distributed.roles import MB
 
 NODE: dict[str, Any] = {"num_cpus": 3, "memory": 1000 * MB, "object_store_memory": 80 * MB}
 SPARE_S = 60.0  # two to five on an idle machine
@@ -38,9 +39,9 @@ def cluster() -> Iterator[Cluster]:
 
 def make_plan(runners: int, nodes: tuple[Any, ...]) -> Plan:
     roles = (
-        Role("runner", runners, 1, runners * 100 * MB, "", {"CPU": 1, "GPU": 0}),
-        Role("shard", 2, 1, 2 * 100 * MB, "", {"CPU": 0.5, "GPU": 0}),
-        Role("learner", 2, 1, 2 * 200 * MB, "", {"CPU": 1, "GPU": 0}),
+        Need("runner", runners, 1, runners * 100 * MB, "", {"CPU": 1, "GPU": 0}),
+        Need("shard", 2, 1, 2 * 100 * MB, "", {"CPU": 0.5, "GPU": 0}),
+        Need("learner", 2, 1, 2 * 200 * MB, "", {"CPU": 1, "GPU": 0}),
     )
     has = sum(node.get("memory", 0) for node in nodes)
     return Plan(roles, 100 * MB, int(has), sum(node.get("CPU", 0) for node in nodes), 0, nodes)

@@ -11,16 +11,16 @@ from gymnasium import spaces
 
 from worldflux_dist import config
 from worldflux_dist.data import Spaces
-from worldflux_dist.distributed import cluster
+from worldflux_dist.distributed import cluster, roles
 
 VECTOR = Spaces(spaces.Box(-1, 1, (4,)), spaces.Discrete(2))
 IMAGE = Spaces(spaces.Box(0, 255, (64, 64, 3), np.uint8), spaces.Discrete(6))
 TINY = ["model=dreamerv3:tiny", "replay.capacity=10000", "learner.device=cpu"]
 ACTORS = ["imagination.mode=actors", "imagination.num_imaginers=2"]
-NODE = {"CPU": 4.0, "memory": 4000 * cluster.MB, "object_store_memory": 200 * cluster.MB}
+NODE = {"CPU": 4.0, "memory": 4000 * roles.MB, "object_store_memory": 200 * roles.MB}
 
 
-def role(plan: cluster.Plan, name: str) -> cluster.Role:
+def role(plan: cluster.Plan, name: str) -> cluster.Need:
     return next(role for role in plan.roles if role.name == name)
 
 
@@ -35,8 +35,8 @@ def make_plan(*overrides: str, nodes: Sequence[cluster.Node] = ()) -> cluster.Pl
 
 @pytest.mark.slow
 def test_replay_is_counted_to_the_byte() -> None:
-    assert cluster.step_bytes(VECTOR) == 4 * 4 + 4 * 2 + 4 + 3
-    assert cluster.step_bytes(IMAGE) == 64 * 64 * 3 + 4 * 6 + 4 + 3
+    assert roles.step_bytes(VECTOR) == 4 * 4 + 4 * 2 + 4 + 3
+    assert roles.step_bytes(IMAGE) == 64 * 64 * 3 + 4 * 6 + 4 + 3
     settings = config.load([], TINY)
     shards = [memory(cluster.make_plan(settings, s), "shard") for s in (VECTOR, IMAGE)]
     assert shards[1] - shards[0] == 10_000 * (12_319 - 31)
@@ -80,7 +80,7 @@ def test_what_does_not_fit_is_refused_with_its_numbers() -> None:
     plan = make_plan()
     plan.check()
     with pytest.raises(config.ConfigError, match=r"needs [\d,]+ MB and 1,000 MB are available"):
-        replace(plan, available=1000 * cluster.MB).check()
+        replace(plan, available=1000 * roles.MB).check()
 
 
 def test_a_cluster_is_refused_where_its_sum_is_too_small() -> None:
@@ -88,8 +88,8 @@ def test_a_cluster_is_refused_where_its_sum_is_too_small() -> None:
     with pytest.raises(config.ConfigError, match=r"asks for 17\.5 CPUs and the cluster has 12"):
         make_plan("scale.num_runners=15", nodes=[NODE] * 3).check()
     with pytest.raises(config.ConfigError, match=r"needs [\d,]+ MB and 900 MB are available"):
-        make_plan(nodes=[NODE | {"memory": 700 * cluster.MB}]).check()
-    small = NODE | {"object_store_memory": 20 * cluster.MB}
+        make_plan(nodes=[NODE | {"memory": 700 * roles.MB}]).check()
+    small = NODE | {"object_store_memory": 20 * roles.MB}
     with pytest.raises(config.ConfigError, match="object stores of the cluster hold 60 MB"):
         make_plan(nodes=[small] * 3).check()
 

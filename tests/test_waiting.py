@@ -39,8 +39,9 @@ from worldflux_dist.distributed.cluster import shard_config
 from worldflux_dist.distributed.flow import UPDATES_PER_ROUND, Flow
 from worldflux_dist.distributed.group import LearnerGroup
 from worldflux_dist.distributed.ports import RayPorts, Roles
-from worldflux_dist.distributed.roles import actor, probe
+from worldflux_dist.distributed.roles import ROLES, actor
 from worldflux_dist.distributed.shard import ReplayShardActor, ShardPlace, shard_name
+from worldflux_dist.distributed.start import probe
 from worldflux_dist.distributed.weights import WEIGHTS, WeightStore
 from worldflux_dist.replay.limiter import Limiter
 
@@ -152,7 +153,7 @@ def test_a_runner_that_hangs_in_c_is_killed_and_comes_back(
 def test_a_runner_that_crashes_at_every_start_ends_the_run(
     started: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervision, "MAX_LOSSES", 2)
+    monkeypatch.setitem(ROLES, "runner", replace(ROLES["runner"], deaths=2))
     monkeypatch.setattr(supervision, "RETURN_S", 2.0)
     monkeypatch.setattr(supervision, "RETURN_S", 3)
     env = {"id": "test_waiting:CrashingEnv", "kwargs": {"driver": os.getpid()}}

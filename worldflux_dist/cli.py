@@ -52,11 +52,11 @@ def train(
     plan: Annotated[bool, typer.Option("--plan", help="Only say what the run asks for.")] = False,
 ) -> None:
     """Train an agent through Ray. The same command again resumes."""
-    from worldflux_dist.distributed import trainer
+    from worldflux_dist.distributed import session, trainer
 
     config = _load(settings)
     if plan:
-        trainer.show_plan(config)
+        session.show_plan(config)
         return
     name = f"{config.env.id}-{config.model}-seed{config.seed}"
     run_dir = run_dir or Path("runs") / name.replace("/", "_").replace(":", "_")
@@ -84,9 +84,6 @@ def submit(
     """Train as a job of a Ray cluster. The same command again resumes."""
     from worldflux_dist.distributed import submit as jobs
 
-    if not run_dir.is_absolute():
-        raise ValueError("--run-dir must be an absolute path that all nodes see: the job resumes")
-    _load(settings)  # a mistake is said here, not in the cluster
     arguments = [*(settings or []), "--run-dir", str(run_dir)]
     raise typer.Exit(jobs.submit(arguments, address, Path.cwd(), follow))
 

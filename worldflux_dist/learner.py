@@ -29,6 +29,7 @@ from worldflux_dist.agent import Agent
 from worldflux_dist.behaviors.base import Imagined
 from worldflux_dist.data import Batch
 from worldflux_dist.nn.group import average
+from worldflux_dist.nn.optim import grad_norm, learning_rate
 
 if TYPE_CHECKING:
     from worldflux_dist.checkpoint import AnyPath
@@ -164,9 +165,11 @@ class Learner:
         paths: list[Any] = [None] * len(parts)
         for name, optimizer in self.optimizers.items():
             metrics, paths = self._backward(name, parts, paths)
+            metrics[f"grad_norm/{name}"] = grad_norm(optimizer)
             found = average(torch.stack(list(metrics.values()))).tolist()
             values |= dict(zip(metrics, found, strict=True))
             self._check(values)
+            values[f"learning_rate/{name}"] = learning_rate(optimizer.param_groups[0])
             optimizer.step()
         if self.part != "world_model":
             self.agent.update_targets()

@@ -1,54 +1,218 @@
-"""What a run says about itself: JSON lines and TensorBoard on disk, progress on the terminal.
+"""What a run measures: every metric with its meaning, and the files that they go to.
 
-`RunLog` owns metrics.jsonl, scores.jsonl and tb/ of one run directory. What must stay true: every
-line is valid JSON (a value that is not finite is left out, never written), and env_steps never go
-back within a file, because a resumed run first cuts what its lost life had written. `Progress`
-prints from a thread of its own, so that no phase is silent however long the main thread waits.
+METRICS is the one place where a metric is told: its name, unit, aggregation and meaning, and its
+gauge in Prometheus. `Recorder` aggregates by it, and so do Ray's gauges, RLlib's results and
+docs/metrics.md (`python -m worldflux_dist.metrics`). `RunLog` owns metrics.jsonl, scores.jsonl and
+tb/ of one run directory. What must stay true: every line is valid JSON (a value that is not finite
+is left out, never written), and env_steps never go back within a file, because a resumed run first
+cuts what its lost life had written.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
 import os
-import sys
-import threading
+import re
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-RATE_WINDOW = 60.0  # seconds over which speeds are averaged
+RECENT = 20  # how many of the last values the progress line shows the mean of
 
 logger = logging.getLogger(__name__)
 
+How = Literal["mean", "p50", "p95", "last", "rate", "total"]
 
-class Averages:
-    """Means of what was seen since the last `pop`, for values that come oftener than log lines."""
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric. `<...>` in its name stands for what differs, such as a role.
+
+    `how` the values since the last line become one: their mean, a percentile (of what is recorded
+    under the name before the slash), the last one, their sum per second (rate), or the sum since
+    the run began (total). `gauge` is its name in Prometheus, in units of 1 / `scale`, with the tag
+    `role`; without one, the role is what stands for `<...>`.
+    """
+
+    name: str
+    unit: str
+    how: How
+    meaning: str
+    gauge: str = ""
+    role: str = ""
+    scale: float = 1.0
+
+    @functools.cached_property
+    def pattern(self) -> re.Pattern[str]:
+        return re.compile(re.sub(r"<\w+>", "(.+)", self.name))
+
+
+def _rows(text: str) -> list[Metric]:
+    """The rows of a table in text: name | unit | how | meaning [| gauge | role [| scale]]."""
+    rows = []
+    for line in text.strip().splitlines():
+        name, unit, how, meaning, *more = (cell.strip() for cell in line.split("|"))
+        gauge, role, scale = more + ["", "", "1"][len(more) :]
+        gauge = f"worldflux_{gauge}" if gauge else ""
+        rows.append(Metric(name, unit, cast(How, how), meaning, gauge, role, float(scale)))
+    return rows
+
+
+# name | unit | how | meaning [| gauge in Prometheus, without "worldflux_" | its role [| scale]]
+METRICS = _rows("""
+env_steps | steps | last | Environment steps, of all runners together.
+time | s | last | Seconds since the epoch.
+frames | frames | last | env_steps times the environment's action repeat.
+episodes | episodes | last | Episodes that ended.
+episode/return | reward | mean | Sum of rewards of an episode, as it was collected.
+episode/length | steps | mean | Steps of an episode.
+env_failures | failures | last | Environments that raised and were made anew.
+gradient_steps | steps | last | Gradient steps taken.
+gradient_steps/redone | steps | last | Those of them taken again after learners were lost.
+gradient_steps/forgiven | steps | last | Steps that were owed and dropped at a resume.
+train_ratio/achieved | 1 | last | Replayed steps per environment step so far.
+train_ratio/asked | 1 | last | What train.train_ratio asks for.
+rate/env_steps | 1/s | rate | Environment steps per second. | env_steps_per_s | runner
+rate/gradient_steps | 1/s | rate | Gradient steps per second. | gradient_steps_per_s | learner
+rate/imagined_steps | 1/s | rate | Imagined steps per second. | imagined_steps_per_s | imaginer
+time/learner_step | s | mean | Time of a gradient step. | learner_step_ms | learner | 1000
+time/learner_wait | s | mean | Time that a learner waits for its next batch.
+stall/learner | 1 | last | Fraction of the time that learners wait for data. | input_stall | learner
+busy/<role> | 1 | rate | Fraction of the time that a role's processes work.
+restarts/<role> | processes | last | Processes that died and were started again. | restarts |
+weights_version | steps | last | Gradient steps behind the newest weights that act.
+staleness | steps | mean | Gradient steps that acting weights are behind. | weight_lag | runner
+staleness/p50 | steps | p50 | Its median.
+staleness/p95 | steps | p95 | Its 95th percentile.
+imagination/stale | batches | last | Imagined batches thrown away for being too far behind.
+replay/shard<index>_steps | steps | last | Steps that a shard holds. | replay_steps | shard
+replay/shard<index>_bytes | bytes | last | Bytes that a shard holds. | replay_bytes | shard
+replay/shard<index>_duplicates | chunks | last | Chunks that came again and were not stored twice.
+replay/shard<index>_dropped_steps | steps | last | Steps that were lost with a shard's process.
+replay/not_durable | 1 | last | Whether replay cannot be written to disk. | not_durable | shard
+loss | 1 | mean | The weighted sum of all losses of the first optimizer.
+loss/rec/<key> | 1 | mean | Reconstruction of an observation: squared error, summed over it.
+loss/dyn | nats | mean | KL divergence that trains the prior, at least the free nats.
+loss/rep | nats | mean | KL divergence that trains the posterior, at least the free nats.
+loss/reward | nats | mean | Cross-entropy of the predicted reward.
+loss/continue | nats | mean | Cross-entropy of the predicted continuation.
+loss/consistency | 1 | mean | Squared error of predicted latents.
+loss/termination | nats | mean | Cross-entropy of the predicted end of an episode.
+loss/value | nats | mean | Cross-entropy of the values (of imagined steps, or of the Qs).
+loss/replay_value | nats | mean | Cross-entropy of the values of replayed steps.
+loss/policy | 1 | mean | The policy's.
+grad_norm/<optimizer> | 1 | mean | L2 norm of an optimizer's gradients before they are clipped.
+learning_rate/<optimizer> | 1 | last | Learning rate of an optimizer, warm-up included.
+kl | nats | mean | KL divergence of posterior and prior.
+prior_entropy | nats | mean | Entropy of the prior.
+posterior_entropy | nats | mean | Entropy of the posterior.
+policy_entropy | nats | mean | Entropy of the policy.
+policy_entropy_scaled | nats | mean | The same, scaled by the number of action dimensions.
+return_imagined | reward | mean | lambda-returns of imagined steps.
+return_scale | reward | mean | What advantages are divided by: the spread of returns.
+reward_imagined | reward | mean | Rewards of imagined steps.
+value | reward | mean | Values of imagined steps.
+value_target | reward | mean | What the Qs are trained towards.
+q | reward | mean | Qs of the policy's actions.
+q_scale | reward | mean | What Qs are divided by in the policy's loss: their spread.
+policy/<metric> | 1 | mean | As the metric, of policy learners, where model learners have it too.
+score/return_mean | reward | last | Mean return of an evaluation (in TensorBoard).
+weights/staleness | steps | last | RLlib's results: as staleness.
+env_failures_lifetime | failures | total | RLlib's results: as env_failures.
+num_imagined_steps_lifetime | steps | total | RLlib's results: imagined steps.
+replay/env_steps | steps | last | RLlib's results: as env_steps.
+replay/num_steps | steps | last | RLlib's results: steps that all shards hold.
+replay/nbytes | bytes | last | RLlib's results: bytes that all shards hold.
+replay/duplicates | chunks | last | RLlib's results: chunks of all shards that came again.
+""")
+_EXACT = {row.name: row for row in METRICS}
+AGGREGATES: dict[How, Callable[[list[float], float], float]] = {
+    "mean": lambda values, seconds: sum(values) / len(values),
+    "p50": lambda values, seconds: float(np.percentile(values, 50)),
+    "p95": lambda values, seconds: float(np.percentile(values, 95)),
+    "last": lambda values, seconds: values[-1],
+    "rate": lambda values, seconds: sum(values) / seconds,
+}
+
+
+@functools.cache
+def find(name: str) -> Metric:
+    """The row of a metric. Raises KeyError for one that METRICS does not tell."""
+    if name in _EXACT:
+        return _EXACT[name]
+    for row in METRICS:
+        if row.pattern.fullmatch(name):
+            return row
+    raise KeyError(f"the metric {name} has no row in metrics.METRICS")
+
+
+def family(line: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The values of a line whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): x for name, x in line.items() if name.startswith(prefix)}
+
+
+INTRO = """# Metrics
+
+What `metrics.jsonl` and TensorBoard show, and the gauges for Prometheus. `<...>` stands for what
+differs. A line aggregates what came since the line before: the mean, a percentile, the last value,
+or the sum per second (rate); a total is the sum since the run began.
+Generated by `python -m worldflux_dist.metrics` from the table in `worldflux_dist/metrics.py`.
+
+"""
+
+
+def markdown() -> str:
+    """docs/metrics.md."""
+    rows = ["| name | unit | aggregated | meaning | gauge |", "|---|---|---|---|---|"]
+    for row in METRICS:
+        gauge = f"`ray_{row.gauge}`" if row.gauge else ""
+        if row.scale != 1:
+            gauge += f" (x {row.scale:g})"
+        rows.append(f"| `{row.name}` | {row.unit} | {row.how} | {row.meaning} | {gauge} |")
+    return INTRO + "\n".join(rows) + "\n"
+
+
+class Recorder:
+    """Takes in values, and gives a line of metrics of what came since the last one."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[float, int]] = {}
+        self._values: dict[str, list[float]] = {}
+        self._recent: dict[str, deque[float]] = {}
+        self._since = time.monotonic()
 
-    def mean(self, name: str, value: float) -> None:
-        """Add one value to a running mean; a value that is not finite is left out."""
+    def add(self, name: str, value: float) -> None:
+        """Take in one value; one that is not finite is left out. KeyError as for `find`."""
+        find(name)
         value = float(value)
         if math.isfinite(value):
-            total, count = self._sums.get(name, (0.0, 0))
-            self._sums[name] = (total + value, count + 1)
+            self._values.setdefault(name, []).append(value)
+            self._recent.setdefault(name, deque(maxlen=RECENT)).append(value)
 
-    def pop(self) -> dict[str, float]:
-        """The means by name, and start anew."""
-        means = {name: total / count for name, (total, count) in self._sums.items()}
-        self._sums.clear()
-        return means
+    def recent(self) -> dict[str, float]:
+        """The means of the last RECENT values of every metric."""
+        return {name: sum(values) / len(values) for name, values in self._recent.items()}
+
+    def line(self) -> dict[str, float]:
+        """Every metric that had a value since the last line, aggregated as METRICS says."""
+        seconds = max(time.monotonic() - self._since, 1e-3)
+        line: dict[str, float] = {}
+        for name, values in self._values.items():
+            for key in (name, f"{name}/p50", f"{name}/p95"):
+                if key == name or key in _EXACT:
+                    line[key] = AGGREGATES[find(key).how](values, seconds)
+        self._values, self._since = {}, time.monotonic()
+        return line
 
 
 class RunLog:
@@ -168,169 +332,5 @@ def _rewrite(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-# ----------------------------------------------------------------------------------- progress
-
-
-@dataclass(frozen=True)
-class Status:
-    """The last known state of a run; None is not known yet."""
-
-    env_steps: int = 0
-    frames: int = 0
-    gradient_steps: int = 0
-    train_ratio: float | None = None  # achieved replayed steps per env step
-    asked_ratio: float | None = None
-    staleness: float | None = None  # weight versions the acting policy is behind
-    episode_return: float | None = None  # mean of recent episodes
-    bottleneck: str | None = None  # runner, replay or learner
-    loss_recon: float | None = None
-    loss_total: float | None = None
-
-
-class Progress:
-    """A live display on a terminal, or a plain line at least every `every` seconds in a log.
-
-    Use as a context manager. `update` and `phase` may be called from any thread and are cheap;
-    printing happens in a daemon thread that owes nothing to the main one.
-    """
-
-    def __init__(
-        self, total_env_steps: int, plain: bool | None = None, every: float = 15.0
-    ) -> None:
-        self._total, self._every = total_env_steps, every
-        self._plain = not sys.stdout.isatty() if plain is None else plain
-        self._phase, self._status = "start", Status()
-        self._began = time.monotonic()
-        self._samples: deque[tuple[float, int, int]] = deque()  # (time, env, gradient steps)
-        self._training_from: tuple[float, int] | None = None  # (time, env_steps)
-        # Re-entrant, because an interrupt's handler may print over the main thread's own print.
-        self._lock = threading.RLock()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._keep_printing, name="progress", daemon=True)
-        self._live: Any = None
-
-    def __enter__(self) -> Self:
-        if self._plain:
-            self._thread.start()
-        else:
-            from rich.live import Live
-
-            self._live = Live(get_renderable=self._display, refresh_per_second=2)
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        if self._live is not None:
-            self._live.stop()
-        else:
-            self._thread.join()
-            self.print(self.line())
-
-    def phase(self, name: str) -> None:
-        """Say what the run is doing now: prefill, train, evaluate, save, ..."""
-        with self._lock:
-            changed, self._phase = name != self._phase, name
-            if changed:
-                self._samples.clear()
-        if changed and self._plain:
-            self.print(self.line())
-
-    def update(self, **fields: Any) -> None:
-        """Set fields of Status by name; the others keep their last value."""
-        with self._lock:
-            self._status = replace(self._status, **fields)
-            if self._phase == "train" and self._training_from is None:
-                self._training_from = (time.monotonic(), self._status.env_steps)
-            self._sample()
-
-    def print(self, text: str) -> None:
-        """Print a line of text above the live display, or into the log."""
-        with self._lock:
-            if self._live is not None:
-                self._live.console.print(text, markup=False, highlight=False)
-            else:
-                print(text, flush=True)
-
-    def line(self) -> str:
-        """The state as one plain line."""
-        with self._lock:
-            elapsed = _clock(time.monotonic() - self._began)
-            return " | ".join([f"{elapsed} {self._phase:<8}", self._steps(), *self._fields()])
-
-    def _keep_printing(self) -> None:
-        while not self._stop.wait(self._every):
-            self.print(self.line())
-
-    def _sample(self) -> None:
-        now, status = time.monotonic(), self._status
-        self._samples.append((now, status.env_steps, status.gradient_steps))
-        while now - self._samples[0][0] > RATE_WINDOW and len(self._samples) > 2:
-            self._samples.popleft()
-
-    def _rates(self) -> tuple[float | None, float | None]:
-        """Env steps and gradient steps per second, recently and within this phase."""
-        if len(self._samples) < 2:
-            return None, None
-        (start, env, gradient), last = self._samples[0], self._samples[-1]
-        seconds = max(time.monotonic() - start, 1e-3)
-        return (last[1] - env) / seconds, (last[2] - gradient) / seconds
-
-    def _eta(self) -> str:
-        """From the pace since training began, evaluations and saves included."""
-        if self._training_from is None:
-            return "-"
-        start, first = self._training_from
-        done, left = self._status.env_steps - first, self._total - self._status.env_steps
-        return _clock(max(left, 0) * (time.monotonic() - start) / done) if done > 0 else "-"
-
-    def _steps(self) -> str:
-        done = self._status.env_steps
-        return f"env_steps {done:,}/{self._total:,} ({done / max(self._total, 1):.0%})"
-
-    def _fields(self) -> list[str]:
-        s, (env_rate, gradient_rate) = self._status, self._rates()
-        return [
-            f"frames {s.frames:,}",
-            f"gradient_steps {s.gradient_steps:,}",
-            f"train_ratio {_number(s.train_ratio)}/{_number(s.asked_ratio)}",
-            f"{_number(env_rate)} env/s",
-            f"{_number(gradient_rate)} grad/s",
-            f"staleness {_number(s.staleness)}",
-            f"return {_number(s.episode_return)}",
-            f"loss recon {_number(s.loss_recon)} total {_number(s.loss_total)}",
-            f"bottleneck {s.bottleneck or '-'}",
-            f"ETA {self._eta()}",
-        ]
-
-    def _display(self) -> Any:
-        from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
-
-        with self._lock:
-            head = Table.grid(padding=(0, 2))
-            head.add_row(
-                Text(f"{self._phase:<8}", style="bold cyan"),
-                ProgressBar(max(self._total, 1), self._status.env_steps, width=30),
-                Text(self._steps()),
-                Text(_clock(time.monotonic() - self._began), style="dim"),
-            )
-            body = Table.grid(padding=(0, 3))
-            fields = [Text(field) for field in self._fields()]
-            for start in range(0, len(fields), 4):
-                body.add_row(*fields[start : start + 4])
-            return Group(head, body)
-
-
-def _number(value: float | None) -> str:
-    """Four significant digits, or a dash for what is unknown or not finite."""
-    if value is None or not math.isfinite(value):
-        return "-"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, second = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -1,7 +1,7 @@
 """What a run asks for, said before it starts: of this machine, or of the cluster it joins.
 
 A plan that cannot fit is refused with its numbers: a run that dies of memory after a day has cost
-a day. What each process asks for is decided in `shares` alone; placement reads it from the plan.
+a day. What each process asks for is told in `roles.ROLES`; placement reads it from the plan.
 """
 
 from __future__ import annotations
@@ -14,25 +14,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import psutil
 import ray
 import torch
 
-from worldflux_dist.agent import Agent
 from worldflux_dist.config import Config, ConfigError
-from worldflux_dist.data import Batch, Spaces
+from worldflux_dist.data import Spaces
+from worldflux_dist.distributed.roles import MB, ROLES, Sizes
 from worldflux_dist.replay.buffer import ReplayConfig
 
-MB = 1024**2
-PROCESS_BYTES = 400 * MB  # a Python process with torch and Ray loaded, measured
 BATCHES_IN_FLIGHT = 4
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 Node = Mapping[str, float]  # its resources as Ray names them: CPU, GPU, memory in bytes
 
 
 @dataclass(frozen=True)
-class Role:
+class Need:
     """One line of the plan: how many processes of what, with how many torch threads each.
 
     `nbytes` is the memory of all together, `share` the CPUs and GPUs of each.
@@ -63,7 +60,7 @@ class Role:
 class Plan:
     """What a run asks for and what there is; without `nodes` it runs on this machine."""
 
-    roles: tuple[Role, ...]
+    roles: tuple[Need, ...]
     object_store: int
     available: int
     cores: float
@@ -160,26 +157,18 @@ def shares(config: Config, resources: Node) -> dict[str, dict[str, float]]:
     A CPU for each torch thread; roles that mostly wait get a part of one. Raises ConfigError where
     the ranks of a group could not have a GPU each.
     """
-    scale, imagination = config.scale, config.imagination
-    threads = config.learner.threads or torch.get_num_threads()
-    cpus: dict[str, float] = {"runner": scale.runner_threads, "shard": 0.5, "learner": threads}
-    if imagination.mode == "actors":
-        cpus |= {"imaginer": scale.runner_threads, "policy": threads}
-    if scale.acting == "actor":
-        cpus["acting"] = scale.runner_threads
-    cpus |= {"store": 0.1, "evaluator": 0.4}
-    rank, other = _gpu_shares(config, int(resources.get("GPU", 0)))
-    gpus = {"learner": rank, "policy": rank, "imaginer": other, "acting": other}
-    return {role: {"CPU": cpu, "GPU": gpus.get(role, 0)} for role, cpu in cpus.items()}
+    there = {name: role for name, role in ROLES.items() if role.count(config)}
+    rank, model = _gpu_shares(config, int(resources.get("GPU", 0)))
+    gpu = {"rank": rank, "model": model, "": 0}
+    cpu = {n: role.threads(config) if role.cpus is None else role.cpus for n, role in there.items()}
+    return {name: {"CPU": cpu[name], "GPU": gpu[role.gpu]} for name, role in there.items()}
 
 
 def _gpu_shares(config: Config, gpus: int) -> tuple[float, float]:
     """What a rank of a learner group, and what any other process with a model, gets of a GPU."""
-    actors, device = config.imagination.mode == "actors", config.learner.device
-    groups = [config.scale.num_learners]
-    groups += [config.imagination.num_policy_learners] if actors else []
-    ranks = sum(groups)
-    others = config.imagination.num_imaginers * actors + (config.scale.acting == "actor")
+    groups = [role.count(config) for role in ROLES.values() if role.gpu == "rank"]
+    others = sum(role.count(config) for role in ROLES.values() if role.gpu == "model")
+    ranks, device = sum(groups), config.learner.device
     if device == "cpu" or (gpus == 0 and device == "auto"):
         return 0, 0
     if gpus == 0 or gpus >= ranks + others:  # asked for where there is none: refused by the check
@@ -218,9 +207,11 @@ def make_plan(config: Config, spaces: Spaces, nodes: tuple[Node, ...] = ()) -> P
         "object_store_memory": 0,  # here it is part of the memory
     }
     has = {kind: sum(node.get(kind, 0) for node in nodes or (here,)) for kind in here}
+    share = shares(config, has)
+    sizes = Sizes(config, agent, here=not share["learner"]["GPU"])
     return Plan(
-        _roles(config, agent, shares(config, has)),
-        _object_store(config, agent),
+        tuple(_need(name, sizes, share[name]) for name in share),
+        _object_store(sizes),
         available=int(has["memory"] + has["object_store_memory"]),
         cores=has["CPU"],
         gpus=has["GPU"],
@@ -228,114 +219,21 @@ def make_plan(config: Config, spaces: Spaces, nodes: tuple[Node, ...] = ()) -> P
     )
 
 
-def _roles(config: Config, agent: Agent, share: dict[str, dict[str, float]]) -> tuple[Role, ...]:
-    """Every role with its memory; `share` says which there are."""
-    scale, imagination = config.scale, config.imagination
-    weights, per_step = weight_bytes(agent), step_bytes(agent.spaces)
-    learns_here = not share["learner"]["GPU"]  # with a GPU, activations are not in main memory
-    part = replace(config.replay, batch_size=config.replay.batch_size // scale.num_learners)
-    activations = activation_bytes(agent, part)  # refuses batches that do not fit, too
-    imagined = imagined_bytes(agent, config.replay) if "imaginer" in share else 0
-    steps = config.replay.capacity
-    if config.replay.capacity_bytes:
-        steps = min(steps, config.replay.capacity_bytes // per_step)
-    learner_threads = config.learner.threads or torch.get_num_threads()
-    acts = (scale.runner_threads, PROCESS_BYTES + weights)
-    size = f"{config.model}, {weights / 4e6:.2f} M parameters"
-    # By role: processes, threads, bytes of each, bytes of all, what.
-    rows: dict[str, tuple[int, int, int, int, str]] = {
-        "runner": (scale.num_runners, *acts, 0, f"{config.env.num_envs} envs of {config.env.id}"),
-        "shard": (
-            scale.num_shards,
-            1,
-            PROCESS_BYTES,
-            steps * per_step,
-            f"{steps:,} steps x {per_step:,} bytes of replay",
-        ),
-        "learner": (
-            scale.num_learners,
-            learner_threads,
-            PROCESS_BYTES + 4 * weights + activations * learns_here,
-            0,
-            size,
-        ),
-        "imaginer": (
-            imagination.num_imaginers,
-            scale.runner_threads,
-            PROCESS_BYTES + weights + 2 * imagined * learns_here,
-            0,
-            f"imagined batches of {imagined / MB:,.1f} MB",
-        ),
-        "policy": (
-            imagination.num_policy_learners,
-            learner_threads,
-            # Three networks of three layers each keep about what a batch of features holds.
-            PROCESS_BYTES + 4 * weights + 4 * imagined * learns_here,
-            0,
-            "learners of what is imagined",
-        ),
-        "acting": (1, *acts, 0, "acts for all runners"),
-        "store": (1, 1, PROCESS_BYTES // 4, 0, "the newest weights"),
-        "evaluator": (1, *acts, 0, "only now and then"),
-    }
-    return tuple(
-        Role(name, num, threads, num * each + every, note, share[name])
-        for name, (num, threads, each, every, note) in rows.items()
-        if name in share
-    )
+def _need(name: str, sizes: Sizes, share: dict[str, float]) -> Need:
+    role, config = ROLES[name], sizes.config
+    num = role.count(config)
+    nbytes = num * role.nbytes(sizes) + role.shared(sizes)
+    return Need(name, num, role.threads(config), nbytes, role.note(sizes), share)
 
 
-def _object_store(config: Config, agent: Agent) -> int:
+def _object_store(sizes: Sizes) -> int:
     """Bytes in flight: batches, weights, and the queue of what is imagined."""
-    batch = config.replay.batch_size * config.replay.batch_length * step_bytes(agent.spaces)
-    nbytes = BATCHES_IN_FLIGHT * (batch + weight_bytes(agent))
+    config = sizes.config
+    batch = config.replay.batch_size * config.replay.batch_length * sizes.step
+    nbytes = BATCHES_IN_FLIGHT * (batch + sizes.weights)
     if config.imagination.mode == "actors":
-        nbytes += config.imagination.queue_size * imagined_bytes(agent, config.replay)
+        nbytes += config.imagination.queue_size * sizes.imagined
     return max(128 * MB, nbytes)
-
-
-def weight_bytes(agent: Agent) -> int:
-    """Bytes of all parameters."""
-    return 4 * sum(p.numel() for p in agent.parameters())
-
-
-def imagined_bytes(agent: Agent, replay: ReplayConfig) -> int:
-    """Bytes of the features (H + 1, B * T, F) that a batch of start states is rolled into."""
-    rows = (agent.imagining().config.horizon + 1) * replay.batch_size * replay.batch_length
-    return 4 * rows * agent.world_model.feature_dim
-
-
-def activation_bytes(agent: Agent, replay: ReplayConfig) -> int:
-    """What the world model's loss keeps for its backward pass, counted on the meta device."""
-    lead, total = (replay.batch_size, replay.batch_length), 0
-
-    def count(value: torch.Tensor) -> torch.Tensor:
-        nonlocal total
-        total += value.nbytes
-        return value
-
-    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-        kinds = {"image": torch.uint8, "vector": torch.float32}
-        flag = torch.zeros(lead, dtype=torch.bool)
-        batch = Batch(
-            {
-                k: torch.zeros(*lead, *s.shape, dtype=kinds[s.kind])
-                for k, s in agent.spaces.obs.items()
-            },
-            torch.zeros(*lead, agent.spaces.action_dim),
-            torch.zeros(lead),
-            flag,
-            flag,
-            flag,
-        )
-        agent.world_model.loss(batch)
-    return total
-
-
-def step_bytes(spaces: Spaces) -> int:
-    """Bytes of one step in replay."""
-    obs = sum(int(np.prod(s.shape)) * np.dtype(s.dtype).itemsize for s in spaces.obs.values())
-    return obs + 4 * spaces.action_dim + 4 + 3
 
 
 def shard_config(config: Config) -> ReplayConfig:

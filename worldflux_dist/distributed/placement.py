@@ -20,9 +20,9 @@ from ray.util import placement_group, placement_group_table, remove_placement_gr
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from worldflux_dist.distributed.cluster import Plan, Role, spell
+from worldflux_dist.distributed.cluster import Need, Plan, spell
+from worldflux_dist.distributed.roles import ROLES
 
-TOGETHER = {"shard": "SPREAD", "learner": "PACK", "policy": "PACK"}
 WAIT_S = 60.0
 
 
@@ -71,17 +71,17 @@ def place(
     return placement
 
 
-def _groups(role: Role) -> list[PlacementGroup]:
-    if role.name in TOGETHER:
-        return [placement_group([role.bundle] * role.processes, TOGETHER[role.name])]
+def _groups(role: Need) -> list[PlacementGroup]:
+    if together := ROLES[role.name].together:
+        return [placement_group([role.bundle] * role.processes, together)]
     return [placement_group([role.bundle]) for _ in range(role.processes)]
 
 
-def _in_group(role: Role, groups: list[PlacementGroup], index: int) -> dict[str, Any]:
+def _in_group(role: Need, groups: list[PlacementGroup], index: int) -> dict[str, Any]:
     """Where process `index` goes; every bundle has a group of its own or one for its role."""
     if not groups:
         return {}
-    group, bundle = (groups[0], index) if role.name in TOGETHER else (groups[index], 0)
+    group, bundle = (groups[0], index) if ROLES[role.name].together else (groups[index], 0)
     return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, bundle)}
 
 

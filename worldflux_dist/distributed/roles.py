@@ -1,27 +1,25 @@
-"""Starting a run's processes: who is made, with which name, resources and past."""
+"""The roles of a run, told once: what plan, placement, start, supervision, messages and status say
+of a kind of process, they read in ROLES."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
 
+import numpy as np
 import ray
+import torch
 
+from worldflux_dist.agent import Agent
 from worldflux_dist.config import Config
-from worldflux_dist.data import Spaces
-from worldflux_dist.distributed.acting import ACTING, ActingActor
-from worldflux_dist.distributed.actors import EnvRunnerActor, ImaginerActor
-from worldflux_dist.distributed.cluster import shard_config
-from worldflux_dist.distributed.group import GroupLostError, LearnerGroup
-from worldflux_dist.distributed.ports import Roles
-from worldflux_dist.distributed.shard import ReplayShardActor, ShardPlace, shard_name
-from worldflux_dist.distributed.weights import WEIGHTS, WeightStore
-from worldflux_dist.envs import make_envs
+from worldflux_dist.data import Batch, Spaces
+from worldflux_dist.replay.buffer import ReplayConfig
 
-if TYPE_CHECKING:
-    from worldflux_dist.checkpoint import AnyPath
-
-FOREVER = {"max_restarts": -1, "max_task_retries": 0}  # whoever called asks again, or elsewhere
+MB = 1024**2
+PROCESS_BYTES = 400 * MB  # a Python process with torch and Ray loaded, measured
+FOREVER = {"max_restarts": -1, "max_task_retries": 0}  # a call that failed is made again, elsewhere
 
 
 def actor(kind: type, **options: Any) -> Any:
@@ -31,105 +29,206 @@ def actor(kind: type, **options: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Task:
-    """What the driver must know of the environment."""
+class Sizes:
+    """What the memory of a run is counted from. `agent` is on the meta device. Activations count
+    where they are `here`: with a GPU they are not in main memory."""
 
-    spaces: Spaces
-    action_repeat: int
+    config: Config
+    agent: Agent
+    here: bool
+
+    @cached_property
+    def weights(self) -> int:
+        """Bytes of all parameters."""
+        return 4 * sum(p.numel() for p in self.agent.parameters())
+
+    @cached_property
+    def step(self) -> int:
+        return step_bytes(self.agent.spaces)
+
+    @cached_property
+    def steps(self) -> int:
+        """Steps that replay holds at most."""
+        replay = self.config.replay
+        limit = replay.capacity_bytes // self.step if replay.capacity_bytes else replay.capacity
+        return min(replay.capacity, limit)
+
+    @cached_property
+    def activations(self) -> int:
+        """Bytes that one learner's loss keeps for its backward pass."""
+        num, replay = self.config.scale.num_learners, self.config.replay
+        return activation_bytes(self.agent, replace(replay, batch_size=replay.batch_size // num))
+
+    @cached_property
+    def imagined(self) -> int:
+        """Bytes of the features (H + 1, B * T, F) that a batch of start states is rolled into."""
+        replay = self.config.replay
+        horizon = self.agent.imagining().config.horizon
+        rows = (horizon + 1) * replay.batch_size * replay.batch_length
+        return 4 * rows * self.agent.world_model.feature_dim
+
+    @property
+    def acting(self) -> int:
+        return PROCESS_BYTES + self.weights
 
 
-def probe(config: Config) -> Task:
-    """Make one environment here, so that a wrong id or space is said before anything starts."""
-    envs = make_envs(config.env, config.seed, num_envs=1)
-    task = Task(envs.spaces, envs.action_repeat)
-    envs.close()
-    return task
+Count = Callable[[Config], int]
 
 
-def start_roles(
-    config: Config,
-    task: Task,
-    storage: AnyPath,
-    found: tuple[AnyPath, dict[str, Any]] | None,
-    options: dict[str, list[dict[str, Any]]],
-) -> Roles:
-    """Start every role's processes; `found` is the checkpoint to go on from and its counters,
-    `options` how Ray shall place the processes of each role.
+def _of_runner(config: Config) -> int:
+    return config.scale.runner_threads
 
-    Names come first: runners and learners look the others up.
+
+def _of_learner(config: Config) -> int:
+    return config.learner.threads or torch.get_num_threads()
+
+
+def _apart(config: Config) -> bool:
+    return config.imagination.mode == "actors"
+
+
+@dataclass(frozen=True)
+class Role:
+    """One kind of process.
+
+    `count` is 0 where a run has none; `cpus` None is one for each torch thread. A "rank" of
+    learners may need a whole GPU, other processes with a "model" share one. `nbytes` is the memory
+    of each, `shared` what all hold together. Those placed `together` come back together when a node
+    dies. `death` and `cause` are for messages; more than `deaths` in a row end the run. `busy` is
+    its name among the metrics of busy roles, and `more` what to raise when it is the busiest.
     """
-    folder: AnyPath | None = None
-    counters: dict[str, Any] = {}
-    if found:
-        folder, counters = found
-    env_steps = counters["limiter"]["env_steps"] if found else 0
-    store = actor(WeightStore).options(name=WEIGHTS, **options["store"][0]).remote()
-    shards = _start_shards(config, storage / "replay", counters, options["shard"])
-    acting = None
-    if config.scale.acting == "actor":
-        acting = (
-            actor(ActingActor)
-            .options(name=ACTING, **options["acting"][0])
-            .remote(config, task.spaces, env_steps)
-        )
-    apart = config.imagination.mode == "actors"
-    model = LearnerGroup(
-        config, task.spaces, "world_model" if apart else "agent", options["learner"]
-    )
-    policy = None
-    if apart:
-        policy = LearnerGroup(config, task.spaces, "behavior", options["policy"])
-    runner, imaginer = actor(EnvRunnerActor), actor(ImaginerActor)
-    roles = Roles(
-        model,
-        policy,
-        [
-            imaginer.options(**where).remote(config, task.spaces, index)
-            for index, where in enumerate(options["imaginer"] if apart else [])
-        ],
-        shards,
-        [
-            runner.options(**where).remote(config, index, env_steps)
-            for index, where in enumerate(options["runner"])
-        ],
-        storage / "checkpoints",
-        [store, acting],
-    )
-    for group in roles.groups:
-        if found:
-            group.lost_steps = counters["lost_steps"][group.part]
-        group.start(folder, counters["gradient_steps"][group.part] if found else 0)
-    for group in roles.groups:
-        _meet(group, folder)
-    return roles
+
+    words: str
+    count: Count
+    threads: Count
+    nbytes: Callable[[Sizes], int]
+    note: Callable[[Sizes], str]
+    cpus: float | None = None
+    gpu: Literal["", "rank", "model"] = ""
+    shared: Callable[[Sizes], int] = lambda sizes: 0
+    together: str = ""
+    death: str = ""
+    cause: str = "a node that fails"
+    deaths: int = 20
+    busy: str = ""
+    more: str = ""
 
 
-def _meet(group: LearnerGroup, folder: AnyPath | None) -> None:
-    """Wait for a group to start; one that dies on the way is started once more."""
-    try:
-        group.meet()
-    except GroupLostError:
-        group.start(folder, group.gradient_steps)
-        group.meet()
+ROLES = {
+    "runner": Role(
+        "env runners",
+        count=lambda c: c.scale.num_runners,
+        threads=_of_runner,
+        nbytes=lambda s: s.acting,
+        note=lambda s: f"{s.config.env.num_envs} envs of {s.config.env.id}",
+        death="a runner's process",
+        cause="an environment that crashes its process",
+        busy="runner",
+        more="scale.num_runners",
+    ),
+    "shard": Role(
+        "replay",
+        count=lambda c: c.scale.num_shards,
+        threads=lambda c: 1,
+        cpus=0.5,
+        nbytes=lambda s: PROCESS_BYTES,
+        shared=lambda s: s.steps * s.step,
+        note=lambda s: f"{s.steps:,} steps x {s.step:,} bytes of replay",
+        together="SPREAD",
+        death="a shard's process",
+        busy="replay",
+        more="scale.num_shards",
+    ),
+    "learner": Role(
+        "learners",
+        count=lambda c: c.scale.num_learners,
+        threads=_of_learner,
+        gpu="rank",
+        nbytes=lambda s: PROCESS_BYTES + 4 * s.weights + s.activations * s.here,
+        note=lambda s: f"{s.config.model}, {s.weights / 4e6:.2f} M parameters",
+        together="PACK",
+        cause="a learner that crashes",
+        busy="learner",
+        more="scale.num_learners, or take a faster GPU",
+    ),
+    "imaginer": Role(
+        "imaginers",
+        count=lambda c: c.imagination.num_imaginers * _apart(c),
+        threads=_of_runner,
+        gpu="model",
+        nbytes=lambda s: s.acting + 2 * s.imagined * s.here,
+        note=lambda s: f"imagined batches of {s.imagined / MB:,.1f} MB",
+        death="an imaginer's process",
+        cause="an imaginer that crashes",
+        busy="imaginer",
+        more="imagination.num_imaginers",
+    ),
+    "policy": Role(
+        "policy learners",
+        count=lambda c: c.imagination.num_policy_learners * _apart(c),
+        threads=_of_learner,
+        gpu="rank",
+        # Three networks of three layers each keep about what a batch of features holds.
+        nbytes=lambda s: PROCESS_BYTES + 4 * s.weights + 4 * s.imagined * s.here,
+        note=lambda s: "learners of what is imagined",
+        together="PACK",
+        busy="policy",
+        more="imagination.num_policy_learners",
+    ),
+    "acting": Role(
+        "acting process",
+        count=lambda c: int(c.scale.acting == "actor"),
+        threads=_of_runner,
+        gpu="model",
+        nbytes=lambda s: s.acting,
+        note=lambda s: "acts for all runners",
+        death="the process that acts",
+    ),
+    "store": Role(
+        "weight store",
+        count=lambda c: 1,
+        threads=lambda c: 1,
+        cpus=0.1,
+        nbytes=lambda s: PROCESS_BYTES // 4,
+        note=lambda s: "the newest weights",
+    ),
+    "evaluator": Role(
+        "evaluator",
+        count=lambda c: 1,
+        threads=_of_runner,
+        cpus=0.4,
+        nbytes=lambda s: s.acting,
+        note=lambda s: "only now and then",
+    ),
+}
+BUSY = {role.busy: role for role in ROLES.values() if role.busy}  # in the metrics' words
 
 
-def _start_shards(
-    config: Config, root: AnyPath, counters: dict[str, Any], options: list[dict[str, Any]]
-) -> list[Any]:
-    """The shards, holding what the checkpoint names of replay."""
-    saved = counters.get("shards", [])
-    life = next_life(root)
-    make = actor(ReplayShardActor, concurrency_groups={"disk": 1})
-    share, num = shard_config(config), config.scale.num_shards
-    return [
-        make.options(name=shard_name(i), **where).remote(
-            share, config.seed * 1000 + i, ShardPlace(str(root), life, i, num), saved
-        )
-        for i, where in enumerate(options)
-    ]
+def step_bytes(spaces: Spaces) -> int:
+    """Bytes of one step in replay."""
+    obs = sum(int(np.prod(s.shape)) * np.dtype(s.dtype).itemsize for s in spaces.obs.values())
+    return obs + 4 * spaces.action_dim + 4 + 3
 
 
-def next_life(root: AnyPath) -> str:
-    """A name for this life of the driver: segments written by an earlier one stay apart."""
-    lives = [path.name for path in root.iterdir() if path.name.isdigit()] if root.exists() else []
-    return f"{max(map(int, lives), default=0) + 1:04d}"
+def activation_bytes(agent: Agent, replay: ReplayConfig) -> int:
+    """What the world model's loss keeps for its backward pass, counted on the meta device.
+
+    Raises ValueError where the batches do not fit the model.
+    """
+    lead, total = (replay.batch_size, replay.batch_length), 0
+
+    def count(value: torch.Tensor) -> torch.Tensor:
+        nonlocal total
+        total += value.nbytes
+        return value
+
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        kinds = {"image": torch.uint8, "vector": torch.float32}
+        obs = {
+            name: torch.zeros(*lead, *space.shape, dtype=kinds[space.kind])
+            for name, space in agent.spaces.obs.items()
+        }
+        action = torch.zeros(*lead, agent.spaces.action_dim)
+        flag = torch.zeros(lead, dtype=torch.bool)
+        agent.world_model.loss(Batch(obs, action, torch.zeros(lead), flag, flag, flag))
+    return total

@@ -14,39 +14,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from worldflux_dist import config
+from worldflux_dist.distributed.roles import BUSY
 from worldflux_dist.distributed.run import storage_of
-from worldflux_dist.metrics import read_lines
+from worldflux_dist.metrics import family, read_lines
 
 if TYPE_CHECKING:
     from worldflux_dist.checkpoint import AnyPath
 
-# By role, as the metrics name them: in words, and what to raise where it holds up the others.
-ROLES = {
-    "runner": ("env runners", "scale.num_runners"),
-    "replay": ("replay", "scale.num_shards"),
-    "learner": ("learners", "scale.num_learners, or take a faster GPU"),
-    "imaginer": ("imaginers", "imagination.num_imaginers"),
-    "policy": ("policy learners", "imagination.num_policy_learners"),
-}
 IDLE = 0.5  # a role that works less of the time holds up nobody
 
 
 def bottleneck(busy: Mapping[str, float]) -> str:
     """One line that says which role to scale next, from the fraction of time that each works.
 
-    `busy` goes from the names in ROLES to fractions of wall time; unknown names are left out.
+    `busy` goes from the names in BUSY to fractions of wall time; unknown names are left out.
     """
-    known = {role: fraction for role, fraction in busy.items() if role in ROLES}
+    known = {name: fraction for name, fraction in busy.items() if name in BUSY}
     if not known:
         return "bottleneck: not known yet"
-    role = max(known, key=known.__getitem__)
-    name, more = ROLES[role]
-    if known[role] < IDLE:
-        return f"bottleneck: none; the busiest, {name}, works {known[role]:.0%} of the time"
+    name = max(known, key=known.__getitem__)
+    role = BUSY[name]
+    if known[name] < IDLE:
+        return f"bottleneck: none; the busiest, {role.words}, works {known[name]:.0%} of the time"
     waits = ""
-    if role != "learner" and "learner" in known:
+    if name != "learner" and "learner" in known:
         waits = f", learners wait {max(0.0, 1 - known['learner']):.0%} of it"
-    return f"bottleneck: {name} (busy {known[role]:.0%} of the time{waits}): raise {more}"
+    return (
+        f"bottleneck: {role.words} (busy {known[name]:.0%} of the time{waits}): raise {role.more}"
+    )
 
 
 def lines(run_dir: Path) -> list[str]:
@@ -65,8 +60,7 @@ def lines(run_dir: Path) -> list[str]:
         ("checkpoint", _checkpoint(storage_of(settings, run_dir))),
         *_scores(run_dir),
     ]
-    busy = {key[5:]: value for key, value in metrics.items() if key.startswith("busy/")}
-    return [f"{name:<12}{text}" for name, text in rows] + [bottleneck(busy)]
+    return [f"{name:<12}{text}" for name, text in rows] + [bottleneck(family(metrics, "busy/"))]
 
 
 def _state(run_dir: Path, metrics: dict[str, Any]) -> str:
@@ -99,8 +93,7 @@ def _progress(settings: config.Config, metrics: dict[str, Any]) -> Iterator[tupl
         f"{metrics.get('gradient_steps', 0):,.0f} gradient steps, "
         f"{metrics.get('episodes', 0):,.0f} episodes",
     )
-    rates = {key[5:]: value for key, value in metrics.items() if key.startswith("rate/")}
-    if rates:
+    if rates := family(metrics, "rate/"):
         each = (f"{value:,.1f} {key.replace('_', ' ')}" for key, value in rates.items())
         yield "per second", ", ".join(each)
     if shards := list(_shards(metrics)):
@@ -108,11 +101,12 @@ def _progress(settings: config.Config, metrics: dict[str, Any]) -> Iterator[tupl
     if "replay/not_durable" in metrics:
         lost = metrics["replay/not_durable"]
         yield "durability", "REPLAY CANNOT BE WRITTEN" if lost else "replay is kept on disk"
-    restarts = {k[9:]: n for k, n in metrics.items() if k.startswith("restarts/") and n}
-    each = (f"{role} {num:.0f}" for role, num in restarts.items())
+    each = (f"{role} {num:.0f}" for role, num in family(metrics, "restarts/").items() if num)
     yield "restarts", ", ".join(each) or "none"
     if "staleness" in metrics:
-        yield "staleness", f"{metrics['staleness']:.1f} gradient steps behind when acting"
+        text = f"{metrics['staleness']:.1f} gradient steps behind when acting"
+        tail = metrics.get("staleness/p95")
+        yield "staleness", text + (f", p95 {tail:.1f}" if tail is not None else "")
 
 
 def _shards(metrics: dict[str, Any]) -> Iterator[str]:

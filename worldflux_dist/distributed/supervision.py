@@ -16,14 +16,10 @@ import ray
 from ray import ObjectRef
 from ray.exceptions import ActorDiedError, RayError
 
-MAX_LOSSES = 20
+from worldflux_dist.distributed.roles import ROLES
+
 LONGEST_REST_S = 30.0
 RETURN_S = 60.0  # a process that is not back by then is taken to have died again
-CAUSES = {
-    "runner": "an environment that crashes its process",
-    "learner": "a learner that runs out of memory",
-    "imaginer": "an imaginer that runs out of memory",
-}
 
 
 def is_gone(error: Exception) -> bool:
@@ -41,11 +37,11 @@ def raise_if_gone(error: RayError) -> None:
 
 
 class BudgetError(RuntimeError):
-    """A role died too often without bringing anything."""
+    """A process died too often without finishing anything."""
 
 
 class Budget:
-    """Counts the deaths of each process of one role since it last brought something.
+    """Counts the deaths of each process of one role since it last finished something.
 
     `actors` restart by themselves; each has a method `ready` that Ray calls again until they have.
     """
@@ -59,14 +55,15 @@ class Budget:
     def lost(self, index: int) -> float:
         """Process `index` died; gives the seconds it should rest, twice as many each time.
 
-        Raises BudgetError where it died MAX_LOSSES times without bringing anything.
+        Raises BudgetError where it died more often than its role may.
         """
         self._in_a_row[index] += 1
         self.losses += 1
-        if self._in_a_row[index] > MAX_LOSSES:
+        role = ROLES[self.role]
+        if self._in_a_row[index] > role.deaths:
             raise BudgetError(
-                f"{self.role} {index} died {MAX_LOSSES} times without bringing anything: look for "
-                f"{CAUSES[self.role]} or for want of memory"
+                f"{self.role} {index} died {role.deaths} times without finishing anything: look "
+                f"for {role.cause}, or for processes that ran out of memory"
             )
         rest = min(LONGEST_REST_S, 0.25 * 2.0 ** (self._in_a_row[index] - 1))
         self._resting[index] = time.monotonic() + rest

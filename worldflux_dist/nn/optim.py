@@ -13,6 +13,20 @@ import torch
 from torch import Tensor
 
 
+def learning_rate(group: dict[str, Any]) -> float:
+    """Of the next step of a group of parameters, warm-up included."""
+    warmup = group.get("warmup", 0)
+    return float(group["lr"]) * (min(1.0, group["steps"] / warmup) if warmup else 1.0)
+
+
+@torch.no_grad()
+def grad_norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    """L2 norm () of all gradients of an optimizer together, as they are before its step."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    grads = [p.grad for p in params if p.grad is not None]
+    return torch.stack(torch._foreach_norm(grads)).norm()
+
+
 class LaProp(torch.optim.Optimizer):
     """u = agc(g), n = b2 n + (1-b2) u^2, m = b1 m + (1-b1) u / (sqrt(n_hat) + eps), p -= lr m_hat
 
@@ -48,7 +62,7 @@ class LaProp(torch.optim.Optimizer):
         nus = [self.state[p]["nu"] for p in params]
         mus = [self.state[p]["mu"] for p in params]
         beta1, beta2 = group["betas"]
-        warm = min(1.0, group["steps"] / group["warmup"]) if group["warmup"] else 1.0
+        warmed = learning_rate(group)
         group["steps"] += 1
         if group["agc"]:
             limit = group["agc"] * torch.stack(torch._foreach_norm(params)).clamp(min=1e-3)
@@ -63,7 +77,7 @@ class LaProp(torch.optim.Optimizer):
         torch._foreach_add_(roots, group["eps"])
         torch._foreach_div_(updates, roots)
         torch._foreach_lerp_(mus, updates, 1 - beta1)
-        rate = group["lr"] * warm / (1 - beta1 ** group["steps"])
+        rate = warmed / (1 - beta1 ** group["steps"])
         torch._foreach_add_(params, mus, alpha=-rate)
 
 

@@ -41,6 +41,7 @@ from worldflux_dist.distributed.flow import Flow, Round
 from worldflux_dist.distributed.ports import Roles
 from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.weights import WeightStore
+from worldflux_dist.metrics import find
 from worldflux_dist.replay.limiter import Limiter
 from worldflux_dist.rllib.config import WorldFluxConfig
 from worldflux_dist.rllib.episodes import read_episodes, to_chunk
@@ -53,6 +54,11 @@ REPLAY, POLICY = "replay", "policy_learner_group"  # parts that save themselves
 TIDY_EVERY_S = 60.0
 DRAIN_S = 60.0  # how long a checkpoint waits for chunks on their way
 RECORDED = 2_000_000  # streams of recorded episodes
+# RLlib's words for how a metric is aggregated, where it is not its mean.
+REDUCED: dict[str, dict[str, Any]] = {
+    "last": {"reduce": "mean", "window": 1},
+    "total": {"reduce": "lifetime_sum"},
+}
 # RLlib's own figures of episodes, among those that users may log.
 EPISODES = re.compile("episode_((return|len)_(mean|min|max)|duration_sec_mean)")
 
@@ -279,9 +285,7 @@ class WorldFlux(Algorithm):
         updates = [metrics for done in rounds for metrics in done.updates]
         for metrics in updates:
             for name, value in metrics.items():
-                self.metrics.log_value(
-                    (LEARNER_RESULTS, DEFAULT_MODULE_ID, name), value, reduce="mean"
-                )
+                self._note(name, value, LEARNER_RESULTS, DEFAULT_MODULE_ID)
         trained = len(updates) * self.limiter.batch_steps
         self.metrics.log_value(
             (LEARNER_RESULTS, ALL_MODULES, NUM_ENV_STEPS_TRAINED_LIFETIME),
@@ -292,9 +296,7 @@ class WorldFlux(Algorithm):
         reports = [report for done in rounds for report in done.reports]
         for report in reports:
             self._note("weights/staleness", self.ports.version - report.version)
-            self.metrics.log_value(
-                "env_failures_lifetime", report.env_failures, reduce="lifetime_sum"
-            )
+            self._note("env_failures_lifetime", report.env_failures)
         self._note("train_ratio/achieved", self.limiter.achieved)
         self._note("train_ratio/asked", self.settings.train.train_ratio)
         self._note("gradient_steps", self.limiter.gradient_steps)
@@ -307,14 +309,14 @@ class WorldFlux(Algorithm):
             if role in ("shard", "imaginer"):
                 self._note(f"restarts/{role}", num)
         for imagined in self.ports.take_imagined():
-            self.metrics.log_value(
-                "num_imagined_steps_lifetime", imagined.num_steps, reduce="lifetime_sum"
-            )
+            self._note("num_imagined_steps_lifetime", imagined.num_steps)
         if self.ports.imagined is not None:
             self._note("imagination/stale", self.ports.imagined.stale)
 
-    def _note(self, name: str, value: float) -> None:
-        self.metrics.log_value(tuple(name.split("/")), value, window=1, reduce="mean")
+    def _note(self, name: str, value: float, *under: str) -> None:
+        """Log a metric as METRICS says: its name is a path, or one word `under` others."""
+        how = REDUCED.get(find(name).how, {"reduce": "mean"})
+        self.metrics.log_value((*under, name) if under else tuple(name.split("/")), value, **how)
 
     # ---------------------------------------------------------------------------------- saving
 

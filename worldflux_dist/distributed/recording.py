@@ -1,0 +1,135 @@
+"""What the driver measures: rounds go in, lines of metrics, gauges and the progress line come out.
+
+How each number is aggregated is told in metrics.METRICS.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from worldflux_dist.distributed.actors import RunnerReport
+from worldflux_dist.distributed.ports import RayPorts
+from worldflux_dist.distributed.roles import BUSY, ROLES
+from worldflux_dist.distributed.session import Session
+from worldflux_dist.distributed.telemetry import Telemetry
+from worldflux_dist.metrics import Recorder, family
+from worldflux_dist.progress import SHOWN
+from worldflux_dist.replay.limiter import Limiter
+
+LOG_EVERY_S = 10.0
+# What every line has, also where nothing was done.
+ALWAYS = ["rate/env_steps", "rate/gradient_steps", "rate/imagined_steps"]
+ALWAYS += [f"busy/{name}" for name in BUSY]
+
+
+class Record:
+    """Owns the counts of one run that nobody else keeps, and when it was last logged."""
+
+    def __init__(
+        self, session: Session, limiter: Limiter, ports: RayPorts, episodes: int = 0
+    ) -> None:
+        self.session, self.limiter, self.ports = session, limiter, ports
+        self.episodes, self.env_failures = episodes, 0
+        self.recorder = Recorder()
+        self.telemetry = Telemetry(session.run.path.name)
+        self._logged = time.monotonic()
+        self._said = dict.fromkeys(ROLES, 0)
+        self._degraded = ""
+
+    def take_in(self, reports: Sequence[RunnerReport], updates: Sequence[dict[str, float]]) -> None:
+        """Record what a round brought, and show it."""
+        self._say_deaths()
+        self._say_degraded()
+        add, config = self.recorder.add, self.session.config
+        for report in reports:
+            self.env_failures += report.env_failures
+            self.episodes += len(report.episodes)
+            add("rate/env_steps", report.env_steps)
+            add("busy/runner", report.collect_seconds / config.scale.num_runners)
+            add("busy/replay", report.send_seconds / config.scale.num_runners)
+            add("staleness", self.ports.version - report.version)
+            for episode in report.episodes:
+                add("episode/return", episode.total_reward)
+                add("episode/length", episode.length)
+        for imagined in self.ports.take_imagined():
+            add("busy/imaginer", imagined.seconds / config.imagination.num_imaginers)
+            add("rate/imagined_steps", imagined.num_steps)
+        add("rate/gradient_steps", len(updates))
+        for number, metrics in enumerate(updates):
+            add("busy/learner", metrics["time/learner_step"])
+            add("busy/policy", metrics.get("policy/time/learner_step", 0.0))
+            if number:  # the first step of a round waits for nobody but its being owed
+                add("busy/replay", metrics["time/learner_wait"])
+            for name, value in metrics.items():
+                add(name, value)
+        self._show()
+
+    def log_when_due(self) -> None:
+        if time.monotonic() - self._logged > LOG_EVERY_S:
+            self.log()
+
+    def log(self) -> None:
+        """One line of metrics: what was recorded since the last one, and the counters."""
+        for name in ALWAYS:
+            self.recorder.add(name, 0.0)
+        recorded, self._logged = self.recorder.line(), time.monotonic()
+        busy = {name: recorded[f"busy/{name}"] for name in BUSY}
+        self.session.progress.update({"bottleneck": max(busy, key=busy.__getitem__)})
+        stall = busy["replay"] / max(busy["replay"] + busy["learner"], 1e-9)
+        line = self._counters() | {"stall/learner": stall} | recorded
+        self.session.run.log.log(self.limiter.env_steps, line)
+        self.telemetry.record(line)
+
+    def _progressed(self) -> dict[str, float]:
+        """The counters that the progress line shows, too."""
+        limiter, session = self.limiter, self.session
+        return {
+            "frames": limiter.env_steps * session.task.action_repeat,
+            "gradient_steps": limiter.gradient_steps,
+            "train_ratio/achieved": limiter.achieved,
+            "train_ratio/asked": session.config.train.train_ratio,
+        }
+
+    def _counters(self) -> dict[str, float]:
+        counters: dict[str, float] = self._progressed() | {
+            "gradient_steps/redone": self.limiter.redone,
+            "gradient_steps/forgiven": self.limiter.forgiven,
+            "episodes": self.episodes,
+            "env_failures": self.env_failures,
+            "weights_version": self.ports.version,
+            "replay/not_durable": float(bool(self._degraded)),
+        }
+        counters |= {f"restarts/{role}": num for role, num in self.ports.restarts.items()}
+        for index, report in self.ports.sizes.items():
+            counters[f"replay/shard{index}_steps"] = report.num_steps
+            counters[f"replay/shard{index}_bytes"] = report.nbytes
+            counters[f"replay/shard{index}_duplicates"] = report.duplicates
+            counters[f"replay/shard{index}_dropped_steps"] = report.dropped_steps
+        if self.ports.imagined is not None:
+            counters["imagination/stale"] = self.ports.imagined.stale
+        return counters
+
+    def _show(self) -> None:
+        recent = self.recorder.recent()
+        if recon := family(recent, "loss/rec/"):
+            recent["loss/rec"] = sum(recon.values())
+        shown = {name: recent[name] for name in SHOWN & recent.keys()}
+        steps: dict[str, float | str] = {"env_steps": self.limiter.env_steps}
+        self.session.progress.update(steps | shown | self._progressed())
+
+    def _say_deaths(self) -> None:
+        for role, num in self.ports.restarts.items():
+            if num > self._said[role] and ROLES[role].death:
+                self.session.progress.print(f"{ROLES[role].death} died; it is started again")
+            self._said[role] = num
+
+    def _say_degraded(self) -> None:
+        """Say once when replay is no longer kept on disk, and once when it is again."""
+        reports = self.ports.sizes.values()
+        why = next((report.degraded for report in reports if report.degraded), "")
+        if bool(why) != bool(self._degraded):
+            self.session.progress.print(
+                f"replay is not being kept on disk: {why}" if why else "replay is on disk again"
+            )
+        self._degraded = why
