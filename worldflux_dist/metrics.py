@@ -91,6 +91,7 @@ time/learner_wait | s | mean | Time that a learner waits for its next batch.
 stall/learner | 1 | last | Fraction of the time that learners wait for data. | input_stall | learner
 busy/<role> | 1 | rate | Fraction of the time that a role's processes work.
 restarts/<role> | processes | last | Processes that died and were started again. | restarts |
+weights/failed_publications | publications | last | Publications of weights that failed.
 weights_version | steps | last | Gradient steps behind the newest weights that act.
 staleness | steps | mean | Gradient steps that acting weights are behind. | weight_lag | runner
 staleness/p50 | steps | p50 | Its median.

@@ -12,7 +12,7 @@ from pathlib import Path
 from worldflux_dist.config import Config
 from worldflux_dist.distributed.actors import RunnerReport
 from worldflux_dist.distributed.ending import Outcome
-from worldflux_dist.distributed.evaluating import Evaluations
+from worldflux_dist.distributed.evaluator import Evaluator
 from worldflux_dist.distributed.flow import Flow, Round
 from worldflux_dist.distributed.ports import RayPorts
 from worldflux_dist.distributed.recording import Record
@@ -52,7 +52,7 @@ def train(config: Config, run_dir: Path, plain: bool | None = None) -> Outcome |
         if session.stop.stopping:
             return None
         session.stop.all_is_saved()
-        return trainer.evaluations.finish()
+        return trainer.evaluator.finish(trainer.limiter.env_steps)
 
 
 class Trainer:
@@ -77,7 +77,14 @@ class Trainer:
         self.flow: Flow[RunnerReport] = Flow(self.limiter, self.ports, steps)
         episodes = found[1]["episodes"] if found else 0
         self.record = Record(session, self.limiter, self.ports, episodes)
-        self.evaluations = Evaluations(session, self.limiter, roles, resumed=bool(found))
+        self.evaluator = Evaluator(
+            config,
+            session.run,
+            session.progress,
+            session.task,
+            roles.groups,
+            session.options["evaluator"][0],
+        )
         self._saved = time.monotonic()
 
     def going(self) -> bool:
@@ -101,7 +108,7 @@ class Trainer:
 
     def evaluate_when_due(self) -> None:
         if self.limiter.env_steps < self.config.train.env_steps:
-            self.evaluations.when_due()
+            self.evaluator.maybe_evaluate(self.limiter.env_steps)
 
     def save_when_due(self) -> None:
         """Begin a checkpoint when one is due, and put it in place once all have written.
