@@ -209,16 +209,16 @@ class Agent(nn.Module):
         remembered = {n[6:]: value for n, value in carry.items() if n.startswith("state/")}
         action = carry["action"].to(device)
         state = self.world_model.update(State(remembered), action, obs, first)
-        found = {f"state/{name}": value for name, value in state.tensors.items()}
+        new_carry = {f"state/{name}": value for name, value in state.tensors.items()}
         if self.planner is None:
             action = self.behavior.act(self.world_model.features(state), greedy)
         else:
             fresh = self.planner.initial(len(first), device)
             mean = torch.where(first[:, None, None], fresh, carry["plan"])
-            action, found["plan"] = self.planner.plan(
+            action, new_carry["plan"] = self.planner.plan(
                 self.world_model, self.behavior, state, mean, greedy, self._goal_features()
             )
-        return action.cpu().numpy(), found | {"action": action}
+        return action.cpu().numpy(), new_carry | {"action": action}
 
     def initial_carry(self, num: int) -> Carry:
         """What `act_batch` remembers of N = `num` environments it has not seen yet."""
@@ -242,7 +242,7 @@ class Agent(nn.Module):
 
     @property
     def needs_goal(self) -> bool:
-        """Whether plans are to lead to a goal that nobody has given yet."""
+        """Whether plans need a goal that has not been given yet."""
         goal = self.planner is not None and self.planner.config.objective == "goal"
         return goal and self._goal is None
 
