@@ -34,6 +34,21 @@ settings.load_profile("repeatable")
 REPOSITORY = Path(__file__).parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--convolve",
+        choices=["on", "off"],
+        help="take large products as convolutions, or not, whatever the CPU (nn/products.py)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if choice := config.getoption("--convolve"):
+        from worldflux_dist.nn import products
+
+        products.CONVOLVE = choice == "on"
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of parity values: $WORLDFLUX_SHARED, or `shared` beside the repository.

@@ -144,9 +144,8 @@ def draws_of(v: Values, kinds: Iterable[str]) -> list[Tensor]:
     return [v[f"draws/draw{number:02}_{kind}"] for number, kind in enumerate(kinds)]
 
 
-def pair_of(permutation: Tensor) -> tuple[int, int]:
-    first, second = permutation.tolist()[:2]
-    return first, second
+def pair_of(permutation: Tensor) -> Tensor:
+    return permutation[:2].long()
 
 
 def update_draws(v: Values) -> tuple[QDraw, QDraw]:

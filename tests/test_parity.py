@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from worldflux_dist.behaviors import returns
 from worldflux_dist.behaviors.actor_critic import Actor, ActorCritic, ActorCriticConfig
-from worldflux_dist.data import ActionPart, Batch
-from worldflux_dist.models.base import Rollout, State
+from worldflux_dist.behaviors.base import Imagined
+from worldflux_dist.data import ActionPart
 from worldflux_dist.nn import distributions as dist
 from worldflux_dist.nn.layers import BlockLinear, Linear, RMSNorm
 from worldflux_dist.nn.optim import LaProp
@@ -283,8 +283,12 @@ def test_imagination_losses_and_their_gradients(ref: Values, kind: str) -> None:
     behavior.normalizer.high.copy_(v["hi_before"])
     features = torch.cat([v[name] for name in names], -1).transpose(0, 1).requires_grad_()
     rewards, going = (v[name].t().contiguous().requires_grad_() for name in ("rew", "con"))
-    rollout = Rollout(State({}), actions.transpose(0, 1)[:-1], rewards[1:], going[1:], going[0])
-    losses, metrics, target = behavior.imagination_loss(rollout, features)
+    dream = (actions.transpose(0, 1)[:-1], rewards[1:], going[1:], going[0])
+    row = torch.zeros(1, len(going[0]))
+    imagined = Imagined(features, *dream, row, row.bool(), row.bool())
+    found = behavior.imagined_loss(imagined, 1.0)
+    losses, metrics = found.losses, found.metrics
+    target = returns.lambda_return(rewards[1:], going[1:], behavior.value(features)[1:], 0.95)
     close(behavior.value(features), v["value_pred"].t(), PREDICTIONS)
     slow = dist.twohot_predict(behavior.slow_critic(features), behavior.bins)
     close(slow, v["slow_pred"].t(), PREDICTIONS)
@@ -319,15 +323,17 @@ def test_replay_value_loss_and_its_gradient(ref: Values) -> None:
     behavior = behavior_on_logits((ActionPart("discrete", 3),), [3])
     features = torch.cat([v["value_logits"], v["slow_logits"], torch.zeros(3, 7, 3)], -1)
     features.requires_grad_()
-    zero = torch.zeros(3, 7)
-    batch = Batch({}, zero, v["rew"], zero.bool(), v["last"], v["term"])
     discount = 1 - 1 / 333
     last, term = v["last"].float().t(), v["term"].float().t()
     target = returns.lambda_return(
         v["rew"].t()[1:], discount * (1 - term[1:]), v["boot"].t()[1:], 0.95 * (1 - last[1:])
     )
     close(target.t(), v["ret"], PREDICTIONS)
-    loss = behavior.replay_value_loss(features, batch, v["boot"], discount)
+    num = v["boot"].numel()  # dreams of one step, which end there: the reward is the return
+    dream = (torch.zeros(1, num, 3), v["boot"].reshape(1, num), torch.zeros(1, num))
+    starts = features.detach().flatten(0, 1).expand(2, num, -1)
+    imagined = Imagined(starts, *dream, torch.ones(num), v["rew"], v["last"], v["term"])
+    loss = behavior.imagined_loss(imagined, discount, features).losses["replay_value"]
     close(loss.t(), v["loss"], PREDICTIONS)
     close(loss.mean(), v["mean"], PREDICTIONS)
     loss.mean().backward()

@@ -30,6 +30,7 @@ from parity import (
 from small import make_agent
 from torch import Tensor
 
+from worldflux_dist.behaviors import returns
 from worldflux_dist.data import Batch
 from worldflux_dist.models.base import LossOutput, Rollout, State
 from worldflux_dist.nn import distributions as dist
@@ -233,7 +234,9 @@ def test_imagination(ref: Values, kind: str) -> None:
         slow = dist.twohot_predict(behavior.slow_critic(features), behavior.bins)
         close(slow, v["slowval"], PREDICTIONS)
         policy = behavior.actor(features)[0]
-        returned = loaded(ref, kind).behavior.imagination_loss(step.rollout, features)[2]
+        returned = returns.lambda_return(
+            step.rollout.rewards, step.rollout.continues, behavior.value(features)[1:], 0.95
+        )
     names = ["policy_logits"] if kind == "disc" else ["policy_mean", "policy_std"]
     for name, got in zip(names, policy, strict=True):
         close(got, v[name], 1e-5, name)

@@ -33,7 +33,8 @@ from worldflux_dist.behaviors.latent_td import LatentTD, LatentTDConfig, QDraw
 from worldflux_dist.data import ActionPart
 from worldflux_dist.models.tdmpc2 import TDMPC2Config
 from worldflux_dist.nn import distributions as dist
-from worldflux_dist.nn.mish import NormedLinear, mish, simnorm
+from worldflux_dist.nn.activations import mish, simnorm
+from worldflux_dist.nn.layers import MISH, SIMPLEX, NormedLinear
 
 TWO_HOT = 1e-4  # tolerance of weights, whose position among the bins loses digits
 
@@ -99,9 +100,9 @@ def test_mish_simnorm_and_normed_layers(ref: Values) -> None:
     close(mish(x), ref["math/mish"])
     close(mish(x.clone().requires_grad_()), ref["math/mish"])
     close(simnorm(ref["prim/simnorm_x"]), ref["prim/simnorm"])
-    for name in ("mish", "simnorm"):
+    for name, kind in (("mish", MISH), ("simnorm", SIMPLEX)):
         v = ref.under(f"prim/normedlinear_{name}/")
-        layer = NormedLinear(7, 16, simplex=name == "simnorm")
+        layer = NormedLinear(7, 16, kind)
         layer.linear.load_state_dict({"weight": v["weight"], "bias": v["bias"]})
         layer.norm.load_state_dict({"weight": v["ln.weight"], "bias": v["ln.bias"]})
         close(layer(v["x"]), v["y"], 1e-5, name)
@@ -267,10 +268,12 @@ def test_scale_follows_first_states_only(ref: Values) -> None:
     with torch.no_grad():
         for member in behavior.qs:
             member.out.weight *= 100
-    values = behavior.value(features[:, 1], QDraw(torch.zeros(33, 2), (0, 1)))
+    values = behavior.value(features[:, 1], QDraw(torch.zeros(33, 2), torch.arange(2)))
     assert values.std() > 10
     behavior.scale.fill_(2.3)
-    behavior.policy_loss(features, torch.tensor([1.0, 0.5]), QDraw(torch.zeros(33, 2, 2), (0, 1)))
+    behavior.policy_loss(
+        features, torch.tensor([1.0, 0.5]), QDraw(torch.zeros(33, 2, 2), torch.arange(2))
+    )
     close(behavior.scale, 0.99 * 2.3 + 0.01)
 
 

@@ -16,7 +16,7 @@ SMALL, LARGE = (2, 24), (3, 512)  # leading shapes, below and above the threshol
 @pytest.fixture(params=[True, False], ids=["avx512", "other"])
 def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU on which convolutions pay, and one on which they do not."""
-    monkeypatch.setattr(products, "_HAS_AVX512", request.param)
+    monkeypatch.setattr(products, "CONVOLVE", request.param)
 
 
 def inputs(*shape: int) -> Tensor:
@@ -50,7 +50,7 @@ def test_weights_and_rows_may_be_views() -> None:
 
 
 def test_layers_take_convolutions_for_many_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_HAS_AVX512", True)
+    monkeypatch.setattr(products, "CONVOLVE", True)
     many, few = torch.zeros(1024, 64), torch.zeros(32, 64)
     for layer in (Linear(64, 64), BlockLinear(64, 512, 8)):
         assert "Convolution" in _operations(layer(many))

@@ -254,9 +254,9 @@ def test_sampling_too_early_and_impossible_configs_say_so():
 def test_a_buffer_takes_no_memory_before_it_fills_and_gives_it_back() -> None:
     """Also in a process whose allocator was told to keep what is freed."""
     code = (
-        "import numpy as np, psutil; from worldflux_dist import learner\n"
+        "import numpy as np, psutil; from worldflux_dist.nn import memory\n"
         "from worldflux_dist.replay.memory import zeros\n"
-        "learner.keep_freed_memory(); rss = psutil.Process().memory_info; start = rss().rss\n"
+        "memory.keep_freed_memory(); rss = psutil.Process().memory_info; start = rss().rss\n"
         "for _ in range(3):\n"
         "    rows = zeros((2**30,), np.dtype(np.uint8)); assert rss().rss - start < 2**24\n"
         "    rows[: 2**27] = 1; assert rss().rss - start > 2**26; del rows\n"

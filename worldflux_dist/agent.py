@@ -9,7 +9,9 @@ Checkpoints are safetensors and JSON, never pickle.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from worldflux_dist.behaviors.latent_td import LatentTD, LatentTDConfig
 from worldflux_dist.behaviors.planner import Planner, PlannerConfig
 from worldflux_dist.data import Batch, Spaces
 from worldflux_dist.models.base import (
+    LossOutput,
     Rollout,
     State,
     WorldModel,
@@ -36,6 +39,11 @@ if TYPE_CHECKING:
 
 PARTS = ("world_model", "behavior")  # of an agent, each with a file of its own
 Carry = dict[str, Tensor]
+Path = tuple[Tensor, Tensor]  # features (B, T, F) and what step t counts, (T,)
+# A stage's loss (), its metrics as scalar tensors, each loss (`loss/<name>`, detached) among them,
+# and the path from which a policy that learns apart starts, where there is one.
+StageOutput = tuple[Tensor, dict[str, Tensor], Path | None]
+LossOf = Callable[[Any], StageOutput]
 BEHAVIORS: dict[str, tuple[Any, type[Behavior]]] = {
     "actor_critic": (ActorCriticConfig(), ActorCritic),
     "latent_td": (LatentTDConfig(), LatentTD),
@@ -88,42 +96,46 @@ class Agent(nn.Module):
 
     # ------------------------------------------------------------------------------- learning
 
-    def forward(
-        self,
-        batch: Batch | Imagined,
-        stage: str = "model",
-        path: tuple[Tensor, Tensor] | None = None,
-        rows: bool = False,
-    ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor] | None]:
-        """The loss of a (B, T) batch of tensors, for one of the `optimizers`.
+    def forward(self, batch: Batch, rows: bool = False) -> StageOutput:
+        """The loss of a (B, T) batch of tensors, of the world model and the behavior together.
 
-        A weighted sum of the means of all losses; "model" also gives the path from which the stage
-        "policy" starts, where there is one. Metrics are scalar tensors, with each loss
-        (`loss/<name>`, detached) among them; `rows` adds "row_losses" (B,), the world model's loss
-        of every row.
+        `rows` adds "row_losses" (B,), the world model's loss of every row, to the metrics.
         """
-        if stage == "policy":
-            assert path is not None
-            loss, metrics = self.behavior.policy_loss(*path)
-            return loss, {"loss/policy": loss.detach()} | metrics, None
-        losses, metrics, more = {}, {}, BehaviorLoss({}, {})
-        if stage == "imagined":
-            assert isinstance(batch, Imagined)
-            more = self.imagining().imagined_loss(batch, self.world_model.discount)
-        else:
-            assert isinstance(batch, Batch)
-            output = self.world_model.loss(batch)
-            losses, metrics = output.losses, output.metrics
-            if stage == "model":
-                more = self.behavior.loss(self.world_model, output)
-            if rows:
-                metrics = metrics | {"row_losses": self._row_losses(losses, len(batch.reward))}
+        output = self.world_model.loss(batch)
+        return self._weighted(output, self.behavior.loss(self.world_model, output), batch, rows)
+
+    def world_model_loss(self, batch: Batch, rows: bool = False) -> StageOutput:
+        """As `forward`, without the behavior's losses."""
+        return self._weighted(self.world_model.loss(batch), BehaviorLoss({}, {}), batch, rows)
+
+    def imagined_loss(self, imagined: Imagined) -> StageOutput:
+        """The behavior's loss on an imagined batch of tensors."""
+        behavior = self.imagining().imagined_loss(imagined, self.world_model.discount)
+        return self._weighted(None, behavior)
+
+    def policy_loss(self, path: Path) -> StageOutput:
+        """The loss of a policy that learns apart, from the path that `forward` gives."""
+        loss, metrics = self.behavior.policy_loss(*path)
+        return loss, {"loss/policy": loss.detach()} | metrics, None
+
+    def _weighted(
+        self,
+        model: LossOutput | None,
+        behavior: BehaviorLoss,
+        batch: Batch | None = None,
+        rows: bool = False,
+    ) -> StageOutput:
+        """The weighted sum of the means of all losses."""
+        losses, metrics = (model.losses, model.metrics) if model else ({}, {})
         scales = self.world_model.loss_scales | self.behavior.loss_scales
-        means = {name: loss.mean() for name, loss in (losses | more.losses).items()}
+        means = {name: loss.mean() for name, loss in (losses | behavior.losses).items()}
         total = torch.stack([scales.get(name, 1.0) * mean for name, mean in means.items()]).sum()
         logged = {f"loss/{name}": mean.detach() for name, mean in means.items()}
-        logged |= {"loss": total.detach()} | metrics | more.metrics
-        return total, logged, more.path
+        logged |= {"loss": total.detach()} | metrics | behavior.metrics
+        if rows:
+            assert batch is not None
+            logged["row_losses"] = self._row_losses(losses, len(batch.reward))
+        return total, logged, behavior.path
 
     def _row_losses(self, losses: dict[str, Tensor], num: int) -> Tensor:
         """The weighted sum of the means over each of `num` rows, (B,) float32."""
@@ -133,6 +145,17 @@ class Agent(nn.Module):
             for n, x in losses.items()
         ]
         return torch.stack(means).sum(0)
+
+    def stages(self, part: str = "agent", rows: bool = False) -> dict[str, LossOf]:
+        """What a part learns from, by the names of its `optimizers`: the first loss is that of a
+        batch, with `row_losses` where `rows` are asked for, the second that of the path which the
+        first one gives. Raises ValueError for a behavior that does not learn in imagination."""
+        if part == "world_model":
+            return {"world_model": partial(self.world_model_loss, rows=rows)}
+        if part == "behavior":
+            self.imagining()
+            return {"imagined": self.imagined_loss}
+        return {"model": partial(self.forward, rows=rows), "policy": self.policy_loss}
 
     def optimizers(self, part: str = "agent") -> dict[str, torch.optim.Optimizer]:
         """By stage, in order, all by the family's recipe unless said otherwise.
@@ -186,16 +209,16 @@ class Agent(nn.Module):
         remembered = {n[6:]: value for n, value in carry.items() if n.startswith("state/")}
         action = carry["action"].to(device)
         state = self.world_model.update(State(remembered), action, obs, first)
-        found = {f"state/{name}": value for name, value in state.tensors.items()}
+        new_carry = {f"state/{name}": value for name, value in state.tensors.items()}
         if self.planner is None:
             action = self.behavior.act(self.world_model.features(state), greedy)
         else:
             fresh = self.planner.initial(len(first), device)
             mean = torch.where(first[:, None, None], fresh, carry["plan"])
-            action, found["plan"] = self.planner.plan(
+            action, new_carry["plan"] = self.planner.plan(
                 self.world_model, self.behavior, state, mean, greedy, self._goal_features()
             )
-        return action.cpu().numpy(), found | {"action": action}
+        return action.cpu().numpy(), new_carry | {"action": action}
 
     def initial_carry(self, num: int) -> Carry:
         """What `act_batch` remembers of N = `num` environments it has not seen yet."""
@@ -219,7 +242,7 @@ class Agent(nn.Module):
 
     @property
     def needs_goal(self) -> bool:
-        """Whether plans are to lead to a goal that nobody has given yet."""
+        """Whether plans need a goal that has not been given yet."""
         goal = self.planner is not None and self.planner.config.objective == "goal"
         return goal and self._goal is None
 

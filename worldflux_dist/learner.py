@@ -8,12 +8,12 @@ same weights after every step and that one's trouble is seen by all.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import math
 import operator
+import os
 import re
-from collections.abc import Callable
+import shutil
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from worldflux_dist import checkpoint
-from worldflux_dist.agent import Agent
+from worldflux_dist.agent import Agent, LossOf, StageOutput
 from worldflux_dist.behaviors.base import Imagined
 from worldflux_dist.data import Batch
-from worldflux_dist.nn.group import average
+from worldflux_dist.nn.memory import keep_freed_memory
 from worldflux_dist.nn.optim import grad_norm, learning_rate
 
 if TYPE_CHECKING:
@@ -67,31 +67,17 @@ class LearnerConfig:
             raise ValueError(f"learner.accumulate is {self.accumulate}: it must be at least 1")
 
 
-def keep_freed_memory() -> None:
-    """Ask glibc, where it is the allocator, not to give freed memory back to the system.
-
-    A step frees and takes gigabytes of large tensors; mapping their pages anew each time is a
-    fifth of a CPU learner's time, and a tenth of a plan's.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: and the heap is never trimmed
-
-
 class Stage(nn.Module):
     """The loss of one of an agent's optimizers, as a module that owns that optimizer's parameters
     and no others: by this a group knows which gradients its ranks share."""
 
-    def __init__(
-        self, name: str, optimizer: torch.optim.Optimizer, run: Callable[..., Any]
-    ) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, loss: LossOf) -> None:
         super().__init__()
-        self.name, self.run = name, run
+        self.loss = loss
         self.params = nn.ParameterList(p for g in optimizer.param_groups for p in g["params"])
 
-    def forward(self, batch: Batch | Imagined, path: Any, rows: bool) -> Any:
-        return self.run(batch, self.name, path, rows)
+    def forward(self, given: Any) -> StageOutput:
+        return self.loss(given)
 
 
 class Learner:
@@ -117,13 +103,13 @@ class Learner:
         self.device = torch.device(device)
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.config = _possible(config, self.device)
+        self.config = config = _possible(config, self.device)
         self.agent, self.part, self.rows = agent.to(self.device), part, rows
-        self.optimizers = agent.optimizers(part)
-        run = torch.compile(agent.forward) if config.compile else agent.forward
-        self._stages = {name: Stage(name, each, run) for name, each in self.optimizers.items()}
+        self.optimizers, losses = agent.optimizers(part), agent.stages(part, rows)
+        if config.compile:
+            losses = {name: torch.compile(f, fullgraph=True) for name, f in losses.items()}
+        self._stages = {name: Stage(o, losses[name]) for name, o in self.optimizers.items()}
         self._shared: dict[str, DistributedDataParallel] = {}
-        self._untried = set(self._stages) if config.compile else set()
         self.gradient_steps = self.rank = 0
         self.row_losses = np.zeros(0, np.float32)
 
@@ -160,14 +146,13 @@ class Learner:
         A policy that learns apart has a stage of its own, after all else has stepped. Raises
         NonFiniteLossError, on every rank, before the weights of its stage are changed.
         """
-        parts = self._parts(batch.map(self._tensor))
+        given = self._parts(batch.map(self._tensor))
         values: dict[str, float] = {}
-        paths: list[Any] = [None] * len(parts)
         for name, optimizer in self.optimizers.items():
-            metrics, paths = self._backward(name, parts, paths)
+            metrics, given = self._gradients(name, given)
             metrics[f"grad_norm/{name}"] = grad_norm(optimizer)
-            found = average(torch.stack(list(metrics.values()))).tolist()
-            values |= dict(zip(metrics, found, strict=True))
+            means = _average(torch.stack(list(metrics.values()))).tolist()
+            values |= dict(zip(metrics, means, strict=True))
             self._check(values)
             values[f"learning_rate/{name}"] = learning_rate(optimizer.param_groups[0])
             optimizer.step()
@@ -176,48 +161,29 @@ class Learner:
         self.gradient_steps += 1
         return values
 
-    def _backward(
-        self, name: str, parts: list[Any], paths: list[Any]
-    ) -> tuple[dict[str, Tensor], list[Any]]:
-        """Compute a stage's gradients; gives the metrics and where the next stage starts."""
-        try:
-            result = self._gradients(name, parts, paths)
-        except Exception as error:
-            if name not in self._untried:
-                raise
-            reason = next(iter(str(error).split("\n")))
-            logger.warning("learner.compile is left out: torch.compile failed with %s", reason)
-            self._untried.clear()
-            for stage in self._stages.values():
-                stage.run = self.agent.forward
-            result = self._gradients(name, parts, paths)
-        self._untried.discard(name)
-        return result
-
-    def _gradients(
-        self, name: str, parts: list[Any], paths: list[Any]
-    ) -> tuple[dict[str, Tensor], list[Any]]:
+    def _gradients(self, name: str, given: list[Any]) -> tuple[dict[str, Tensor], list[Any]]:
+        """Compute a stage's gradients; gives the metrics and what the next stage starts from."""
         stage, shared = self._stages[name], self._shared.get(name)
         self.optimizers[name].zero_grad(set_to_none=True)
         rows: list[Tensor] = []
-        found: list[dict[str, Tensor]] = []
-        ends: list[Any] = []
-        for part, path in zip(parts, paths, strict=True):
-            more = len(found) + 1 < len(parts)
+        logged: list[dict[str, Tensor]] = []
+        paths: list[Any] = []
+        for part in given:
+            more = len(logged) + 1 < len(given)
             with shared.no_sync() if shared and more else contextlib.nullcontext():
                 with self._autocast():
-                    loss, metrics, end = (shared or stage)(part, path, self.rows)
-                (loss / len(parts)).backward(inputs=list(stage.params))
+                    loss, metrics, path = (shared or stage)(part)
+                (loss / len(given)).backward(inputs=list(stage.params))
             if "row_losses" in metrics:
                 rows.append(metrics.pop("row_losses"))
-            found.append(metrics)
-            ends.append(end)
+            logged.append(metrics)
+            paths.append(path)
         if rows:
             self.row_losses = torch.cat(rows).cpu().numpy()
-        if len(found) == 1:
-            return found[0], ends
-        means = {key: torch.stack([each[key] for each in found]).mean() for key in found[0]}
-        return means, ends
+        if len(logged) == 1:
+            return logged[0], paths
+        means = {key: torch.stack([each[key] for each in logged]).mean() for key in logged[0]}
+        return means, paths
 
     def _parts(self, batch: Batch | Imagined) -> list[Any]:
         """A batch of tensors in `accumulate` parts of equally many rows."""
@@ -332,4 +298,20 @@ def _possible(config: LearnerConfig, device: torch.device) -> LearnerConfig:
     if config.precision == "bfloat16" and cuda and not torch.cuda.is_bf16_supported(False):
         logger.warning("learner.precision is float32: this GPU does not compute in bfloat16")
         config = replace(config, precision="float32")
+    compiler = os.environ.get("CXX", "g++")
+    if config.compile and not shutil.which(compiler):
+        logger.warning(
+            "learner.compile is left out: torch.compile needs a C++ compiler and there is no "
+            f"{compiler}: install one, or name one in the environment variable CXX"
+        )
+        config = replace(config, compile=False)
     return config
+
+
+def _average(x: Tensor) -> Tensor:
+    """The mean over the ranks of a group; a NaN or infinity of one rank is seen by all. Changes x
+    in place."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x

@@ -27,7 +27,7 @@ from worldflux_dist.data import Spaces
 from worldflux_dist.distributed.group import LearnerActor
 from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.weights import WEIGHTS, WeightReader, WeightStore
-from worldflux_dist.learner import keep_freed_memory
+from worldflux_dist.nn.memory import keep_freed_memory
 
 ONCE = {"num_cpus": 0, "max_restarts": 0}
 GOAL_MS = 60.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 
 from worldflux_dist.behaviors import returns
 from worldflux_dist.behaviors.base import Behavior, BehaviorLoss, Imagined
-from worldflux_dist.data import ActionPart, Batch
+from worldflux_dist.data import ActionPart
 from worldflux_dist.models.base import LossOutput, Rollout, State, WorldModel
 from worldflux_dist.nn import distributions as dist
-from worldflux_dist.nn.layers import MLP, BinHead, Linear
+from worldflux_dist.nn.layers import MLP, BinOutput, Linear
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class ActorCritic(Behavior):
         super().__init__()
         self.config = config
         self.actor = Actor(feature_dim, width, config.layers, parts)
-        self.critic = BinHead(feature_dim, width, config.layers)
+        self.critic = MLP(feature_dim, width, config.layers, partial(BinOutput, bins=255))
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.normalizer = returns.ReturnNormalizer(config.return_rate)
         self.register_buffer("bins", dist.symexp_bins(255), persistent=False)
@@ -133,7 +134,7 @@ class ActorCritic(Behavior):
         return self.actor.sample(self.actor(features), greedy, noise)
 
     def value(self, features: Tensor, noise: Any = None) -> Tensor:
-        return dist.twohot_predict(self.critic(features), self.bins)
+        return self._predict(self.critic(features))
 
     def inference_modules(self, planning: bool = False) -> tuple[str, ...]:
         return ("actor", "critic") if planning else ("actor",)
@@ -147,7 +148,7 @@ class ActorCritic(Behavior):
         """Roll the policy from start (N, ...) for `horizon` steps, without gradient."""
         horizon = self.config.horizon if horizon is None else horizon
         rollout = world_model.rollout(start.detach(), self.act, horizon)
-        if torch.is_autocast_enabled(start.tensors[next(iter(start.tensors))].device.type):
+        if not torch.compiler.is_compiling():  # compiled code keeps no casts
             # Weights cast without gradient must not be reused where gradient is wanted.
             torch.clear_autocast_cache()
         return rollout
@@ -155,8 +156,8 @@ class ActorCritic(Behavior):
     def loss(
         self, world_model: WorldModel, output: LossOutput, rollout: Rollout | None = None
     ) -> BehaviorLoss:
-        """Policy and value (H, B * T), imagined from every posterior, and replay_value (T - 1, B)
-        on the steps' own states, with gradient into the model."""
+        """The losses below, imagined from every posterior; that on replayed steps has gradient into
+        the model."""
         if rollout is None:
             rollout = self.imagine(world_model, output.states.flatten())
         imagined = Imagined.of(world_model, rollout, output.batch)
@@ -166,81 +167,70 @@ class ActorCritic(Behavior):
     def imagined_loss(
         self, imagined: Imagined, discount: float, path: Tensor | None = None
     ) -> BehaviorLoss:
-        """Policy and value (H, N) of a batch of tensors, and replay_value (T - 1, B) on `path`
-        (B, T, F) or, without one, on the starts' own features."""
-        losses, metrics, target = self.imagination_loss(
-            imagined, imagined.features, imagined.log_prob
-        )
-        shape = imagined.reward.shape
-        if path is None:
-            path = imagined.features[0].unflatten(0, shape)
-        start_returns = target[0].unflatten(0, shape)
-        losses["replay_value"] = self.replay_value_loss(path, imagined, start_returns, discount)
-        return BehaviorLoss(losses, metrics)
+        """Policy and value (H, N) on what was imagined from N = B * T states, and replay_value
+        (T - 1, B) on the replayed steps: their features `path` (B, T, F), which may carry gradient
+        into the world model, or without it those that imagination started from.
 
-    def imagination_loss(
-        self, rollout: Rollout | Imagined, features: Tensor, acted: Tensor | None = None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-        """Policy and value losses on H of the H + 1 states; also metrics and the returns (H, N).
-
-        `acted` (H, N) is ln mu(a) of an older policy mu that chose the actions: the policy loss is
-        then weighed by min(1, pi / mu), as in IMPALA (Espeholt et al. 2018). Without it, actions
-        that the policy has given up would be pushed away for ever, until it is certain of the rest.
+        Where `imagined.log_prob` says that an older policy mu acted, the policy loss is weighed by
+        min(1, pi / mu), as in IMPALA (Espeholt et al. 2018). Without it, actions that the policy
+        has given up would be pushed away for ever, until it is certain of the rest.
         """
-        config = self.config
-        logits = self.critic(features[:-1])
+        c, features, shape = self.config, imagined.features, imagined.reward.shape
+        path = features[0].unflatten(0, shape) if path is None else path
+        logits, policy = self.critic(features[:-1]), self.actor(features[:-1])
+
+        # lambda-returns R_t of the imagined states, and what a state counts: that it is reached
         with torch.no_grad():
-            last = self.critic(features[-1:])
-            value = torch.cat([dist.twohot_predict(x, self.bins) for x in (logits, last)])
-            slow = dist.twohot_predict(self.slow_critic(features[:-1]), self.bins)
+            value = torch.cat([self._predict(logits), self.value(features[-1:])])
             target = returns.lambda_return(
-                rollout.rewards, rollout.continues, value[1:], config.lambda_
+                imagined.rewards, imagined.continues, value[1:], c.lambda_
             )
-            scale = self.normalizer.update(target)
-            going = torch.cat([rollout.start_continue[None], rollout.continues[:-1]])
+            going = torch.cat([imagined.start_continue[None], imagined.continues[:-1]])
             weight = going.cumprod(0)
+            scale = self.normalizer.update(target)
             advantage = (target - value[:-1]) / scale
-        policy = self.actor(features[:-1])
-        log_prob, entropy = self.actor.log_prob_and_entropy(policy, rollout.actions)
-        if acted is not None:
-            ratio = (log_prob.detach() - acted).exp().clamp(max=1)
-            advantage = advantage * ratio
-        losses = {
-            "policy": returns.policy_loss(
-                log_prob, entropy, advantage, weight, config.entropy_scale
-            ),
-            "value": returns.value_loss(logits, target, slow, weight, self.bins),
-        }
+
+        # actor: REINFORCE with the normalised advantage, and an entropy bonus
+        log_prob, entropy = self.actor.log_prob_and_entropy(policy, imagined.actions)
+        if imagined.log_prob is not None:
+            advantage *= (log_prob.detach() - imagined.log_prob).exp().clamp(max=1)
+        actor = returns.policy_loss(log_prob, entropy, advantage, weight, c.entropy_scale)
+
+        # critic: towards R_t, and towards the slow critic
+        critic = returns.value_loss(
+            logits, target, self._slow_value(features[:-1]), weight, self.bins
+        )
+
+        # critic on replayed steps, whose rewards are real: every bootstrap, intermediate ones too,
+        # is the imagined return of that state; nothing is learned on a step that ends an episode
+        last, terminal = imagined.is_last.float().t(), imagined.is_terminal.float().t()
+        replayed = returns.lambda_return(
+            imagined.reward.t()[1:],
+            discount * (1 - terminal[1:]),
+            target[0].unflatten(0, shape).t()[1:],
+            c.lambda_ * (1 - last[1:]),
+        )
+        steps = path.transpose(0, 1)[:-1]  # (T - 1, B, F)
+        replay_critic = returns.value_loss(
+            self.critic(steps), replayed, self._slow_value(steps), 1 - last[:-1], self.bins
+        )
+
         metrics = {
             "return_imagined": target.mean(),
             "return_scale": scale,
             "value": value.mean(),
             "policy_entropy": entropy.mean().detach(),
-            "reward_imagined": rollout.rewards.mean(),
+            "reward_imagined": imagined.rewards.mean(),
         }
-        return losses, metrics, target
+        losses = {"policy": actor, "value": critic, "replay_value": replay_critic}
+        return BehaviorLoss(losses, metrics)
 
-    def replay_value_loss(
-        self, features: Tensor, batch: Batch | Imagined, start_returns: Tensor, discount: float
-    ) -> Tensor:
-        """Value loss (T - 1, B) on replayed steps: lambda-returns over real rewards.
+    def _predict(self, logits: Tensor) -> Tensor:
+        return dist.twohot_predict(logits, self.bins)
 
-        features (B, T, F) may carry gradient into the world model. Every bootstrap, intermediate
-        ones too, is the imagined return of that state (B, T). Where is_last the row is masked.
-        """
-        config = self.config
-        logits = self.critic(features).transpose(0, 1)  # (T, B, bins)
-        last = batch.is_last.float().t()
-        with torch.no_grad():
-            slow = dist.twohot_predict(self.slow_critic(features), self.bins).t()
-            going = (1 - batch.is_terminal.float().t()) * discount
-            target = returns.lambda_return(
-                batch.reward.t()[1:],
-                going[1:],
-                start_returns.t()[1:],
-                config.lambda_ * (1 - last[1:]),
-            )
-        return returns.value_loss(logits[:-1], target, slow[:-1], 1 - last[:-1], self.bins)
+    @torch.no_grad()
+    def _slow_value(self, features: Tensor) -> Tensor:
+        return self._predict(self.slow_critic(features))
 
     @torch.no_grad()
     def update_targets(self) -> None:

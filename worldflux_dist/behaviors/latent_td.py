@@ -20,18 +20,19 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from worldflux_dist.behaviors import returns
 from worldflux_dist.behaviors.base import Behavior, BehaviorLoss
 from worldflux_dist.data import ActionPart
 from worldflux_dist.models.base import LossOutput, WorldModel
 from worldflux_dist.nn import distributions as dist
-from worldflux_dist.nn.group import gather
-from worldflux_dist.nn.mish import MLP, BinOutput, Ensemble, Linear
+from worldflux_dist.nn.layers import BinOutput, Ensemble, Linear, MishMLP
 from worldflux_dist.nn.optim import ClippedAdam
 
 
@@ -64,7 +65,7 @@ class QDraw(NamedTuple):
     """The random draws of one value: noise of the policy (..., A) and which two Qs are asked."""
 
     action: Tensor | None
-    pair: tuple[int, int]
+    pair: Tensor
 
 
 class Policy(NamedTuple):
@@ -88,11 +89,11 @@ class LatentTD(Behavior):
         self.config, self.parts = config, parts
         self.action_dim = sum(part.size for part in parts)
         self.outs = [part.size * (1 if part.kind == "discrete" else 2) for part in parts]
-        units = [width, width]
-        self.actor = MLP(feature_dim, units, lambda last: Linear(last, sum(self.outs)))
+        out = partial(Linear, size_out=sum(self.outs), std=0.02)
+        self.actor = MishMLP(feature_dim, width, out)
+        bins = partial(BinOutput, bins=101)
         self.qs = Ensemble(
-            config.num_q,
-            lambda: MLP(feature_dim + self.action_dim, units, lambda last: BinOutput(last, 101)),
+            config.num_q, lambda: MishMLP(feature_dim + self.action_dim, width, bins)
         )
         self.target_qs = copy.deepcopy(self.qs).requires_grad_(False)
         self.register_buffer("scale", torch.ones(()))
@@ -147,7 +148,7 @@ class LatentTD(Behavior):
 
     # --------------------------------------------------------------------------------- values
 
-    def q(self, features: Tensor, action: Tensor, pair: Sequence[int]) -> Tensor:
+    def q(self, features: Tensor, action: Tensor, pair: Tensor) -> Tensor:
         """Expected returns (2, ...) of the two named Qs."""
         logits = self.qs(torch.cat([features, action], -1), pair)
         return dist.symexp(dist.twohot_predict(logits, self.bins))
@@ -157,8 +158,8 @@ class LatentTD(Behavior):
         return self.q(features, self.act(features, noise=draw.action), draw.pair).mean(0)
 
     def value_noise(self, shape: Sequence[int], device: Any) -> QDraw:
-        first, second = torch.randperm(self.config.num_q)[:2].tolist()
-        return QDraw(dist.action_noise(self.parts, shape, device), (first, second))
+        pair = torch.randperm(self.config.num_q)[:2]
+        return QDraw(dist.action_noise(self.parts, shape, device), pair)
 
     @torch.no_grad()
     def target(
@@ -200,7 +201,7 @@ class LatentTD(Behavior):
         draw = noise or self.value_noise(features.shape[:-1], features.device)
         policy = self.policy(features, draw.action)
         q = self._expected_q(features, policy.action, draw.pair)
-        scaled = q / self.update_scale(q[:, weight == 1])
+        scaled = q / self.update_scale(torch.where(weight == 1, q.detach(), torch.nan))
         loss = -(weight * (scaled + c.entropy_scale * policy.entropy)).mean()
         metrics = {
             "policy_entropy": -policy.log_prob.mean().detach(),
@@ -210,7 +211,7 @@ class LatentTD(Behavior):
         }
         return loss, metrics
 
-    def _expected_q(self, features: Tensor, action: Tensor, pair: Sequence[int]) -> Tensor:
+    def _expected_q(self, features: Tensor, action: Tensor, pair: Tensor) -> Tensor:
         """Mean of two Qs (...) at the action or, for a single discrete one, averaged over all."""
         dropout = self.config.dropout
         if len(self.parts) > 1 or self.parts[0].kind != "discrete":
@@ -225,9 +226,11 @@ class LatentTD(Behavior):
 
     @torch.no_grad()
     def update_scale(self, q: Tensor) -> Tensor:
-        """S <- S + rate (max(1, P95 - P5) - S) of Qs of any shape, all ranks'; gives S ()."""
-        percentiles = torch.tensor([0.05, 0.95], device=q.device)
-        low, high = torch.quantile(gather(q.detach().float().flatten()), percentiles)
+        """S <- S + rate (max(1, P95 - P5) - S) of Qs of any shape, all ranks'; gives S ().
+
+        NaN where a Q does not count: a choice of them would have a shape that is not known before.
+        """
+        low, high = returns.percentiles(q, (5, 95))
         spread = (high - low).clamp(min=1)
         # A broken batch stops the run; it must not break the average that is saved.
         self.scale.lerp_(torch.where(spread.isfinite(), spread, self.scale), self.config.scale_rate)

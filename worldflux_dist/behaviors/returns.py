@@ -7,10 +7,10 @@ t + 1, element t of the result to state t.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from worldflux_dist.nn.distributions import twohot_loss
-from worldflux_dist.nn.group import gather
 
 
 def lambda_return(
@@ -32,6 +32,16 @@ def lambda_return(
     return result
 
 
+def percentiles(x: Tensor, which: tuple[float, ...]) -> Tensor:
+    """Percentiles of x, of any shape, of all ranks of a learner group. NaNs do not count."""
+    x = x.detach().float().flatten()
+    if dist.is_available() and dist.is_initialized():
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x)
+        x = torch.cat(parts)
+    return torch.nanquantile(x, torch.tensor(which, device=x.device) / 100)
+
+
 class ReturnNormalizer(nn.Module):
     """scale = max(1, P95 - P5) with moving averages of both percentiles, not debiased.
 
@@ -50,8 +60,7 @@ class ReturnNormalizer(nn.Module):
     @torch.no_grad()
     def update(self, returns: Tensor) -> Tensor:
         """Take in returns of any shape, those of all ranks; gives the scale ()."""
-        q = torch.tensor(self.percentiles, device=returns.device) / 100
-        low, high = torch.quantile(gather(returns.float().flatten()), q)
+        low, high = percentiles(returns, self.percentiles)
         # A broken batch stops the run; it must not break the average that is saved.
         self.low.lerp_(torch.where(low.isfinite(), low, self.low), self.rate)
         self.high.lerp_(torch.where(high.isfinite(), high, self.high), self.rate)

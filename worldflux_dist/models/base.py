@@ -99,6 +99,16 @@ class Rollout:
 class LossOutput:
     """Unreduced losses by name, metrics, and states (B, T, ...) of the steps of `batch`.
 
+        step        0          1          2             of one row of `batch`
+        obs         o0         o1         o2
+                    |          |          |
+        states      s0         s1         s2            posteriors: each has seen its obs
+                    |
+        path        p0 --a1->  p1 --a2->  p2            TD-MPC2: predicted from the first obs
+        weight      1          rho        rho^2         DreamerV3: p = s, all of weight 1
+                    |          |          |
+                    losses of behaviors, whose gradient goes back along the path into the model
+
     The first axis of each loss is B, or B times a number of windows, those of a row side by side.
     `states` are the posteriors: behaviors imagine from them, detached. `path` are the states that
     behaviors may add losses on, with gradient, which is how value gradients reach the model: the

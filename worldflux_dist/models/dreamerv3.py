@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from worldflux_dist.data import Batch, Spaces
 from worldflux_dist.models.base import LossOutput, Prediction, State, WorldModel
 from worldflux_dist.nn import distributions as dist
 from worldflux_dist.nn.gru import BlockGRU
-from worldflux_dist.nn.layers import MLP, BinHead, Linear, NormedLinear
+from worldflux_dist.nn.layers import MLP, BinOutput, Linear, NormedLinear
 from worldflux_dist.nn.optim import LaProp
 from worldflux_dist.nn.products import linear
 from worldflux_dist.nn.vision import ImageDecoder, ImageEncoder
@@ -173,11 +174,12 @@ class DreamerV3(WorldModel):
         self.feature_dim = config.deter + latent
         self.encoder = Encoder(spaces, config)
         self.core = BlockGRU(config.deter, latent, spaces.action_dim, config.hidden, config.blocks)
-        self.posterior = MLP(config.deter + self.encoder.size_out, config.hidden, 1, latent)
-        self.prior = MLP(config.deter, config.hidden, 2, latent)
+        out = partial(Linear, size_out=latent)
+        self.posterior = MLP(config.deter + self.encoder.size_out, config.hidden, 1, out)
+        self.prior = MLP(config.deter, config.hidden, 2, out)
         self.decoder = Decoder(spaces, config)
-        self.reward = BinHead(self.feature_dim, config.units, 1)
-        self.proceed = MLP(self.feature_dim, config.units, 1, 1)
+        self.reward = MLP(self.feature_dim, config.units, 1, partial(BinOutput, bins=255))
+        self.proceed = MLP(self.feature_dim, config.units, 1, partial(Linear, size_out=1))
         self.register_buffer("bins", dist.symexp_bins(255), persistent=False)
         self.loss_scales = {"dyn": config.dyn_scale, "rep": config.rep_scale}
         self.native = {"behavior": {"kind": "actor_critic"}, "planner": {"method": "none"}}
@@ -339,7 +341,7 @@ class DreamerV3(WorldModel):
             obs = batch.obs[key]
             image = self.spaces.obs[key].kind == "image"
             target = obs.float() / 255 if image else dist.symlog(obs)
-            error = F.mse_loss(decoded.float(), target, reduction="none")
+            error = F.mse_loss(decoded, target, reduction="none")
             losses[f"rec/{key}"] = error.flatten(2).sum(-1)
         metrics = {
             "kl": kl.mean().detach(),
@@ -349,11 +351,11 @@ class DreamerV3(WorldModel):
         return LossOutput(losses, metrics, states, states, torch.ones_like(batch.reward[0]), batch)
 
     def reconstruct(self, state: State) -> dict[str, Tensor]:
-        """Decoder means of any leading shape: vectors in symlog space, images in [0, 1]."""
+        """Decoder means in float32, any leading shape: symlog vectors, images in [0, 1]."""
         deter, stoch = state.tensors["deter"], state.tensors["stoch"].flatten(-2)
         lead = deter.shape[:-1]
         decoded = self.decoder(deter.flatten(0, -2), stoch.flatten(0, -2))
-        return {key: value.unflatten(0, lead) for key, value in decoded.items()}
+        return {key: value.float().unflatten(0, lead) for key, value in decoded.items()}
 
     def prior_logits(self, deter: Tensor) -> Tensor:
         return self.prior(deter).unflatten(-1, (self.config.groups, self.config.classes))

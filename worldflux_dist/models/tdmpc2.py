@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,15 @@ from torch import Tensor, nn
 from worldflux_dist.data import Batch, Spaces
 from worldflux_dist.models.base import LossOutput, Prediction, State, WorldModel
 from worldflux_dist.nn import distributions as dist
-from worldflux_dist.nn.mish import MLP, BinOutput, Linear, NormedLinear
+from worldflux_dist.nn.layers import (
+    MISH,
+    MLP,
+    SIMPLEX,
+    BinOutput,
+    Linear,
+    MishMLP,
+    NormedLinear,
+)
 from worldflux_dist.nn.optim import ClippedAdam
 from worldflux_dist.nn.vision import StridedEncoder, random_shift
 
@@ -132,24 +141,19 @@ class Encoder(nn.Module):
         cnns = [StridedEncoder(spaces.obs[k].shape, c.frames, c.channels) for k in self.images]
         self.cnns = nn.ModuleList(cnns)
         size = sum(cnn.size_out for cnn in cnns)
-        self.layers = nn.ModuleList()
+        self.layers: nn.Module | None = None
         if self.vectors:
-            sizes = [sum(spaces.obs[k].shape[0] for k in self.vectors)]
-            sizes += [c.encoder_units] * max(c.encoder_layers - 1, 1)
-            pairs = zip(sizes[:-1], sizes[1:], strict=True)
-            self.layers.extend(NormedLinear(a, b) for a, b in pairs)
-            size += sizes[-1]
+            num = sum(spaces.obs[k].shape[0] for k in self.vectors)
+            self.layers = MLP(num, c.encoder_units, max(c.encoder_layers - 1, 1), kind=MISH)
+            size += c.encoder_units
         bare = len(self.images) == 1 and not self.vectors and size == c.latent
-        self.out = None if bare else NormedLinear(size, c.latent, simplex=True)
+        self.out = None if bare else NormedLinear(size, c.latent, SIMPLEX)
 
     def forward(self, obs: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
         """`noise` (N, 2) in [0, 1) fixes the random shift of the images."""
         parts = []
-        if self.vectors:
-            x = torch.cat([obs[key] for key in self.vectors], -1)
-            for layer in self.layers:
-                x = layer(x)
-            parts.append(x)
+        if self.layers is not None:
+            parts.append(self.layers(torch.cat([obs[key] for key in self.vectors], -1)))
         for key, cnn in zip(self.images, self.cnns, strict=True):
             parts.append(cnn(random_shift(obs[key], noise)))
         x = torch.cat(parts, -1)
@@ -168,13 +172,13 @@ class TDMPC2(WorldModel):
         super().__init__(spaces)
         c = self.config = config
         self.feature_dim, self.width, self.discount = c.latent, c.units, c.discount
-        size, units = c.latent + spaces.action_dim, [c.units] * 2
+        size, units = c.latent + spaces.action_dim, c.units
+        simplex = partial(NormedLinear, size_out=c.latent, kind=SIMPLEX)
+        logit = partial(Linear, size_out=1, std=0.02)
         self.encoder = Encoder(spaces, c)
-        self.dynamics = MLP(size, units, lambda last: NormedLinear(last, c.latent, simplex=True))
-        self.reward = MLP(size, units, lambda last: BinOutput(last, 101))
-        self.terminal = (
-            None if c.termination == "none" else MLP(c.latent, units, lambda last: Linear(last, 1))
-        )
+        self.dynamics = MishMLP(size, units, simplex)
+        self.reward = MishMLP(size, units, partial(BinOutput, bins=101))
+        self.terminal = None if c.termination == "none" else MishMLP(c.latent, units, logit)
         self.register_buffer("bins", dist.symlog_bins(101), persistent=False)
         self.loss_scales = {
             "consistency": c.consistency_scale,

@@ -1,7 +1,8 @@
 """Scalings and output distributions, as plain functions of logits: no distribution objects.
 
-Every function broadcasts over leading axes. What must stay true: bins are exactly antisymmetric
-and uniform logits predict exactly 0 (reward and value heads start at zero).
+Every function broadcasts over leading axes. What must stay true: bins are exactly antisymmetric,
+uniform logits predict exactly 0 (reward and value heads start at zero), and what comes out is
+float32 and computed in it, under autocast too: networks may be coarse, what is read off them not.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def twohot_predict(logits: Tensor, bins: Tensor) -> Tensor:
     """
     probs, half = logits.float().softmax(-1), len(bins) // 2
     more = probs[..., len(bins) - half : len(bins)] - probs[..., :half].flip(-1)
-    return more @ bins[len(bins) - half :]
+    return (more * bins[len(bins) - half :]).sum(-1)  # no matrix product: autocast would round it
 
 
 def twohot_target(target: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,11 +85,6 @@ def unimix(logits: Tensor, mix: float = 0.01) -> Tensor:
     """
     turned = logits.float().transpose(-1, -2).contiguous()
     return ((1 - mix) * turned.softmax(-2) + mix / logits.shape[-1]).transpose(-1, -2)
-
-
-def tanh(x: Tensor) -> Tensor:
-    """2 sigmoid(2 x) - 1, three times faster than torch.tanh on a CPU."""
-    return 2 * torch.sigmoid(2 * x.float()) - 1
 
 
 def sample_onehot(probs: Tensor, noise: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldflux_dist.nn.distributions import tanh
+from worldflux_dist.nn.activations import tanh
 from worldflux_dist.nn.layers import BlockLinear, NormedLinear, RMSNorm, init_weight
 from worldflux_dist.nn.products import block_linear, linear
 

@@ -15,7 +15,8 @@ from torch import Tensor
 IMAGES = 16
 ROWS, MULTIPLICATIONS = 256, 2**22  # from which on a convolution is the faster one
 
-_HAS_AVX512 = torch.backends.mkldnn.is_available() and (
+# Whether this process takes convolutions at all: where the CPU has AVX-512. Tests set it.
+CONVOLVE = torch.backends.mkldnn.is_available() and (
     torch.backends.cpu.get_cpu_capability() == "AVX512"
 )
 
@@ -39,14 +40,14 @@ def block_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
     pixels = x.reshape(IMAGES, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # channels last in memory
-    found = F.conv2d(pixels, weight[:, :, None, None], bias, groups=groups)
-    return found.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+    result = F.conv2d(pixels, weight[:, :, None, None], bias, groups=groups)
+    return result.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
 def _large(x: Tensor, weight: Tensor) -> bool:
     rows = x.shape[:-1].numel()
     return (
-        _HAS_AVX512
+        CONVOLVE
         and rows >= ROWS
         and rows % IMAGES == 0
         and rows * weight.numel() >= MULTIPLICATIONS

@@ -8,6 +8,8 @@ of frames. Images are (N, H, W, C) outside, channels-first inside.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -113,9 +115,7 @@ class ImageDecoder(nn.Module):
         sizes = [depth * m for m in multipliers][::-1]
         cells = self.low[0] * self.low[1]
         self.from_deter = BlockLinear(deter, cells * sizes[0], self.BLOCKS)
-        self.from_stoch = nn.Sequential(
-            *MLP(stoch, 2 * units, 1), Linear(2 * units, cells * sizes[0])
-        )
+        self.from_stoch = MLP(stoch, 2 * units, 1, partial(Linear, size_out=cells * sizes[0]))
         self.norm = RMSNorm(sizes[0])
         self.convs = nn.ModuleList(UpConv(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
         self.norms = nn.ModuleList(RMSNorm(size) for size in sizes[1:])
@@ -128,7 +128,7 @@ class ImageDecoder(nn.Module):
         x = F.silu(self.norm(x)).permute(0, 3, 1, 2)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = _norm_silu(norm, conv(x))
-        x = torch.sigmoid(self.out(x))
+        x = torch.sigmoid(self.out(x).float())
         return x.permute(0, 2, 3, 1)[:, : self.height, : self.width]
 
 

@@ -29,7 +29,7 @@ from worldflux_dist.distributed.actors import RunnerReport, send
 from worldflux_dist.distributed.weights import WeightReader
 from worldflux_dist.envs import Envs, make_envs
 from worldflux_dist.envs.acting import random_act
-from worldflux_dist.learner import keep_freed_memory
+from worldflux_dist.nn.memory import keep_freed_memory
 from worldflux_dist.rllib.config import WorldFluxConfig
 from worldflux_dist.rllib.episodes import CallbackEpisodes
 from worldflux_dist.runner import EnvRunner, Episode
