@@ -26,12 +26,13 @@ from torch import Tensor, nn
 
 from worldflux_dist.behaviors import returns
 from worldflux_dist.behaviors.actor_critic import Actor, ActorCritic, ActorCriticConfig
-from worldflux_dist.data import ActionPart, Batch
+from worldflux_dist.data import Batch
 from worldflux_dist.models.base import Rollout, State
 from worldflux_dist.nn import distributions as dist
 from worldflux_dist.nn.layers import BlockLinear, Linear, RMSNorm
 from worldflux_dist.nn.optim import LaProp
 from worldflux_dist.nn.vision import Conv
+from worldflux_dist.spaces import ActionPart
 
 ref = recorded  # the fixture
 

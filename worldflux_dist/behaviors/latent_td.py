@@ -27,12 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worldflux_dist.behaviors.base import Behavior, BehaviorLoss
-from worldflux_dist.data import ActionPart
 from worldflux_dist.models.base import LossOutput, WorldModel
 from worldflux_dist.nn import distributions as dist
 from worldflux_dist.nn.group import gather
 from worldflux_dist.nn.mish import MLP, BinOutput, Ensemble, Linear
 from worldflux_dist.nn.optim import ClippedAdam
+from worldflux_dist.spaces import ActionPart
 
 
 @dataclass(frozen=True)

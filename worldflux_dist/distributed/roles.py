@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from worldflux_dist.config import Config
-from worldflux_dist.data import Spaces
 from worldflux_dist.distributed.acting import ACTING, ActingActor
 from worldflux_dist.distributed.actors import EnvRunnerActor, ImaginerActor
 from worldflux_dist.distributed.cluster import shard_config
@@ -17,6 +16,7 @@ from worldflux_dist.distributed.ports import Roles
 from worldflux_dist.distributed.shard import ReplayShardActor, ShardPlace, shard_name
 from worldflux_dist.distributed.weights import WEIGHTS, WeightStore
 from worldflux_dist.envs import make_envs
+from worldflux_dist.spaces import Spaces
 
 if TYPE_CHECKING:
     from worldflux_dist.checkpoint import AnyPath

@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray import ObjectRef
 from ray.exceptions import RayError
 
 from worldflux_dist.config import Config
-from worldflux_dist.distributed.actors import EvaluationRequest, RunnerReport, evaluate_remotely
+from worldflux_dist.distributed.actors import RunnerReport
 from worldflux_dist.distributed.auth import check_auth, explained
 from worldflux_dist.distributed.cluster import Plan, join_cluster, make_plan, start_ray
 from worldflux_dist.distributed.ending import Outcome, RoleLostError, StopSignals, is_loss
+from worldflux_dist.distributed.evaluator import Evaluator
 from worldflux_dist.distributed.flow import Flow
 from worldflux_dist.distributed.group import GroupLostError
 from worldflux_dist.distributed.placement import place
@@ -41,7 +41,6 @@ LOG_EVERY_S = 10.0
 SAVE_AGAIN_S = 5.0  # after a checkpoint that could not be written
 LAST_SAVE_S = 60.0  # how long the last one is tried
 DRAIN_S = 10.0  # how long the last one waits for steps that are being collected
-EVALUATIONS = 3  # how often the last evaluation is tried
 DEATHS = {
     "runner": "a runner's process",
     "shard": "a shard's process",
@@ -60,11 +59,9 @@ class Trainer:
         self.averages = Averages()
         self.returns: deque[float] = deque(maxlen=20)
         self.episodes = 0
-        self._evaluation: tuple[int, ObjectRef] | None = None
         self._logged = self._saved = time.monotonic()
         self._log_counts = (0, 0, 0)
         self._busy = dict.fromkeys(("runner", "replay", "learner", "imaginer", "policy"), 0.0)
-        self._evaluated_at = -1
         self._said = dict.fromkeys(DEATHS, 0)
         self._degraded = ""
         self.env_failures = self.imagined_steps = 0
@@ -72,13 +69,12 @@ class Trainer:
 
     def train(self, stop: StopSignals, options: dict[str, list[dict[str, Any]]]) -> Outcome | None:
         """Run to the end, or until stopped: then None, and everything is in a checkpoint."""
-        config, self._options = self.config, options
+        config = self.config
         per_call = config.env.num_envs * config.scale.chunk_length
         steps = config.scale.num_runners * per_call
         found = self.run.resume(self.limiter, 2 * steps)
         if found:
             self.episodes = found[1]["episodes"]
-            self._evaluated_at = self.run.last_score() // config.train.eval_every
             self.progress.print(
                 f"resumed from {found[0]}: {self.limiter.env_steps:,} env steps, "
                 f"{self.limiter.gradient_steps:,} gradient steps"
@@ -86,6 +82,9 @@ class Trainer:
         roles = start_roles(config, self.task, self.run.storage, found, options)
         self.ports = RayPorts(config, roles, lambda: stop.stopping, self.progress.print)
         self.saver = Saver(self.ports, self.limiter)
+        self.evaluator = Evaluator(
+            config, self.run, self.progress, self.task, roles.groups, options["evaluator"][0]
+        )
         self._log_counts = (self.limiter.env_steps, self.limiter.gradient_steps, 0)
         flow: Flow[RunnerReport] = Flow(self.limiter, self.ports, steps)
         try:
@@ -97,7 +96,7 @@ class Trainer:
         if stop.stopping:
             return None
         stop.all_is_saved()
-        return self._finish()
+        return self.evaluator.finish(self.limiter.env_steps)
 
     def _rounds(self, flow: Flow[RunnerReport], stop: StopSignals, per_call: int) -> None:
         """Rounds until all is collected and learned, or until stopped."""
@@ -115,7 +114,7 @@ class Trainer:
             if not (collect or self.ports.num_collects or self.ports.find_replay()):
                 raise RuntimeError("replay was lost: run the same command again to go on")
             if self.limiter.env_steps < total:
-                self._maybe_evaluate()
+                self.evaluator.maybe_evaluate(self.limiter.env_steps)
             self._maybe_log()
             self._maybe_save()
 
@@ -263,72 +262,6 @@ class Trainer:
         self.telemetry.record(line)
         self._busy, self._log_counts = dict.fromkeys(self._busy, 0.0), counts
         self._logged = now
-
-    # ------------------------------------------------------------------------------ evaluating
-
-    def _maybe_evaluate(self) -> None:
-        """Start an evaluation when one is due, and take in the one that has finished."""
-        if self._evaluation is not None and ray.wait([self._evaluation[1]], timeout=0)[0]:
-            self._score()
-        due = self.limiter.env_steps // self.config.train.eval_every
-        if self._evaluation is None and due > self._evaluated_at:
-            self._start_evaluation(random="random" not in self.run.methods())
-            self._evaluated_at = due
-
-    def _start_evaluation(self, random: bool = False, pictures: bool = False) -> None:
-        # The same seed every time: differences are the agent's, not the episodes'.
-        request = EvaluationRequest(
-            self.config.train.eval_episodes, self.config.seed + 1000, random, pictures
-        )
-        arrays = [group.agent_arrays() for group in self.ports.roles.groups]
-        evaluator = evaluate_remotely.options(**self._options["evaluator"][0])
-        ref = evaluator.remote(self.config, self.task.spaces, request, *arrays)
-        self._evaluation = (self.limiter.env_steps, ref)
-
-    def _score(self) -> dict[str, Any] | None:
-        """Wait for the evaluation under way and write its scores down; None where it was lost with
-        a process."""
-        assert self._evaluation is not None
-        (env_steps, ref), self._evaluation = self._evaluation, None
-        try:
-            found: dict[str, Any] = ray.get(ref)
-        except RayError as error:
-            if not is_loss(error):
-                raise
-            self.progress.print(f"the evaluation at {env_steps:,} env steps was lost: {error}")
-            return None
-        for key, method in (("random", "random"), ("agent", self.config.model)):
-            if key in found:
-                self.run.score(env_steps, self.task.action_repeat, found[key].returns, method)
-        self.progress.print(f"evaluation at {env_steps:,} env steps: {found['agent']}")
-        return found
-
-    def _finish(self) -> Outcome:
-        """The last evaluation, the pictures and the verdict."""
-        self.progress.phase("evaluate")
-        if self._evaluation is not None:
-            self._score()
-        for _ in range(EVALUATIONS):
-            self._start_evaluation(random=True, pictures=True)
-            if (found := self._score()) is not None:
-                break
-        else:
-            raise RuntimeError(
-                f"the last evaluation was lost {EVALUATIONS} times, perhaps for want of memory; "
-                "all is saved: run the same command again to evaluate"
-            )
-        self.progress.phase("figures")
-        agent, random = found["agent"], found["random"]
-        threshold = self.config.train.threshold
-        self.run.draw(found.get("dream"), found.get("frames"), threshold, random.mean)
-        passed = None
-        if threshold is not None:
-            passed = agent.mean >= threshold and agent.mean > random.mean
-            self.progress.print(
-                f"{'PASSED' if passed else 'FAILED'}: evaluated return {agent}, threshold "
-                f"{threshold:g}; random policy {random}"
-            )
-        return Outcome(agent, random, passed)
 
 
 def show_plan(config: Config) -> None:

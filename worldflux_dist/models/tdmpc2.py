@@ -30,12 +30,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldflux_dist.data import Batch, Spaces
+from worldflux_dist.data import Batch
 from worldflux_dist.models.base import LossOutput, Prediction, State, WorldModel
 from worldflux_dist.nn import distributions as dist
 from worldflux_dist.nn.mish import MLP, BinOutput, Linear, NormedLinear
 from worldflux_dist.nn.optim import ClippedAdam
 from worldflux_dist.nn.vision import StridedEncoder, random_shift
+from worldflux_dist.spaces import Spaces
 
 
 @dataclass(frozen=True)
