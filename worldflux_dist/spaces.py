@@ -13,6 +13,11 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces as gym_spaces
 
+NO_STACKS = (
+    "(leave frame stacking out, world models have memory; flatten what is no image, for example "
+    "with gymnasium.wrappers.FlattenObservation)"
+)
+
 
 @dataclass(frozen=True)
 class ObsSpec:
@@ -169,9 +174,14 @@ def _vector_spec(space: Any, path: tuple) -> ObsSpec:
 def _image_spec(space: gym_spaces.Box, path: tuple) -> ObsSpec | None:
     """An image is H x W, H x W x C or C x H x W with values in 0..255 (or floats in 0..1)."""
     shape, low, high = space.shape, float(space.low.min()), float(space.high.max())
-    if low != 0 or high not in (1.0, 255.0) or len(shape) not in (2, 3):
+    if low != 0 or high not in (1.0, 255.0) or len(shape) < 2:
         return None
     if high == 1.0 and not np.issubdtype(space.dtype, np.floating):
+        return None
+    if len(shape) > 3 and sorted(shape)[-2] >= 8:
+        what = f"has {len(shape)} axes; images have 2 or 3"
+        raise ValueError(f"image observation of shape {shape} {what} {NO_STACKS}")
+    if len(shape) > 3:
         return None
     if len(shape) == 2:
         height, width, channels, first = *shape, 1, False
@@ -182,11 +192,8 @@ def _image_spec(space: gym_spaces.Box, path: tuple) -> ObsSpec | None:
     if min(height, width) < 8:
         return None
     if channels not in (1, 3):
-        raise ValueError(
-            f"image observation of shape {shape} has {channels} channels; images have 1 or 3 "
-            "(leave frame stacking out, world models have memory; flatten what is no image, for "
-            "example with gymnasium.wrappers.FlattenObservation)"
-        )
+        what = f"has {channels} channels; images have 1 or 3"
+        raise ValueError(f"image observation of shape {shape} {what} {NO_STACKS}")
     scale = 255.0 if high == 1.0 else 1.0
 
     def convert(x: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ LONGEST_SIDE = 1024  # pixels of a frame; larger ones are thinned out
 def what(error: BaseException) -> str:
     """An error of an environment in one line."""
     if isinstance(error, SystemExit):
-        return f"it called sys.exit({error.code!r})"
+        return f"SystemExit: sys.exit({error.code!r}) was called"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -232,10 +232,11 @@ def as_frame(drawn: Any) -> np.ndarray:
     if frame.ndim == 3 and frame.shape[2] not in (1, 3, 4) and frame.shape[0] in (1, 3, 4):
         frame = frame.transpose(1, 2, 0)
     frame = frame[..., None] if frame.ndim == 2 else frame
-    if frame.ndim != 3 or frame.shape[2] not in (1, 3, 4) or not frame.size:
-        shape = f" of shape {frame.shape}" if frame.ndim else ""
+    fits = frame.ndim == 3 and frame.shape[2] in (1, 3, 4) and frame.dtype.kind in "buif"
+    if not (fits and frame.size):
+        shape = f" of shape {frame.shape} and type {frame.dtype}" if frame.ndim else ""
         raise ValueError(
-            f"render returned {type(drawn).__name__}{shape}, not an array of H x W x 3"
+            f"render returned {type(drawn).__name__}{shape}, not an array of H x W x 3 numbers"
         )
     every = -(-max(frame.shape[:2]) // LONGEST_SIDE)
     frame = frame[::every, ::every, :3]

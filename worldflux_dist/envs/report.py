@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -166,8 +167,6 @@ def check(config: EnvConfig, seed: int = 0) -> Report:
     report = Report(config.id)
     with warned() as texts:
         try:
-            with closing(make_envs(config, seed, num_envs=1)) as envs:  # as a run begins
-                envs.step(np.zeros((1, envs.spaces.action_dim), np.float32))
             if not is_atari(config.id):
                 _look(config, seed, report)
             if _run(config, seed, report):
@@ -177,23 +176,23 @@ def check(config: EnvConfig, seed: int = 0) -> Report:
             text = _one_line(error) if isinstance(error, ValueError | RuntimeError) else what(error)
             report.problem = text.removeprefix(f"env {config.id}: ") or what(error)
     report.warnings |= {text: text for text in texts if text not in report.problem}
-    if (limit := report.time_limit or config.max_episode_steps) < config.max_episode_steps:
-        report.warnings["limit"] = (
-            f"env.max_episode_steps={config.max_episode_steps} does nothing: the limit of "
-            f"{limit} steps comes first"
-        )
     return report
 
 
 def _look(config: EnvConfig, seed: int, report: Report) -> None:
     """Step one environment without a guard, and look at every value that it hands out."""
-    with closing(Guard(builder(config, render=False), config.id, 0, 1)) as guard:
+    make = partial(Guard, builder(config, render=False), config.id, 0, 1)
+    with closing(make()) as guard:
         env = guard.env
         report.declared = env.observation_space, env.action_space
         report.spaces = Spaces(*report.declared)
         report.check_spaces()
         limits = [limit._max_episode_steps for limit in time_limits(env)]
         report.time_limit = min(limits, default=None)
+        _reset(env, seed, report)
+    make().close()  # as a run does that asks for its spaces only
+    with closing(make()) as guard:
+        env = guard.env
         first, again = (deepcopy(_reset(env, seed, report)) for _ in range(2))
         if not data_equivalence(first, again, exact=True):
             report.warnings["seed"] = (
@@ -260,7 +259,7 @@ def _run(config: EnvConfig, seed: int, report: Report) -> int:
         report.action_repeat = envs.action_repeat
         rng = np.random.default_rng(seed)
         envs.step(envs.spaces.random_action(rng, 2))
-        rewards, length, seconds = [0.0], 0, 0.0
+        rewards, length, seconds, terminal = [0.0], 0, 0.0, False
         while report.steps < RUN_STEPS and seconds < RUN_SECONDS:
             begun = time.perf_counter()
             step = envs.step(envs.spaces.random_action(rng, 2))
@@ -274,13 +273,21 @@ def _run(config: EnvConfig, seed: int, report: Report) -> int:
             length += 1
             if step.is_last[0]:
                 report.episodes.append(length)
-                length = 0
+                length, terminal = 0, terminal or bool(step.is_terminal[0])
         report.steps_per_second = 2 * report.steps / seconds
         report.rewards = min(rewards[1:]), max(rewards[1:])
         if not report.episodes and report.time_limit is None:
             report.warnings["endless"] = (
                 f"no episode ended in {report.steps:,} steps and no time limit is known: set "
                 "env.max_episode_steps unless episodes end by themselves"
+            )
+        stays = report.time_limit
+        if len(report.episodes) > 1 and len(set(report.episodes)) == 1 and not terminal:
+            stays = report.episodes[0]
+        if stays and stays < config.max_episode_steps:
+            report.warnings["limit"] = (
+                f"env.max_episode_steps={config.max_episode_steps} does nothing: a limit of its "
+                f"own, {stays} steps, comes first"
             )
         return envs.take_failures()
 
