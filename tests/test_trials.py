@@ -113,7 +113,7 @@ def test_an_evaluation_without_an_end_gives_advice_that_a_resume_accepts(
     monkeypatch.setattr(runner, "EPISODE_LIMIT", 300)
     endless = settings_for("more:Endless", "dreamerv3")
     with pytest.raises(
-        runner.EndlessEpisodeError, match="give the environment an end with env.max"
+        runner.EndlessEpisodeError, match=r"give the environment an end with env\.max"
     ):
         local.train(endless)
     with RunDirectory(tmp_path, endless) as run:
