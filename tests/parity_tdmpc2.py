@@ -22,7 +22,8 @@ from torch import Tensor
 
 from worldflux_dist.agent import Agent
 from worldflux_dist.behaviors.latent_td import QDraw
-from worldflux_dist.data import Batch, Spaces
+from worldflux_dist.data import Batch
+from worldflux_dist.spaces import Spaces
 
 
 @pytest.fixture(scope="session")

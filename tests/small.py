@@ -12,8 +12,9 @@ from gymnasium import spaces as gym_spaces
 from torch import Tensor
 
 from worldflux_dist.agent import Agent
-from worldflux_dist.data import Batch, Spaces
+from worldflux_dist.data import Batch
 from worldflux_dist.models.base import families
+from worldflux_dist.spaces import Spaces
 
 SIZES: dict[str, Any] = {"deter": 64, "hidden": 16, "groups": 8, "classes": 4}
 SIZES |= {"units": 16, "depth": 4}

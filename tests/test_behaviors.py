@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from worldflux_dist.behaviors import returns
 from worldflux_dist.behaviors.actor_critic import Actor, ActorCritic, ActorCriticConfig
 from worldflux_dist.behaviors.base import Imagined
-from worldflux_dist.data import ActionPart, Batch, Spaces
+from worldflux_dist.data import Batch
 from worldflux_dist.nn import distributions as dist
+from worldflux_dist.spaces import ActionPart, Spaces
 
 CHOICE, BOX = ActionPart("discrete", 3), ActionPart("continuous", 2)
 

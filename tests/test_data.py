@@ -14,7 +14,8 @@ from gymnasium.vector.utils import batch_space, concatenate, create_empty_array,
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worldflux_dist.data import Batch, Chunk, Spaces, Step, new_incarnation
+from worldflux_dist.data import Batch, Chunk, Step, new_incarnation
+from worldflux_dist.spaces import Spaces
 
 CONTINUOUS = gym.Box(np.array([-2.0, 0.0]), np.array([2.0, 10.0]), dtype=np.float64)
 NESTED = gym.Dict(

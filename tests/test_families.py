@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from worldflux_dist.agent import Agent
-from worldflux_dist.data import Spaces
 from worldflux_dist.models.base import State, create_world_model
+from worldflux_dist.spaces import Spaces
 
 
 def actions(agent: Any, *lead: int) -> Tensor:

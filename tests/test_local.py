@@ -14,13 +14,13 @@ import toy_task
 from small import FAMILY, family_batch, make_agent, make_small, perturbed, random_batch
 
 from worldflux_dist import local
-from worldflux_dist.data import Spaces
 from worldflux_dist.envs import EnvConfig, make_envs
 from worldflux_dist.envs.acting import random_act
 from worldflux_dist.learner import Learner, LearnerConfig
 from worldflux_dist.models.base import WorldModel, create_from_spaces
 from worldflux_dist.replay.buffer import ReplayBuffer, ReplayConfig
 from worldflux_dist.runner import EnvRunner
+from worldflux_dist.spaces import Spaces
 
 GOLDEN = Path(__file__).parent / "golden"
 

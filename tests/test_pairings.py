@@ -14,8 +14,8 @@ from torch import Tensor
 
 from worldflux_dist.agent import Agent
 from worldflux_dist.behaviors.planner import PlanNoise
-from worldflux_dist.data import Spaces
 from worldflux_dist.learner import Learner, LearnerConfig
+from worldflux_dist.spaces import Spaces
 
 
 def close(got: Tensor, want: Tensor, tolerance: float) -> None:

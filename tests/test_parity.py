@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from worldflux_dist.behaviors import returns
 from worldflux_dist.behaviors.actor_critic import Actor, ActorCritic, ActorCriticConfig
 from worldflux_dist.behaviors.base import Imagined
-from worldflux_dist.data import ActionPart
 from worldflux_dist.nn import distributions as dist
 from worldflux_dist.nn.layers import BlockLinear, Linear, RMSNorm
 from worldflux_dist.nn.optim import LaProp
 from worldflux_dist.nn.vision import Conv
+from worldflux_dist.spaces import ActionPart
 
 ref = recorded  # the fixture
 

@@ -30,11 +30,11 @@ from small import tensors
 from torch import Tensor, nn
 
 from worldflux_dist.behaviors.latent_td import LatentTD, LatentTDConfig, QDraw
-from worldflux_dist.data import ActionPart
 from worldflux_dist.models.tdmpc2 import TDMPC2Config
 from worldflux_dist.nn import distributions as dist
 from worldflux_dist.nn.activations import mish, simnorm
 from worldflux_dist.nn.layers import MISH, SIMPLEX, NormedLinear
+from worldflux_dist.spaces import ActionPart
 
 TWO_HOT = 1e-4  # tolerance of weights, whose position among the bins loses digits
 

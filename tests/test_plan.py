@@ -10,8 +10,8 @@ import pytest
 from gymnasium import spaces
 
 from worldflux_dist import config
-from worldflux_dist.data import Spaces
 from worldflux_dist.distributed import cluster, roles
+from worldflux_dist.spaces import Spaces
 
 VECTOR = Spaces(spaces.Box(-1, 1, (4,)), spaces.Discrete(2))
 IMAGE = Spaces(spaces.Box(0, 255, (64, 64, 3), np.uint8), spaces.Discrete(6))

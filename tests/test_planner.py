@@ -17,8 +17,9 @@ from torch import Tensor
 
 from worldflux_dist.behaviors.base import Behavior, BehaviorLoss
 from worldflux_dist.behaviors.planner import Planner, PlannerConfig, PlanNoise
-from worldflux_dist.data import Batch, Spaces
+from worldflux_dist.data import Batch
 from worldflux_dist.models.base import LossOutput, Prediction, State, WorldModel
+from worldflux_dist.spaces import Spaces
 
 Function = Callable[[Tensor], Tensor]
 

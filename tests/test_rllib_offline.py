@@ -21,8 +21,9 @@ from ray.rllib.offline.offline_env_runner import OfflineSingleAgentEnvRunner
 from rllib_runs import check_ratio, small
 from space_envs import SPACE_ENVS
 
-from worldflux_dist.data import Chunk, Spaces
+from worldflux_dist.data import Chunk
 from worldflux_dist.rllib.episodes import encode_actions, read_episodes, to_chunk
+from worldflux_dist.spaces import Spaces
 
 ACTION = spaces.Box(np.array([-1, 0], np.float32), np.array([3, 10], np.float32))
 OBS = spaces.Box(-9, 9, (2,), np.float32)

@@ -133,13 +133,13 @@ class Raises(Odd):
 
 
 class RaisesLate(Odd):
-    """Only in the life of an environment that a run makes: the second one."""
+    """Only where it is stepped as in a run: in its fourth life."""
 
     lives = 0
 
     def __init__(self) -> None:
         RaisesLate.lives += 1
-        self.broken = RaisesLate.lives == 2
+        self.broken = RaisesLate.lives == 4
 
     def reward(self) -> Any:
         return 1 / 0 if self.broken else 1.0

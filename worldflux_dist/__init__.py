@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from worldflux_dist.config import Config as Config
     from worldflux_dist.data import Batch as Batch
     from worldflux_dist.data import Chunk as Chunk
-    from worldflux_dist.data import Spaces as Spaces
     from worldflux_dist.data import Step as Step
     from worldflux_dist.models.base import Rollout as Rollout
     from worldflux_dist.models.base import State as State
     from worldflux_dist.models.base import WorldModel as WorldModel
     from worldflux_dist.models.base import create_world_model as create_world_model
+    from worldflux_dist.spaces import Spaces as Spaces
 
 __version__ = "0.1.0"
 
@@ -28,7 +28,7 @@ _HOMES = {
     "Chunk": "data",
     "Config": "config",
     "Rollout": "models.base",
-    "Spaces": "data",
+    "Spaces": "spaces",
     "State": "models.base",
     "Step": "data",
     "WorldModel": "models.base",

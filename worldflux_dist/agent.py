@@ -23,7 +23,7 @@ from worldflux_dist.behaviors.actor_critic import ActorCritic, ActorCriticConfig
 from worldflux_dist.behaviors.base import Behavior, BehaviorLoss, Imagined
 from worldflux_dist.behaviors.latent_td import LatentTD, LatentTDConfig
 from worldflux_dist.behaviors.planner import Planner, PlannerConfig
-from worldflux_dist.data import Batch, Spaces
+from worldflux_dist.data import Batch
 from worldflux_dist.models.base import (
     LossOutput,
     Rollout,
@@ -33,6 +33,7 @@ from worldflux_dist.models.base import (
     nearest,
     with_options,
 )
+from worldflux_dist.spaces import Spaces
 
 if TYPE_CHECKING:
     from worldflux_dist.checkpoint import AnyPath

@@ -64,7 +64,7 @@ def train(
     if outcome is None:
         print(f"stopped; everything is saved in {run_dir}, and the same command goes on")
         raise typer.Exit(130)
-    pictures = [run_dir / "curve.png", *sorted((run_dir / "video").glob("*.gif"))]
+    pictures = [*run_dir.glob("curve.png"), *sorted((run_dir / "video").glob("*.gif"))]
     print("pictures: " + "   ".join(map(str, pictures)))
     if outcome.passed is False:
         raise typer.Exit(1)

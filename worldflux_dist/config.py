@@ -20,11 +20,11 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from worldflux_dist.agent import Agent
-from worldflux_dist.data import Spaces
 from worldflux_dist.envs import EnvConfig
 from worldflux_dist.learner import LearnerConfig
 from worldflux_dist.models.base import nearest
 from worldflux_dist.replay.buffer import ReplayConfig
+from worldflux_dist.spaces import Spaces
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,20 @@
-"""Evaluation: the mean return of whole episodes, and the open loop that shows what a model knows.
-
-Every environment contributes equally many episodes, its first ones, so that short episodes are
-not counted more often than long ones.
-"""
+"""Evaluation: returns of whole episodes, and the open loop that shows what a model knows."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from worldflux_dist.agent import Agent
+from worldflux_dist.data import Step
 from worldflux_dist.envs import EnvConfig, Envs, make_envs
 from worldflux_dist.envs.acting import Act, random_act
 from worldflux_dist.models.base import State
-
-EPISODE_LIMIT = 50_000  # steps; the longest Atari game has 27,000
+from worldflux_dist.runner import EnvRunner
 
 
 class NoPicturesError(ValueError):
@@ -47,47 +44,22 @@ def greedy(agent: Agent) -> Act:
     return lambda obs, is_first, carry: agent.act_batch(obs, is_first, carry, greedy=True)
 
 
-def run_episodes(act: Act, envs: Envs, episodes: int) -> Evaluation:
-    """Run at least `episodes` whole episodes, the same number in every environment."""
-    each = -(-episodes // envs.num_envs)
-    counts = np.zeros(envs.num_envs, int)
-    sums = np.zeros(envs.num_envs)
-    returns: list[float] = []
-    step = envs.step(np.zeros((envs.num_envs, envs.spaces.action_dim), np.float32))
-    carry: Any = None
-    for _ in range(EPISODE_LIMIT * each):
-        if (counts >= each).all():
-            return Evaluation(tuple(returns))
-        action, carry = act(step.obs, step.is_first, carry)
-        step = envs.step(action)
-        sums += step.reward
-        for lane in np.flatnonzero(step.is_last):
-            if counts[lane] < each:
-                returns.append(float(sums[lane]))
-            counts[lane] += 1
-            sums[lane] = 0
-    raise RuntimeError(
-        f"evaluation saw an episode of more than {EPISODE_LIMIT:,} steps: give the environment an "
-        "end with env.max_episode_steps"
-    )
-
-
 def evaluate(agent: Agent, config: EnvConfig, episodes: int, seed: int) -> Evaluation:
-    """Mean return of the greedy policy in fresh environments."""
-    envs = make_envs(config, seed, num_envs=min(episodes, 10))
-    try:
-        return run_episodes(greedy(agent), envs, episodes)
-    finally:
-        envs.close()
+    """Returns of the greedy policy in fresh environments. Raises EndlessEpisodeError."""
+    return _evaluate(lambda envs: greedy(agent), config, episodes, seed)
 
 
 def evaluate_random(config: EnvConfig, episodes: int, seed: int) -> Evaluation:
-    """Mean return of uniformly random actions: the baseline of the same protocol."""
-    envs = make_envs(config, seed, num_envs=min(episodes, 10))
-    try:
-        return run_episodes(random_act(envs.spaces, seed), envs, episodes)
-    finally:
-        envs.close()
+    """Returns of uniformly random actions: the baseline of the same protocol."""
+    return _evaluate(lambda envs: random_act(envs.spaces, seed), config, episodes, seed)
+
+
+def _evaluate(
+    policy: Callable[[Envs], Act], config: EnvConfig, episodes: int, seed: int
+) -> Evaluation:
+    with closing(make_envs(config, seed, num_envs=min(episodes, 10))) as envs:
+        runner = EnvRunner(envs, policy(envs))
+        return Evaluation(tuple(e.total_reward for e in runner.whole_episodes(episodes)))
 
 
 @dataclass(frozen=True)
@@ -117,18 +89,7 @@ def open_loop(
             f"{agent.recipe['model']} does not decode observations, so there is no dream to draw; "
             "look at an episode instead"
         )
-    envs = make_envs(config, seed, num_envs=1, render=True)
-    steps, frames = [], []
-    carry: Any = None
-    step = envs.step(np.zeros((1, envs.spaces.action_dim), np.float32))
-    while True:
-        steps.append(step)
-        frames.append(envs.render())
-        if len(steps) == context + horizon or step.is_last[0]:
-            break
-        action, carry = agent.act_batch(step.obs, step.is_first, carry, greedy=True)
-        step = envs.step(action)
-    envs.close()
+    steps, frames = zip(*_look(agent, config, seed, context + horizon), strict=True)
     context = min(context, max(1, len(steps) // 2))
     model = agent.world_model
     states = [model.encode(steps[0].obs)]
@@ -145,29 +106,35 @@ def open_loop(
     truth = np.stack([step.obs[key][0] for step in steps])
     if truth.dtype == np.uint8:
         dream = np.clip(np.rint(dream), 0, 255).astype(np.uint8)
-    drawn = None if frames[0] is None else np.stack([f for f in frames if f is not None])
-    return OpenLoop(truth, dream, drawn, context)
+    drawn = [frame for frame in frames if frame is not None]
+    return OpenLoop(truth, dream, np.stack(drawn) if len(drawn) == len(steps) else None, context)
 
 
 def episode_frames(agent: Agent, config: EnvConfig, seed: int, limit: int = 1000) -> np.ndarray:
-    """Pictures (T, h, w, 3) of one greedy episode of at most `limit` steps.
+    """Pictures (T, h, w, 3) of one greedy episode of at most `limit` steps, until one fails.
 
     Raises NoPicturesError where the environment cannot draw itself.
     """
-    envs = make_envs(config, seed, num_envs=1, render=True)
-    try:
+    frames = []
+    for _, frame in _look(agent, config, seed, limit):
+        if frame is None:
+            break
+        frames.append(frame)
+    if not frames:
+        raise NoPicturesError(f"{config.id} has no rgb_array rendering, so there is no video of it")
+    return np.stack(frames)
+
+
+def _look(
+    agent: Agent, config: EnvConfig, seed: int, limit: int
+) -> Iterator[tuple[Step, np.ndarray | None]]:
+    """The steps of one greedy episode, at most `limit`, each with its picture or None."""
+    with closing(make_envs(config, seed, num_envs=1, render=True)) as envs:
+        act, carry = greedy(agent), None
         step = envs.step(np.zeros((1, envs.spaces.action_dim), np.float32))
-        frames, carry = [], None
-        while True:
-            frame = envs.render()
-            if frame is None:
-                raise NoPicturesError(
-                    f"{config.id} has no rgb_array rendering, so there is no video of it"
-                )
-            frames.append(frame)
-            if step.is_last[0] or len(frames) == limit:
-                return np.stack(frames)
-            action, carry = agent.act_batch(step.obs, step.is_first, carry, greedy=True)
+        for t in range(limit):
+            yield step, envs.render()
+            if step.is_last[0] or t == limit - 1:
+                return
+            action, carry = act(step.obs, step.is_first, carry)
             step = envs.step(action)
-    finally:
-        envs.close()

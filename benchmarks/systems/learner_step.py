@@ -28,8 +28,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from peers.rllib_dreamerv3 import WIDTHS, rllib_step
 from worldflux_dist.agent import Agent
-from worldflux_dist.data import Batch, Spaces
+from worldflux_dist.data import Batch
 from worldflux_dist.learner import Learner, LearnerConfig
+from worldflux_dist.spaces import Spaces
 
 Precision = Literal["float32", "bfloat16"]
 ROWS, LENGTH, HORIZON = 16, 64, 15

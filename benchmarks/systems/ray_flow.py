@@ -27,7 +27,7 @@ from gymnasium import spaces
 
 from setting.local_ray import MB, ONCE, local_ray, machine
 from worldflux_dist.config import Config, ScaleConfig
-from worldflux_dist.data import Batch, Spaces
+from worldflux_dist.data import Batch
 from worldflux_dist.distributed.actors import EnvRunnerActor, RunnerReport
 from worldflux_dist.distributed.flow import Flow
 from worldflux_dist.distributed.group import LearnerActor, LearnerGroup
@@ -38,6 +38,7 @@ from worldflux_dist.distributed.weights import WEIGHTS, WeightStore
 from worldflux_dist.envs import EnvConfig
 from worldflux_dist.replay import ReplayConfig
 from worldflux_dist.replay.limiter import Limiter
+from worldflux_dist.spaces import Spaces
 
 OBS = {
     "image": spaces.Box(0, 255, (64, 64, 3), np.uint8),

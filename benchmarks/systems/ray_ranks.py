@@ -21,12 +21,12 @@ from ray import ObjectRef
 from learner_step import random_batch
 from setting.local_ray import MB, ONCE, local_ray, machine
 from worldflux_dist.config import Config, ScaleConfig
-from worldflux_dist.data import Spaces
 from worldflux_dist.distributed.feeding import Fed, Stepper
 from worldflux_dist.distributed.group import LearnerGroup
 from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.weights import WEIGHTS, WeightStore
 from worldflux_dist.replay import ReplayConfig
+from worldflux_dist.spaces import Spaces
 
 OBSERVATION = spaces.Box(-np.inf, np.inf, (24,), np.float32)
 ACTION = spaces.Box(-1, 1, (6,), np.float32)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from worldflux_dist.behaviors import returns
 from worldflux_dist.behaviors.base import Behavior, BehaviorLoss, Imagined
-from worldflux_dist.data import ActionPart
 from worldflux_dist.models.base import LossOutput, Rollout, State, WorldModel
 from worldflux_dist.nn import distributions as dist
 from worldflux_dist.nn.layers import MLP, BinOutput, Linear
+from worldflux_dist.spaces import ActionPart
 
 
 @dataclass(frozen=True)

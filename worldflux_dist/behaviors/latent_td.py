@@ -29,11 +29,11 @@ from torch import Tensor
 
 from worldflux_dist.behaviors import returns
 from worldflux_dist.behaviors.base import Behavior, BehaviorLoss
-from worldflux_dist.data import ActionPart
 from worldflux_dist.models.base import LossOutput, WorldModel
 from worldflux_dist.nn import distributions as dist
 from worldflux_dist.nn.layers import BinOutput, Ensemble, Linear, MishMLP
 from worldflux_dist.nn.optim import ClippedAdam
+from worldflux_dist.spaces import ActionPart
 
 
 @dataclass(frozen=True)

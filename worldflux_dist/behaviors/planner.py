@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worldflux_dist.behaviors.base import Behavior
-from worldflux_dist.data import ActionPart
 from worldflux_dist.models.base import State, WorldModel
 from worldflux_dist.nn import distributions as dist
+from worldflux_dist.spaces import ActionPart
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ import torch
 from ray.exceptions import RayActorError
 
 from worldflux_dist.config import Config
-from worldflux_dist.data import Spaces
 from worldflux_dist.distributed.supervision import raise_if_gone
 from worldflux_dist.distributed.weights import WeightReader
 from worldflux_dist.nn.memory import keep_freed_memory
+from worldflux_dist.spaces import Spaces
 
 ACTING = "acting"  # the actor's name in the namespace of its run
 PULL_EVERY_S = 0.2

@@ -1,4 +1,4 @@
-"""Runner, imaginer and evaluation as Ray actors: thin shells around the plain roles.
+"""Runner and imaginer as Ray actors: thin shells around the plain roles.
 
 Data goes from runner to shard and from shard to learner as object references; the driver sees
 reports and references only. The trainer makes actors of them.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +17,9 @@ import torch
 from ray import ObjectRef
 from ray.exceptions import RayActorError
 
-from worldflux_dist import evaluate
 from worldflux_dist.behaviors.base import Imagined
 from worldflux_dist.config import Config
-from worldflux_dist.data import Batch, Chunk, Spaces
+from worldflux_dist.data import Batch, Chunk
 from worldflux_dist.distributed.acting import RemoteAct
 from worldflux_dist.distributed.shard import ShardReport, shard_name
 from worldflux_dist.distributed.supervision import raise_if_gone
@@ -31,6 +29,7 @@ from worldflux_dist.envs.acting import random_act
 from worldflux_dist.imaginer import Imaginer
 from worldflux_dist.nn.memory import keep_freed_memory
 from worldflux_dist.runner import EnvRunner, Episode
+from worldflux_dist.spaces import Spaces
 
 
 @dataclass(frozen=True)
@@ -176,38 +175,3 @@ class ImaginerActor:
             time.monotonic() - start,
         )
         return report, imagined
-
-
-@dataclass(frozen=True)
-class EvaluationRequest:
-    """What to look at, and with which seed. `pictures` are a dream, where the family can show what
-    it imagines, or else an episode, where the environment can draw itself."""
-
-    episodes: int
-    seed: int
-    random: bool = False
-    pictures: bool = False
-
-
-@ray.remote(num_cpus=0, max_retries=2)
-def evaluate_remotely(
-    config: Config, spaces: Spaces, request: EvaluationRequest, *arrays: dict[str, np.ndarray]
-) -> dict[str, Any]:
-    """Evaluate weights in a process of its own: returns, and pictures where asked."""
-    keep_freed_memory()
-    torch.set_num_threads(config.scale.runner_threads)
-    torch.manual_seed(request.seed)
-    agent = config.make_agent(spaces)
-    for part in arrays:
-        agent.load_arrays(part)
-    found: dict[str, Any] = {
-        "agent": evaluate.evaluate(agent, config.env, request.episodes, request.seed)
-    }
-    if request.random:
-        found["random"] = evaluate.evaluate_random(config.env, request.episodes, request.seed)
-    if request.pictures and agent.world_model.decodes_obs:
-        found["dream"] = evaluate.open_loop(agent, config.env, request.seed)
-    elif request.pictures:
-        with suppress(evaluate.NoPicturesError):
-            found["frames"] = evaluate.episode_frames(agent, config.env, request.seed, limit=200)
-    return found

@@ -19,9 +19,9 @@ import ray
 import torch
 
 from worldflux_dist.config import Config, ConfigError
-from worldflux_dist.data import Spaces
 from worldflux_dist.distributed.roles import MB, ROLES, Sizes
 from worldflux_dist.replay.buffer import ReplayConfig
+from worldflux_dist.spaces import Spaces
 
 BATCHES_IN_FLIGHT = 4
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}

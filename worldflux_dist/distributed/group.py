@@ -23,10 +23,11 @@ from torch.distributed import TCPStore
 
 from worldflux_dist.behaviors.base import Imagined
 from worldflux_dist.config import Config
-from worldflux_dist.data import Batch, Spaces
+from worldflux_dist.data import Batch
 from worldflux_dist.distributed.shard import shard_name
 from worldflux_dist.distributed.weights import WEIGHTS
 from worldflux_dist.learner import Learner
+from worldflux_dist.spaces import Spaces
 
 if TYPE_CHECKING:
     from worldflux_dist.checkpoint import AnyPath

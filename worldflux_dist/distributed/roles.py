@@ -14,8 +14,9 @@ import torch
 
 from worldflux_dist.agent import Agent
 from worldflux_dist.config import Config
-from worldflux_dist.data import Batch, Spaces
+from worldflux_dist.data import Batch
 from worldflux_dist.replay.buffer import ReplayConfig
+from worldflux_dist.spaces import Spaces
 
 MB = 1024**2
 PROCESS_BYTES = 400 * MB  # a Python process with torch and Ray loaded, measured

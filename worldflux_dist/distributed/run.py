@@ -11,7 +11,8 @@ import fcntl
 import importlib.metadata
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -24,7 +25,6 @@ from worldflux_dist.replay.limiter import Limiter
 
 if TYPE_CHECKING:
     from worldflux_dist.checkpoint import AnyPath
-
 # What may differ when a run goes on: how long, how fast, where and on how many processes, and how
 # often to look; not what is learned.
 FREE = {
@@ -33,7 +33,18 @@ FREE = {
     *("scale.num_runners", "scale.num_shards", "scale.num_learners", "scale.runner_threads"),
     *("scale.acting", "scale.patience", "imagination.num_imaginers", "imagination.queue_size"),
     *("imagination.num_policy_learners", "imagination.max_staleness"),
+    "env.max_episode_steps",  # the remedy for an evaluation without an end
 }
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What is to be drawn of an agent: a dream, or frames (T, h, w, 3) of an episode. `problems`
+    say in a sentence each why there is less."""
+
+    dream: OpenLoop | None = None
+    frames: np.ndarray | None = None
+    problems: list[str] = field(default_factory=list)
 
 
 class RunDirectory:
@@ -110,28 +121,31 @@ class RunDirectory:
         """Methods that have been scored."""
         return {line["method"] for line in self.scores()}
 
-    def draw(
-        self,
-        dream: OpenLoop | None,
-        frames: np.ndarray | None,
-        threshold: float | None,
-        random: float,
-    ) -> None:
-        """curve.png, and video/open_loop.gif of a dream or video/episode.gif of frames."""
+    def draw(self, pictures: Pictures, threshold: float | None, random: float) -> list[str]:
+        """curve.png, and video/open_loop.gif of a dream or video/episode.gif of frames; what could
+        not be drawn, one sentence each."""
         scores = [line for line in self.scores() if line["method"] != "random"]
         title = f"{self.settings.model} on {self.settings.env.id}"
-        figures.learning_curve(scores, self.path / "curve.png", threshold, random, title)
-        (self.path / "video").mkdir(exist_ok=True)
+        dream, frames, video = pictures.dream, pictures.frames, self.path / "video"
+        drawings: dict[Path, Callable[[Path], None]] = {
+            self.path / "curve.png": lambda path: figures.learning_curve(
+                scores, path, threshold, random, title
+            )
+        }
         if dream is not None:
-            figures.open_loop_gif(
-                dream.truth,
-                dream.dream,
-                self.path / "video" / "open_loop.gif",
-                dream.context,
-                frames=dream.frames if dream.truth.dtype != "uint8" else None,
+            beside = dream.frames if dream.truth.dtype != "uint8" else None
+            drawings[video / "open_loop.gif"] = lambda path: figures.open_loop_gif(
+                dream.truth, dream.dream, path, dream.context, beside
             )
         if frames is not None:
-            figures.video(frames, self.path / "video" / "episode.gif", fps=30)
+            drawings[video / "episode.gif"] = lambda path: figures.video(frames, path, fps=30)
+        problems = []
+        for path, draw in drawings.items():
+            try:
+                draw(path)
+            except Exception as error:  # of any kind: the run itself is over and went well
+                problems.append(f"{path} could not be drawn: {type(error).__name__}: {error}")
+        return problems
 
     def _check_config(self) -> None:
         """Raise ConfigError where the directory belongs to a run with other settings."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from worldflux_dist.config import Config
-from worldflux_dist.data import Spaces
 from worldflux_dist.distributed.acting import ACTING, ActingActor
 from worldflux_dist.distributed.actors import EnvRunnerActor, ImaginerActor
 from worldflux_dist.distributed.cluster import shard_config
@@ -16,6 +15,7 @@ from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.shard import ReplayShardActor, ShardPlace, shard_name
 from worldflux_dist.distributed.weights import WEIGHTS, WeightStore
 from worldflux_dist.envs import make_envs
+from worldflux_dist.spaces import Spaces
 
 if TYPE_CHECKING:
     from worldflux_dist.checkpoint import AnyPath

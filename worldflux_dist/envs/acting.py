@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from worldflux_dist.data import Spaces
+from worldflux_dist.spaces import Spaces
 
 # (obs, is_first, carry) -> (flat actions (N, A), carry); the carry is the policy's own memory.
 Act = Callable[[dict[str, np.ndarray], np.ndarray, Any], tuple[np.ndarray, Any]]

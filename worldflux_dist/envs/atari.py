@@ -14,8 +14,8 @@ import numpy as np
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode, VectorObservationWrapper
 
-from worldflux_dist.data import Spaces
 from worldflux_dist.envs.base import EnvConfig, Envs
+from worldflux_dist.spaces import Spaces
 
 gymnasium.register_envs(ale_py)
 

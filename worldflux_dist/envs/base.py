@@ -8,16 +8,49 @@ no array handed out is ever written to again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from gymnasium.vector import VectorEnv
 
-from worldflux_dist.data import Spaces, Step
+from worldflux_dist.data import Step
+from worldflux_dist.spaces import Spaces
 
 logger = logging.getLogger(__name__)
+
+# What the code of an environment may raise: a program written to run alone ends with sys.exit.
+FAULTS = (Exception, SystemExit)
+FAILED = " failed ("  # in the warning of a failure that cost an episode
+LONGEST_SIDE = 1024  # pixels of a frame; larger ones are thinned out
+
+
+def what(error: BaseException) -> str:
+    """An error of an environment in one line."""
+    if isinstance(error, SystemExit):
+        return f"SystemExit: sys.exit({error.code!r}) was called"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+@contextmanager
+def warned() -> Iterator[list[str]]:
+    """What this package warns of meanwhile, as text instead of in the log."""
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            texts.append(record.getMessage())
+
+    texts: list[str] = []
+    package, listener = logging.getLogger(__package__), Listener(logging.WARNING)
+    package.addHandler(listener)
+    propagated, package.propagate = package.propagate, False
+    try:
+        yield texts
+    finally:
+        package.propagate = propagated
+        package.removeHandler(listener)
 
 
 @dataclass(frozen=True)
@@ -85,7 +118,8 @@ class Envs:
 
     `spaces` converts observations and actions, `num_envs` is N, `action_repeat` the frames that
     one step stands for. The first `step` resets every environment and ignores its action.
-    `vector` is the Gymnasium vector environment, `last` its newest observations and infos.
+    `vector` is the Gymnasium vector environment, `last` its newest observations and infos: a list
+    of the environments' own where each has its Guard, else as the vector environment merges them.
     """
 
     def __init__(
@@ -98,7 +132,8 @@ class Envs:
     ) -> None:
         self.spaces, self.num_envs, self.action_repeat = spaces, vector.num_envs, action_repeat
         self.vector, self._draw = vector, draw
-        self.last: tuple[Any, dict[str, Any]] = (None, {})
+        self.last: tuple[Any, Any] = (None, {})
+        self._shape: tuple[int, ...] = ()  # of frames
         self._failures = 0
         self._done = np.ones(self.num_envs, bool)
         self._seeds: np.ndarray = np.zeros(0)
@@ -126,7 +161,8 @@ class Envs:
             raw, reward, terminated, truncated, infos = self.vector.step(
                 self.spaces.decode_action(action)
             )
-        self.last = raw, infos
+        envs = getattr(self.vector, "envs", ())
+        self.last = raw, [env.info for env in envs] if envs else infos
         self._obs = self.spaces.encode_obs(raw)
         self._done = terminated | truncated
         return Step(
@@ -158,22 +194,22 @@ class Envs:
         """An RGB frame (H, W, 3) uint8 of environment 0 for a video.
 
         The environment's own drawing where `make_envs(render=True)` asked for it, else its image
-        observation, else None.
+        observation, else None. What goes wrong is warned of once.
         """
-        frame = None
         if self._draw is not None:
             try:
-                frame = self._draw()
-            except Exception as error:  # a missing display must not end a training run
+                frame = as_frame(self._draw())
+                self._shape = self._shape or frame.shape
+                if frame.shape != self._shape:
+                    raise ValueError(f"frames of the shapes {self._shape} and {frame.shape}")
+                return frame
+            except FAULTS as error:  # what cannot be drawn must not end a training run
                 self._draw = None
                 logger.warning(
-                    "no video frames, the environment cannot draw: %s: %s (without a display set "
+                    "no video frames, the environment cannot draw: %s (without a display set "
                     "MUJOCO_GL=egl or MUJOCO_GL=osmesa and install that library)",
-                    type(error).__name__,
-                    error,
+                    what(error),
                 )
-        if frame is not None:
-            return np.asarray(frame)
         for key, spec in self.spaces.obs.items():
             if spec.kind == "image" and self._obs is not None:
                 return np.broadcast_to(self._obs[key][0], (*spec.shape[:2], 3))
@@ -181,3 +217,31 @@ class Envs:
 
     def close(self) -> None:
         self.vector.close()
+
+
+def as_frame(drawn: Any) -> np.ndarray:
+    """What an environment draws, as RGB (H, W, 3) uint8.
+
+    Taken are H x W, H x W x C and C x H x W of 1, 3 or 4 channels (the fourth is left out), floats
+    in 0..1 or 0..255, whole numbers, and lists of frames, of which the newest counts. Raises
+    ValueError for anything else.
+    """
+    if isinstance(drawn, list | tuple) and drawn and isinstance(drawn[-1], np.ndarray):
+        drawn = drawn[-1]
+    frame = np.asarray(drawn)
+    if frame.ndim == 3 and frame.shape[2] not in (1, 3, 4) and frame.shape[0] in (1, 3, 4):
+        frame = frame.transpose(1, 2, 0)
+    frame = frame[..., None] if frame.ndim == 2 else frame
+    fits = frame.ndim == 3 and frame.shape[2] in (1, 3, 4) and frame.dtype.kind in "buif"
+    if not (fits and frame.size):
+        shape = f" of shape {frame.shape} and type {frame.dtype}" if frame.ndim else ""
+        raise ValueError(
+            f"render returned {type(drawn).__name__}{shape}, not an array of H x W x 3 numbers"
+        )
+    every = -(-max(frame.shape[:2]) // LONGEST_SIDE)
+    frame = frame[::every, ::every, :3]
+    if frame.dtype != np.uint8:
+        may_be_unit, frame = frame.dtype.kind in "bf", np.nan_to_num(frame.astype(np.float32))
+        scale = 255 if may_be_unit and frame.max() <= 1 else 1
+        frame = np.clip(np.rint(frame * scale), 0, 255).astype(np.uint8)
+    return np.broadcast_to(frame, (*frame.shape[:2], 3)).copy()

@@ -1,9 +1,14 @@
 """What a run would make of an environment, told before anything is trained: `check(config)`.
 
 All conversions are read from Spaces and the vector environment is that of `make_envs`, so that
-the report cannot disagree with a run. What must stay true: whatever would cost a run its episodes
-(an error, a value that is not finite, a wrong shape) makes an environment not usable; everything
-else is a warning.
+the report cannot disagree with a run; and the check does what a run does: it makes one environment
+and closes it, steps several, and asks for pictures. What must stay true: whatever would cost a run
+its episodes (an error, a value that is not finite, a wrong shape) makes an environment not usable;
+everything else is a warning. What is usable trains, evaluates and draws to the end.
+
+Gymnasium's checker (`check_env`) cannot say this: it raises at float64 observations, at values
+outside their bounds and at factories without a spec, which a run takes, stops at the first, and
+looks at a few steps only.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from collections.abc import Callable
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -22,14 +28,15 @@ from gymnasium import spaces as gym_spaces
 from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.vector.utils import batch_space, iterate
 
-from worldflux_dist.data import ActionPart, ObsSpec, Spaces
 from worldflux_dist.envs import make_envs
 from worldflux_dist.envs.atari import is_atari
-from worldflux_dist.envs.base import EnvConfig
-from worldflux_dist.envs.single import builder, check_obs
+from worldflux_dist.envs.base import FAILED, FAULTS, EnvConfig, warned, what
+from worldflux_dist.envs.single import Guard, builder, check_obs, time_limits
+from worldflux_dist.spaces import ActionPart, ObsSpec, Spaces
 
 LOOK_STEPS, LOOK_SECONDS = 300, 1.0  # of the bare environment, every value looked at
 RUN_STEPS, RUN_SECONDS = 1000, 2.0  # as a run steps it, timed
+DRAW_STEPS = 20  # that are drawn, besides the last one of each episode
 LARGE_OBS = 2**20  # bytes
 
 
@@ -158,24 +165,34 @@ def check(config: EnvConfig, seed: int = 0) -> Report:
     Never raises for what is wrong with an environment: that is the report's `problem`.
     """
     report = Report(config.id)
-    try:
-        if not is_atari(config.id):
-            _look(config, seed, report)
-        _run(config, seed, report)
-    except Exception as error:  # whatever is wrong with the environment is this function's result
-        kind = "" if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: "
-        report.problem = kind + _one_line(error).removeprefix(f"env {config.id}: ")
+    with warned() as texts:
+        try:
+            if not is_atari(config.id):
+                _look(config, seed, report)
+            if _run(config, seed, report):
+                failure = next(text for text in texts if FAILED in text)
+                raise ValueError(f"{failure}; repair the environment")
+        except FAULTS as error:  # whatever is wrong with the environment is the result
+            text = _one_line(error) if isinstance(error, ValueError | RuntimeError) else what(error)
+            report.problem = text.removeprefix(f"env {config.id}: ") or what(error)
+    report.warnings |= {text: text for text in texts if text not in report.problem}
     return report
 
 
 def _look(config: EnvConfig, seed: int, report: Report) -> None:
     """Step one environment without a guard, and look at every value that it hands out."""
-    with closing(builder(config, render=False)()) as env:
+    make = partial(Guard, builder(config, render=False), config.id, 0, 1)
+    with closing(make()) as guard:
+        env = guard.env
         report.declared = env.observation_space, env.action_space
         report.spaces = Spaces(*report.declared)
         report.check_spaces()
-        if env.has_wrapper_attr("_max_episode_steps"):
-            report.time_limit = env.get_wrapper_attr("_max_episode_steps")
+        limits = [limit._max_episode_steps for limit in time_limits(env)]
+        report.time_limit = min(limits, default=None)
+        _reset(env, seed, report)
+    make().close()  # as a run does that asks for its spaces only
+    with closing(make()) as guard:
+        env = guard.env
         first, again = (deepcopy(_reset(env, seed, report)) for _ in range(2))
         if not data_equivalence(first, again, exact=True):
             report.warnings["seed"] = (
@@ -220,17 +237,19 @@ def _step(env: gymnasium.Env, action: Any, report: Report) -> bool:
 def _call(name: str, method: Callable[[], Any]) -> Any:
     try:
         return method()
-    except Exception as error:
+    except FAULTS as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        what = f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{name} raised {what} ({frame.filename}:{frame.lineno}); repair the environment"
+            f"{name} raised {what(error)} ({frame.filename}:{frame.lineno}); repair the environment"
         ) from error
 
 
-def _run(config: EnvConfig, seed: int, report: Report) -> None:
-    """Step one environment as a run does, and take the time."""
-    with closing(make_envs(config, seed, num_envs=1)) as envs:
+def _run(config: EnvConfig, seed: int, report: Report) -> int:
+    """Step environments as a run does, drawing the first, and take the time; how often they failed.
+
+    Rewards and episodes are those of the first.
+    """
+    with closing(make_envs(config, seed, num_envs=2, render=True)) as envs:
         if report.spaces is None:
             report.spaces = envs.spaces
             report.declared = envs.spaces.observation, envs.spaces.action
@@ -239,27 +258,38 @@ def _run(config: EnvConfig, seed: int, report: Report) -> None:
             report.time_limit = min(report.time_limit, config.max_episode_steps or 10**9)
         report.action_repeat = envs.action_repeat
         rng = np.random.default_rng(seed)
-        envs.step(envs.spaces.random_action(rng, 1))
-        rewards, length, begun = [], 0, time.perf_counter()
-        while report.steps < RUN_STEPS and time.perf_counter() - begun < RUN_SECONDS:
-            step = envs.step(envs.spaces.random_action(rng, 1))
+        envs.step(envs.spaces.random_action(rng, 2))
+        rewards, length, seconds, terminal = [0.0], 0, 0.0, False
+        while report.steps < RUN_STEPS and seconds < RUN_SECONDS:
+            begun = time.perf_counter()
+            step = envs.step(envs.spaces.random_action(rng, 2))
+            seconds += time.perf_counter() - begun
             report.steps += 1
+            if report.steps <= DRAW_STEPS or step.is_last[0]:
+                envs.render()
             if step.is_first[0]:
                 continue
             rewards.append(float(step.reward[0]))
             length += 1
             if step.is_last[0]:
                 report.episodes.append(length)
-                length = 0
-        report.steps_per_second = report.steps / (time.perf_counter() - begun)
-        if envs.take_failures():
-            raise ValueError("it failed, as logged above: repair the environment")
-        report.rewards = min(rewards), max(rewards)
+                length, terminal = 0, terminal or bool(step.is_terminal[0])
+        report.steps_per_second = 2 * report.steps / seconds
+        report.rewards = min(rewards[1:]), max(rewards[1:])
         if not report.episodes and report.time_limit is None:
             report.warnings["endless"] = (
                 f"no episode ended in {report.steps:,} steps and no time limit is known: set "
                 "env.max_episode_steps unless episodes end by themselves"
             )
+        stays = report.time_limit
+        if len(report.episodes) > 1 and len(set(report.episodes)) == 1 and not terminal:
+            stays = report.episodes[0]
+        if stays and stays < config.max_episode_steps:
+            report.warnings["limit"] = (
+                f"env.max_episode_steps={config.max_episode_steps} does nothing: a limit of its "
+                f"own, {stays} steps, comes first"
+            )
+        return envs.take_failures()
 
 
 def _is_number(reward: Any) -> bool:

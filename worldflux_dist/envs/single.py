@@ -20,6 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
 from functools import partial
+from numbers import Integral
 from types import FrameType, ModuleType
 from typing import Any
 
@@ -27,12 +28,13 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from worldflux_dist.data import Spaces
-from worldflux_dist.envs.base import EnvConfig, Envs
+from worldflux_dist.envs.base import FAILED, FAULTS, EnvConfig, Envs, what
 from worldflux_dist.envs.dmc import dmc_task, is_dmc
+from worldflux_dist.spaces import Spaces
 
 logger = logging.getLogger(__name__)
 
+SPACES = ("observation_space", "action_space")
 GOOD_RUN = 100  # steps without a failure after which earlier failures are forgotten
 
 
@@ -43,7 +45,10 @@ class Guard(gymnasium.Wrapper):
     the space's shape, or more than `patience` seconds in Python, in step or in reset. In a step
     the last observation is repeated with zero reward and `truncated`; the next reset builds a new
     environment. `max_failures` in a row, with no run of GOOD_RUN steps between them, raise
-    RuntimeError.
+    RuntimeError. One that does not close is warned of.
+
+    `info` is the newest. It is not handed to the vector environment, which can merge infos of one
+    shape only, while nothing that is trained depends on them.
     """
 
     def __init__(
@@ -55,6 +60,12 @@ class Guard(gymnasium.Wrapper):
         patience: float = 0.0,
     ) -> None:
         super().__init__(build())
+        # A rebuilt environment must have them too. Its own metadata is its class's: it is shared.
+        for space in SPACES:
+            setattr(self, space, getattr(self.env, space, None))
+        own = self.env.metadata
+        self.metadata = dict(own) if isinstance(own, dict) else {}
+        self.info: dict[str, Any] = {}
         self._patience = patience if _can_interrupt() else 0.0
         self._build, self._name, self._lane = build, name, lane
         self._max_failures, self._failures, self._good = max_failures, 0, 0
@@ -75,25 +86,26 @@ class Guard(gymnasium.Wrapper):
                     self._broken = False
                     seed = int(self._rng.integers(2**31))
                 self._alarm(self._patience)
-                obs, info = self.env.reset(seed=seed, options=options)
+                obs, self.info = self.env.reset(seed=seed, options=options)
                 self._alarm(0)
                 check_obs(self.observation_space, obs)
-            except Exception as error:
+            except FAULTS as error:
                 self._failed(error)
             else:
                 self._last = deepcopy(obs)
-                return self._last, info
+                return self._last, {}
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         try:
             self._alarm(self._patience)
-            obs, reward, terminated, truncated, info = self.env.step(action)
+            obs, reward, terminated, truncated, self.info = self.env.step(action)
             self._alarm(0)
             check_obs(self.observation_space, obs)
             reward = np.asarray(reward).item()  # some hand out an array of one
+            terminated, truncated = bool(terminated), bool(truncated)
             if not math.isfinite(np.float32(reward)):
                 raise ValueError(f"the reward is {reward}")
-        except Exception as error:
+        except FAULTS as error:
             self._failed(error)
             return self._last, 0.0, False, True, {}
         self._good += 1
@@ -101,7 +113,7 @@ class Guard(gymnasium.Wrapper):
             self._failures = 0
         # A copy: an environment may write its next observation into the same array, then raise.
         self._last = deepcopy(obs)
-        return self._last, reward, terminated, truncated, info
+        return self._last, reward, terminated, truncated, {}
 
     def _alarm(self, seconds: float) -> None:
         """Interrupt this thread then, if it can be; 0 takes it back."""
@@ -109,24 +121,41 @@ class Guard(gymnasium.Wrapper):
             signal.setitimer(signal.ITIMER_REAL, seconds)
 
     def render(self) -> Any:
-        return None if self._broken else self.env.render()
+        """The environment's own drawing; None while it is broken."""
+        try:
+            self._alarm(self._patience)
+            return None if self._broken else self.env.render()
+        finally:
+            self._alarm(0)
 
-    def _failed(self, error: Exception) -> None:
+    def close(self) -> None:
+        """Close the environment; a broken one has been closed."""
+        if self._broken:
+            return
+        self._broken = True
+        try:
+            self._alarm(self._patience)
+            self.env.close()
+        except FAULTS as error:
+            logger.warning("env %s did not close: %s", self._name, what(error))
+        finally:
+            self._alarm(0)
+
+    def _failed(self, error: BaseException) -> None:
         self._alarm(0)
         self._failures += 1
         self.num_failures += 1
         self._good, self._broken = 0, True
-        what = f"{type(error).__name__}: {error}"
         logger.warning(
-            "env %s lane %d failed (%d of at most %d in a row): %s",
-            *(self._name, self._lane, self._failures, self._max_failures, what),
+            f"env %s lane %d{FAILED}%d of at most %d in a row): %s",
+            *(self._name, self._lane, self._failures, self._max_failures, what(error)),
         )
-        with suppress(Exception):  # what is broken may not close either
+        with suppress(*FAULTS):  # what is broken may not close either
             self.env.close()
         if self._failures >= self._max_failures:
             raise RuntimeError(
                 f"env {self._name} lane {self._lane} failed {self._failures} times in a row, "
-                f"last with {what}; repair the environment or raise env.max_failures"
+                f"last with {what(error)}; repair the environment or raise env.max_failures"
             ) from error
 
 
@@ -177,7 +206,7 @@ def single_envs(
     limits = (config.max_failures, config.patience)
     guards = [Guard(build, config.id, lane, *limits) for lane in range(num_envs)]
     first = guards[0]
-    if None in (first.observation_space, first.action_space):
+    if None in (getattr(first, name, None) for name in SPACES):
         raise ValueError(
             f"env {config.id} has no observation_space or action_space of one agent: set both as "
             "attributes; environments of several agents are not supported"
@@ -186,15 +215,30 @@ def single_envs(
         spaces = Spaces(first.observation_space, first.action_space)
     except ValueError as error:
         raise ValueError(f"env {config.id}: {error}") from None
+    for other in guards:
+        for name in SPACES:
+            one, two = getattr(first, name), getattr(other, name)
+            if one != two:
+                raise ValueError(
+                    f"env {config.id}: two environments made alike have the {name} {one} and {two}:"
+                    " give all the same"
+                )
     vector = SyncVectorEnv(
         [lambda guard=guard: guard for guard in guards],  # type: ignore[misc]
         autoreset_mode=AutoresetMode.NEXT_STEP,
     )
-    repeat = (
-        first.get_wrapper_attr("action_repeat") if first.has_wrapper_attr("action_repeat") else 1
-    )
     draw = first.render if first.render_mode == "rgb_array" else None
-    return Envs(vector, spaces, seed, action_repeat=repeat, draw=draw)
+    return Envs(vector, spaces, seed, action_repeat=_action_repeat(first), draw=draw)
+
+
+def _action_repeat(env: gymnasium.Env) -> int:
+    """The attribute `action_repeat` where it can be meant so: a whole number of at least 1."""
+    try:
+        value = env.get_wrapper_attr("action_repeat")
+    except FAULTS:
+        return 1
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return int(value) if whole and value >= 1 else 1
 
 
 def builder(config: EnvConfig, render: bool) -> Callable[[], gymnasium.Env]:
@@ -207,47 +251,85 @@ def builder(config: EnvConfig, render: bool) -> Callable[[], gymnasium.Env]:
         own = getattr(_import(module_name, config.id), name, None)
     if own is None and name not in gymnasium.registry:
         raise ValueError(_unknown(config.id, name))
-    kwargs = dict(config.kwargs)
+    make = partial(_make_registered, name) if own is None else partial(_make_own, own, config.id)
     if render:
         os.environ.setdefault("SDL_AUDIODRIVER", "dummy")  # pygame would open the sound card
-    if render and (own is None or "render_mode" in inspect.signature(own).parameters):
-        kwargs.setdefault("render_mode", "rgb_array")
-    limit = config.max_episode_steps or None
-    if own is None:
-        make = partial(_make_registered, name, limit, kwargs)
-    else:
-        make = partial(_make_own, own, config.id, limit, kwargs)
+    drawing = {}
+    if render and "render_mode" not in config.kwargs and (own is None or _can_draw(own)):
+        drawing = {"render_mode": "rgb_array"}
+
+    def attempt(more: dict[str, Any]) -> gymnasium.Env:
+        # A copy for each, because environments take apart what they are given.
+        return limited(make(**deepcopy(config.kwargs), **more), config.max_episode_steps)
 
     def build() -> gymnasium.Env:
+        if drawing:
+            try:
+                return attempt(drawing)
+            except FAULTS as error:
+                undrawn = what(error)
         try:
-            return make()
+            env = attempt({})
         except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
             raise ValueError(_missing(config.id, error)) from error
-        except Exception as error:
-            what = f"{type(error).__name__}: {error}"
-            raise ValueError(f"env {config.id} could not be made: {what}") from error
+        except FAULTS as error:
+            raise ValueError(f"env {config.id} could not be made: {what(error)}") from error
+        if drawing:
+            logger.warning(
+                "env %s draws nothing, since it cannot be made with render_mode='rgb_array': %s",
+                *(config.id, undrawn),
+            )
+        return env
 
     return build
 
 
-def _make_registered(name: str, limit: int | None, kwargs: dict[str, Any]) -> gymnasium.Env:
+def _can_draw(own: Callable[..., Any]) -> bool:
+    try:
+        return "render_mode" in inspect.signature(own).parameters
+    except (TypeError, ValueError):  # it has no signature that can be read
+        return False
+
+
+def time_limits(env: gymnasium.Env) -> list[gymnasium.wrappers.TimeLimit]:
+    """The time limits of an environment, from the outermost to the innermost."""
+    found = []
+    while isinstance(env, gymnasium.Wrapper):
+        if isinstance(env, gymnasium.wrappers.TimeLimit):
+            found.append(env)
+        env = env.env
+    return found
+
+
+def limited(env: gymnasium.Env, limit: int) -> gymnasium.Env:
+    """`env` with episodes of at most `limit` steps, 0 for its own limit; shorter ones are lifted.
+
+    They may count steps of another kind, inside a wrapper that repeats actions.
+    """
+    if not limit:
+        return env
+    for inner in time_limits(env):
+        if inner._max_episode_steps < limit:
+            inner._max_episode_steps = sys.maxsize
+    return gymnasium.wrappers.TimeLimit(env, limit)
+
+
+def _make_registered(name: str, **kwargs: Any) -> gymnasium.Env:
     if "mujoco" in str(gymnasium.registry[name].entry_point):
         import mujoco
 
         # Left alone, it writes every warning to stderr and to a file in the current directory.
         mujoco.set_mju_user_warning(logger.info)
-    return gymnasium.make(name, max_episode_steps=limit, disable_env_checker=True, **kwargs)
+    return gymnasium.make(name, disable_env_checker=True, **kwargs)
 
 
-def _make_own(
-    own: Callable[..., Any], env_id: str, limit: int | None, kwargs: dict[str, Any]
-) -> gymnasium.Env:
+def _make_own(own: Callable[..., Any], env_id: str, **kwargs: Any) -> gymnasium.Env:
     env = own(**kwargs)
     if not isinstance(env, gymnasium.Env):
         raise ValueError(
             f"{env_id} returned a {type(env).__name__}, it must return a gymnasium.Env"
         )
-    return gymnasium.wrappers.TimeLimit(env, limit) if limit else env
+    return env
 
 
 def _import(module_name: str, env_id: str) -> ModuleType:
@@ -262,6 +344,12 @@ def _import(module_name: str, env_id: str) -> ModuleType:
                 f"path and in {os.getcwd()}"
             ) from error
         raise ValueError(_missing(env_id, error)) from error
+    except SystemExit as error:
+        raise ValueError(
+            f"env {env_id}: importing {module_name} ended with sys.exit({error.code!r}); what it "
+            "does as a program, such as reading the command line, belongs below `if __name__ == "
+            '"__main__":`'
+        ) from error
 
 
 def _unknown(env_id: str, name: str) -> str:

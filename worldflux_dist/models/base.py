@@ -21,7 +21,8 @@ from gymnasium import Space
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from worldflux_dist.data import Batch, Spaces
+from worldflux_dist.data import Batch
+from worldflux_dist.spaces import Spaces
 
 Policy = Callable[[Tensor], Tensor]  # features (B, F) -> actions (B, A)
 

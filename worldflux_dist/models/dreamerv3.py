@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldflux_dist.data import Batch, Spaces
+from worldflux_dist.data import Batch
 from worldflux_dist.models.base import LossOutput, Prediction, State, WorldModel
 from worldflux_dist.nn import distributions as dist
 from worldflux_dist.nn.gru import BlockGRU
@@ -36,6 +36,7 @@ from worldflux_dist.nn.layers import MLP, BinOutput, Linear, NormedLinear
 from worldflux_dist.nn.optim import LaProp
 from worldflux_dist.nn.products import linear
 from worldflux_dist.nn.vision import ImageDecoder, ImageEncoder
+from worldflux_dist.spaces import Spaces
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldflux_dist.data import Batch, Spaces
+from worldflux_dist.data import Batch
 from worldflux_dist.models.base import LossOutput, Prediction, State, WorldModel
 from worldflux_dist.nn import distributions as dist
 from worldflux_dist.nn.layers import (
@@ -45,6 +45,7 @@ from worldflux_dist.nn.layers import (
 )
 from worldflux_dist.nn.optim import ClippedAdam
 from worldflux_dist.nn.vision import StridedEncoder, random_shift
+from worldflux_dist.spaces import Spaces
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worldflux_dist.data import ActionPart
+from worldflux_dist.spaces import ActionPart
 
 
 def symlog(x: Tensor) -> Tensor:

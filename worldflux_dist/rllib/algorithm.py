@@ -35,7 +35,6 @@ from ray.util.placement_group import get_current_placement_group
 
 from worldflux_dist.checkpoint import as_path
 from worldflux_dist.config import Config
-from worldflux_dist.data import Spaces
 from worldflux_dist.distributed.actors import ImaginerActor, RunnerReport, send
 from worldflux_dist.distributed.flow import Flow, Round
 from worldflux_dist.distributed.ports import Roles
@@ -48,6 +47,7 @@ from worldflux_dist.rllib.episodes import read_episodes, to_chunk
 from worldflux_dist.rllib.places import Places, bundles
 from worldflux_dist.rllib.ports import Learners, RLlibPorts
 from worldflux_dist.rllib.replay import Replay, delete
+from worldflux_dist.spaces import Spaces
 
 STATE = "worldflux"  # our part of the algorithm's state
 REPLAY, POLICY = "replay", "policy_learner_group"  # parts that save themselves

@@ -13,9 +13,10 @@ from gymnasium import spaces as gym_spaces
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.checkpoints import try_import_msgpack
 
-from worldflux_dist.data import Chunk, Spaces, Step
+from worldflux_dist.data import Chunk, Step
 from worldflux_dist.envs import Envs
 from worldflux_dist.envs.single import check_obs
+from worldflux_dist.spaces import Spaces
 
 OFFLINE = "recorded"  # the writer of chunks that were recorded before
 
@@ -186,8 +187,10 @@ def _lane(batch: Any, lane: int) -> Any:
     return batch[lane]
 
 
-def _info(infos: dict[str, Any], lane: int) -> dict[str, Any]:
+def _info(infos: Any, lane: int) -> dict[str, Any]:
     """One environment's part of a vector environment's infos: `_key` says who has `key`."""
+    if isinstance(infos, list):
+        return infos[lane]
     return {
         key: _info(value, lane) if isinstance(value, dict) else value[lane]
         for key, value in infos.items()

@@ -16,7 +16,7 @@ from ray.rllib.core.rl_module.torch import TorchRLModule
 from torch import Tensor
 
 from worldflux_dist.agent import Agent
-from worldflux_dist.data import Spaces
+from worldflux_dist.spaces import Spaces
 
 FRESH = "is_first"  # in the state: 1 before the first step of an episode
 

@@ -1,0 +1,290 @@
+"""Gymnasium's spaces as the system sees them: observations and actions, converted both ways.
+
+What must stay true: whatever is carried comes back as the environment's own, and what cannot be
+carried is refused here, with a remedy, before anything is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces as gym_spaces
+
+NO_STACKS = (
+    "(leave frame stacking out, world models have memory; flatten what is no image, for example "
+    "with gymnasium.wrappers.FlattenObservation)"
+)
+
+
+@dataclass(frozen=True)
+class ObsSpec:
+    """One observation inside the system: `kind` is image (H, W, C uint8) or vector (n float32)."""
+
+    kind: str
+    shape: tuple[int, ...]
+    path: tuple[Any, ...] = ()
+    convert: Callable[[np.ndarray], np.ndarray] = field(default=lambda x: x, compare=False)
+
+    @property
+    def dtype(self) -> Any:
+        return np.uint8 if self.kind == "image" else np.float32
+
+
+@dataclass(frozen=True)
+class ActionPart:
+    """A slice of the flat action vector: one one-hot of `size`, or `size` numbers in [-1, 1]."""
+
+    kind: str
+    size: int
+
+
+class Spaces:
+    """An environment's spaces as the system sees them, with the conversions both ways.
+
+    Observations become a dict of arrays (`{"obs": ...}` for a single one): images as uint8
+    (H, W, C), all else as flat float32 vectors, discrete ones as one-hots. Actions become one
+    float vector of length `action_dim`: one-hots for Discrete, MultiDiscrete and MultiBinary,
+    [-1, 1] for Box, concatenated for Dict and Tuple. `action_leaves` holds, in that order, each
+    part's path, space and ActionParts. Raises ValueError, with a remedy, for spaces it cannot
+    carry. All conversions take and return batches (a leading axis of environments).
+    """
+
+    def __init__(self, observation: gym_spaces.Space, action: gym_spaces.Space) -> None:
+        self.observation, self.action = observation, action
+        self.obs: dict[str, ObsSpec] = {}
+        for path, leaf in _leaves(observation):
+            name = "/".join(map(str, path)) or "obs"
+            if name in self.obs:
+                raise ValueError(f"two observations are named {name!r} inside: rename one of them")
+            self.obs[name] = _obs_spec(leaf, path)
+        self.action_leaves = [(path, leaf, _action_parts(leaf)) for path, leaf in _leaves(action)]
+        self.action_parts = tuple(part for _, _, parts in self.action_leaves for part in parts)
+        self.action_dim = sum(part.size for part in self.action_parts)
+
+    def encode_obs(self, raw: Any) -> dict[str, np.ndarray]:
+        """A batch of the env's own observations -> dict of (N, *shape) arrays."""
+        return {key: spec.convert(_at(raw, spec.path)) for key, spec in self.obs.items()}
+
+    def decode_action(self, flat: np.ndarray) -> Any:
+        """Flat actions (N, A) -> a batch of the env's own actions. Box values are clipped."""
+        values, start = {}, 0
+        for path, leaf, parts in self.action_leaves:
+            size = sum(part.size for part in parts)
+            values[path] = _decode_leaf(leaf, parts, flat[:, start : start + size])
+            start += size
+        return _nest(self.action, values)
+
+    def random_action(self, rng: np.random.Generator, num: int) -> np.ndarray:
+        """Uniformly random flat actions (num, A) float32."""
+        parts = [
+            _one_hot(rng.integers(part.size, size=num), part.size)
+            if part.kind == "discrete"
+            else rng.uniform(-1, 1, (num, part.size)).astype(np.float32)
+            for part in self.action_parts
+        ]
+        return np.concatenate(parts, -1)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "observation": space_to_json(self.observation),
+            "action": space_to_json(self.action),
+        }
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Spaces:
+        return cls(space_from_json(saved["observation"]), space_from_json(saved["action"]))
+
+    def __reduce__(self) -> Any:
+        return Spaces, (self.observation, self.action)
+
+
+def _leaves(space: gym_spaces.Space, path: tuple = ()) -> Iterator[tuple[tuple, gym_spaces.Space]]:
+    nested = isinstance(space, gym_spaces.Dict | gym_spaces.Tuple)
+    if 0 in (space.shape or ()) or (nested and not space.spaces):  # type: ignore[attr-defined]
+        where = f" at {'/'.join(map(str, path))}" if path else ""
+        raise ValueError(f"space {space}{where} is empty: leave it out, or give it a part")
+    if isinstance(space, gym_spaces.Dict):
+        for key in sorted(space.spaces, key=str):
+            if not isinstance(key, str | int):
+                raise ValueError(f"a Dict space has the key {key!r}: use text or whole numbers")
+            yield from _leaves(space.spaces[key], (*path, key))
+    elif isinstance(space, gym_spaces.Tuple):
+        for index, part in enumerate(space.spaces):
+            yield from _leaves(part, (*path, index))
+    else:
+        yield path, space
+
+
+def _at(nested: Any, path: tuple) -> Any:
+    for key in path:
+        nested = nested[key]
+    return np.asarray(nested)
+
+
+def _nest(space: gym_spaces.Space, values: dict[tuple, Any], path: tuple = ()) -> Any:
+    if isinstance(space, gym_spaces.Dict):
+        return {key: _nest(part, values, (*path, key)) for key, part in space.spaces.items()}
+    if isinstance(space, gym_spaces.Tuple):
+        return tuple(_nest(part, values, (*path, i)) for i, part in enumerate(space.spaces))
+    return values[path]
+
+
+def _one_hot(index: np.ndarray, size: int) -> np.ndarray:
+    if not ((index >= 0) & (index < size)).all():
+        raise ValueError(f"a discrete value outside its space: {index.tolist()} of {size} values")
+    return (index[..., None] == np.arange(size)).astype(np.float32)
+
+
+def _obs_spec(space: gym_spaces.Space, path: tuple) -> ObsSpec:
+    if isinstance(space, gym_spaces.Box):
+        return _image_spec(space, path) or _vector_spec(space, path)
+    if isinstance(space, gym_spaces.Discrete):
+        n, start = int(space.n), int(space.start)
+        return ObsSpec("vector", (n,), path, lambda x: _one_hot(x - start, n))
+    if isinstance(space, gym_spaces.MultiDiscrete):
+        nvec, low = space.nvec.reshape(-1), space.start.reshape(-1)
+        return ObsSpec(
+            "vector",
+            (int(nvec.sum()),),
+            path,
+            lambda x: np.concatenate(
+                [
+                    _one_hot(column - first, n)
+                    for n, first, column in zip(nvec, low, x.reshape(len(x), -1).T, strict=True)
+                ],
+                -1,
+            ),
+        )
+    if isinstance(space, gym_spaces.MultiBinary):
+        return _vector_spec(space, path)
+    raise ValueError(
+        f"observation space {space} is not supported: use Box, Discrete, MultiDiscrete, "
+        "MultiBinary, or Dict and Tuple of these (wrap the environment to convert it)"
+    )
+
+
+def _vector_spec(space: Any, path: tuple) -> ObsSpec:
+    size = int(np.prod(space.shape))
+    return ObsSpec("vector", (size,), path, lambda x: x.reshape(len(x), size).astype(np.float32))
+
+
+def _image_spec(space: gym_spaces.Box, path: tuple) -> ObsSpec | None:
+    """An image is H x W, H x W x C or C x H x W with values in 0..255 (or floats in 0..1)."""
+    shape, low, high = space.shape, float(space.low.min()), float(space.high.max())
+    if low != 0 or high not in (1.0, 255.0) or len(shape) < 2:
+        return None
+    if high == 1.0 and not np.issubdtype(space.dtype, np.floating):
+        return None
+    if len(shape) > 3 and sorted(shape)[-2] >= 8:
+        what = f"has {len(shape)} axes; images have 2 or 3"
+        raise ValueError(f"image observation of shape {shape} {what} {NO_STACKS}")
+    if len(shape) > 3:
+        return None
+    if len(shape) == 2:
+        height, width, channels, first = *shape, 1, False
+    elif shape[2] <= 4:
+        height, width, channels, first = *shape, False
+    else:
+        channels, height, width, first = *shape, True
+    if min(height, width) < 8:
+        return None
+    if channels not in (1, 3):
+        what = f"has {channels} channels; images have 1 or 3"
+        raise ValueError(f"image observation of shape {shape} {what} {NO_STACKS}")
+    scale = 255.0 if high == 1.0 else 1.0
+
+    def convert(x: np.ndarray) -> np.ndarray:
+        x = x if x.dtype == np.uint8 else np.clip(np.rint(x * scale), 0, 255).astype(np.uint8)
+        return x.transpose(0, 2, 3, 1) if first else x.reshape(len(x), height, width, channels)
+
+    return ObsSpec("image", (height, width, channels), path, convert)
+
+
+def _action_parts(space: gym_spaces.Space) -> tuple[ActionPart, ...]:
+    if isinstance(space, gym_spaces.Discrete):
+        return (ActionPart("discrete", int(space.n)),)
+    if isinstance(space, gym_spaces.MultiDiscrete):
+        return tuple(ActionPart("discrete", int(n)) for n in space.nvec.reshape(-1))
+    if isinstance(space, gym_spaces.MultiBinary):
+        return (ActionPart("discrete", 2),) * int(np.prod(space.shape))
+    if isinstance(space, gym_spaces.Box):
+        if not space.is_bounded():
+            raise ValueError(
+                f"action space {space} has no finite bounds: give it some, for example with "
+                "gymnasium.wrappers.TransformAction(env, lambda action: action, Box(-1, 1, "
+                f"{space.shape})), and leave ClipAction out, actions are clipped already"
+            )
+        return (ActionPart("continuous", int(np.prod(space.shape))),)
+    raise ValueError(
+        f"action space {space} is not supported: use Discrete, MultiDiscrete, MultiBinary, a "
+        "bounded Box, or Dict and Tuple of these (wrap the environment to convert it)"
+    )
+
+
+def _decode_leaf(space: Any, parts: tuple[ActionPart, ...], flat: np.ndarray) -> np.ndarray:
+    if isinstance(space, gym_spaces.Discrete):
+        return flat.argmax(-1) + space.start
+    if isinstance(space, gym_spaces.MultiDiscrete | gym_spaces.MultiBinary):
+        edges = np.cumsum([part.size for part in parts])[:-1]
+        columns = [one_hot.argmax(-1) for one_hot in np.split(flat, edges, -1)]
+        start = space.start if isinstance(space, gym_spaces.MultiDiscrete) else 0
+        return (np.stack(columns, -1).reshape(len(flat), *space.shape) + start).astype(space.dtype)
+    # In float64, and without the difference of the bounds, which can overflow.
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    unit = (np.clip(flat, -1, 1).reshape(len(flat), *space.shape).astype(np.float64) + 1) / 2
+    value = np.clip(low * (1 - unit) + high * unit, low, high)
+    return (value if space.dtype.kind == "f" else np.rint(value)).astype(space.dtype)
+
+
+def space_to_json(space: gym_spaces.Space) -> dict[str, Any]:
+    """A Gymnasium space as plain JSON, so that an agent can be loaded without its environment."""
+    if isinstance(space, gym_spaces.Dict):
+        # Pairs, because a JSON object would turn whole numbers into text.
+        return {"dict": [[key, space_to_json(part)] for key, part in space.spaces.items()]}
+    if isinstance(space, gym_spaces.Tuple):
+        return {"tuple": [space_to_json(part) for part in space.spaces]}
+    if isinstance(space, gym_spaces.Discrete):
+        return {"discrete": int(space.n), "start": int(space.start)}
+    if isinstance(space, gym_spaces.MultiDiscrete):
+        return {
+            "multi_discrete": space.nvec.tolist(),
+            "start": space.start.tolist(),
+            "dtype": np.dtype(space.dtype).name,
+        }
+    if isinstance(space, gym_spaces.MultiBinary):
+        return {"multi_binary": space.n if isinstance(space.n, int) else list(space.n)}
+    assert isinstance(space, gym_spaces.Box), space
+
+    def bound(values: np.ndarray) -> Any:
+        numbers = np.asarray(values.flat[0]) if (values == values.flat[0]).all() else values
+        # JSON has no infinity: bounds that are not finite are written as text.
+        return np.where(np.isfinite(numbers), numbers.astype(object), numbers.astype(str)).tolist()
+
+    return {
+        "box": [bound(space.low), bound(space.high)],
+        "shape": list(space.shape),
+        "dtype": np.dtype(space.dtype).name,
+    }
+
+
+def space_from_json(saved: dict[str, Any]) -> gym_spaces.Space:
+    if "dict" in saved:
+        return gym_spaces.Dict(
+            {key: space_from_json(part) for key, part in dict(saved["dict"]).items()}
+        )
+    if "tuple" in saved:
+        return gym_spaces.Tuple([space_from_json(part) for part in saved["tuple"]])
+    if "discrete" in saved:
+        return gym_spaces.Discrete(saved["discrete"], start=saved["start"])
+    if "multi_discrete" in saved:
+        return gym_spaces.MultiDiscrete(
+            saved["multi_discrete"], dtype=saved.get("dtype", "int64"), start=saved["start"]
+        )
+    if "multi_binary" in saved:
+        return gym_spaces.MultiBinary(saved["multi_binary"])
+    shape, dtype = tuple(saved["shape"]), np.dtype(saved["dtype"])
+    low, high = (np.broadcast_to(np.asarray(b, dtype), shape) for b in saved["box"])
+    return gym_spaces.Box(low, high, shape, dtype.type)
