@@ -257,9 +257,8 @@ class WorldFlux(Algorithm):
     def _fill(self, paths: Any) -> None:
         """Put recorded episodes into replay; they count for the prefill, not for the ratio."""
         shards, total = self.replay.shards, 0
-        for number, episode in enumerate(
-            read_episodes([paths] if isinstance(paths, str) else paths)
-        ):
+        found = read_episodes([paths] if isinstance(paths, str) else paths)
+        for number, (name, episode) in enumerate(found):
             row, index = divmod(number, len(shards))
             chunk = to_chunk(
                 episode,
@@ -267,6 +266,7 @@ class WorldFlux(Algorithm):
                 RECORDED + index,
                 row,
                 normalized=self.config.actions_in_input_normalized,
+                name=name,
             )
             send(chunk, shards, self.settings.scale.patience)
             total += chunk.num_steps
