@@ -15,6 +15,12 @@ from worldflux_dist.data import Chunk, Step, new_incarnation
 from worldflux_dist.envs import Envs
 from worldflux_dist.envs.acting import Act
 
+EPISODE_LIMIT = 50_000  # steps of an evaluation's episode; the longest Atari game has 27,000
+
+
+class EndlessEpisodeError(RuntimeError):
+    """An episode that is to be played to its end has none."""
+
 
 @dataclass(frozen=True)
 class Episode:
@@ -30,6 +36,7 @@ class EnvRunner:
     """Owns N environments and the policy's memory. Its chunks follow each other without a gap.
 
     `writer` names it for good, `first_stream` numbers its environments among all runners'.
+    `num_actions` counts the steps that were no resets.
     """
 
     def __init__(
@@ -44,6 +51,7 @@ class EnvRunner:
         self._reward = np.zeros(envs.num_envs)
         self._length = np.zeros(envs.num_envs, int)
         self._episodes: list[Episode] = []
+        self.num_actions = 0
 
     def collect(self, length: int) -> Chunk:
         """The next `length` steps of every environment: a chunk (N, length)."""
@@ -61,6 +69,30 @@ class EnvRunner:
         chunk.check()
         return chunk
 
+    def whole_episodes(self, num: int) -> list[Episode]:
+        """At least `num` whole episodes: the first ones of every environment, as many of each, so
+        that short ones do not count more often.
+
+        For a runner that has not collected anything. Raises EndlessEpisodeError, with a remedy,
+        for an episode of more than EPISODE_LIMIT steps.
+        """
+        each = -(-num // self.envs.num_envs)
+        counts = np.zeros(self.envs.num_envs, int)
+        episodes: list[Episode] = []
+        while (counts < each).any():
+            self._next()
+            if self._length[counts < each].max(initial=0) > EPISODE_LIMIT:
+                raise EndlessEpisodeError(
+                    f"evaluation saw an episode of more than {EPISODE_LIMIT:,} steps: give the "
+                    "environment an end with env.max_episode_steps, or wrap your own in "
+                    "gymnasium.wrappers.TimeLimit"
+                )
+            for episode in self.take_episodes():
+                if counts[episode.lane] < each:
+                    episodes.append(episode)
+                counts[episode.lane] += 1
+        return episodes
+
     def take_episodes(self) -> list[Episode]:
         """Episodes that ended since the last call."""
         taken, self._episodes = self._episodes, []
@@ -74,6 +106,7 @@ class EnvRunner:
         self._step = step = self.envs.step(action)
         self._reward += step.reward
         self._length += ~step.is_first
+        self.num_actions += int((~step.is_first).sum())
         for lane in np.flatnonzero(step.is_last):
             total, length = float(self._reward[lane]), int(self._length[lane])
             self._episodes.append(Episode(total, length, int(lane)))

@@ -192,7 +192,7 @@ def encode_actions(spaces: Spaces, raw: Any, normalized: bool = False) -> np.nda
     `normalized` Box actions are in [-1, 1] already: RLlib records those of the module, which go to
     the bounds of the space on their way to the environment. Raises ValueError for others.
     """
-    found = []
+    columns = []
     for path, leaf, parts in spaces.action_leaves:
         value = raw
         for key in path:
@@ -207,15 +207,15 @@ def encode_actions(spaces: Spaces, raw: Any, normalized: bool = False) -> np.nda
                 # Half of everything, because the difference of the bounds can overflow.
                 half = np.where(high > low, high / 2 - low / 2, 1)
                 rows = (rows / 2 - low / 2) / half * 2 - 1
-            found.append(np.clip(rows, -1, 1))
+            columns.append(np.clip(rows, -1, 1))
             continue
         rows = rows - np.asarray(getattr(leaf, "start", 0)).reshape(-1)
         for column, part in zip(rows.T, parts, strict=True):
             one_hot = column[:, None] == np.arange(part.size)
             if not one_hot.any(-1).all():
                 raise ValueError(f"an action is not in {leaf}")
-            found.append(one_hot)
-    return np.concatenate(found, -1).astype(np.float32)
+            columns.append(one_hot)
+    return np.concatenate(columns, -1).astype(np.float32)
 
 
 def _stack(values: Any) -> Any:
