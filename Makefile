@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos check fast lint bench clean
+.PHONY: help demo test nightly chaos check fast lint bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 8
@@ -15,8 +15,12 @@ help:  ## list the targets
 demo: $(INSTALLED)  ## train a world model through Ray in minutes, then judge it: PASSED or FAILED
 	$(BIN)/worldflux-dist train configs/demo.yaml --run-dir runs/demo
 
-test: lint  ## everything: format, lint, types, import rules and all tests but chaos
-	$(BIN)/pytest -m "not chaos"
+test: lint  ## what CI runs: format, lint, types, import rules, all tests but nightly and chaos
+	$(BIN)/pytest -n 2 --dist loadfile -m "not ray and not chaos and not nightly"
+	$(BIN)/pytest -m "ray and not chaos and not nightly"
+
+nightly: $(INSTALLED)  ## toy tasks learned to the end on three nodes, after deaths and restarts
+	$(BIN)/pytest -m nightly -rA
 
 chaos: $(INSTALLED)  ## nodes and processes killed for twenty minutes
 	$(BIN)/pytest -m chaos -rA
@@ -25,7 +29,7 @@ check: $(INSTALLED)  ## under a minute: all of lint beside the fast tests
 	@$(MAKE) --no-print-directory -j2 lint fast
 
 fast: $(INSTALLED)  ## the fast tests
-	$(BIN)/pytest -q -m "not ray and not learning and not slow and not chaos"
+	$(BIN)/pytest -q -m "not ray and not learning and not slow and not chaos and not nightly"
 
 lint: $(INSTALLED)  ## format, lint, types and import rules
 	$(BIN)/ruff format --check .

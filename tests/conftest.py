@@ -80,11 +80,16 @@ def a_ray(num_cpus: int, megabytes: int) -> Iterator[None]:
         ray.shutdown()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
-    """A Ray for the module: 4 logical CPUs, 200 MB of object store."""
+    """One Ray for all tests of RLlib, which come last: 4 logical CPUs, 200 MB of object store."""
     with a_ray(4, 200):
         yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a Ray come last, since others start and end one of their own."""
+    items.sort(key=lambda item: "ray_local" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,7 @@ class Closing(CartPoleEnv):
         super().close()
 
 
+PATIENCE_S = 300.0  # of tests: what takes longer has failed, however busy the machine is
 BATCH = {"batch_size": 4, "batch_length": 16}
 BATCH_STEPS = BATCH["batch_size"] * BATCH["batch_length"]
 
@@ -71,6 +72,16 @@ def agent_of(learner: Any) -> Agent:
     """The agent that a learner trains."""
     agent: Agent = learner.module[DEFAULT_MODULE_ID].agent
     return agent
+
+
+def until(condition: Any, algo: Any, seconds: float = PATIENCE_S) -> dict[str, Any]:
+    """Train until a result is as wanted."""
+    deadline = time.monotonic() + seconds
+    while True:
+        result = algo.train()
+        if condition(result):
+            return result
+        assert time.monotonic() < deadline, result
 
 
 def check_ratio(result: dict[str, Any], ratio: float = 8) -> None:

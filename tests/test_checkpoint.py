@@ -39,7 +39,7 @@ def run(code: str, root: Path) -> subprocess.CompletedProcess[str]:
         f"from pathlib import Path\nfrom test_checkpoint import *\nroot = Path({str(root)!r})\n"
     )
     command = [sys.executable, "-c", start + code]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_round_trip_and_keep(root: Path | UPath) -> None:

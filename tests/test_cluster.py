@@ -30,13 +30,24 @@ def cluster() -> Iterator[None]:
         yield
 
 
+SHORT = (
+    "train.env_steps=1280",
+    "train.train_ratio=8",
+    "train.eval_episodes=4",
+    "train.threshold=null",
+)
+
+
 @pytest.mark.parametrize("mode", ["fused", "actors"])
-def test_the_toy_task_is_solved_on_three_nodes(cluster: None, tmp_path: Path, mode: str) -> None:
-    overrides = (*TWO_OF_EACH, *(ACTORS if mode == "actors" else ()))
+@pytest.mark.parametrize("solved", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_three_nodes_train(cluster: None, tmp_path: Path, mode: str, solved: bool) -> None:
+    """With two processes of every role; at night until the task is solved."""
+    overrides = (*TWO_OF_EACH, *(ACTORS if mode == "actors" else ()), *(() if solved else SHORT))
     settings = toy_task.make_config(tmp_path, *overrides)
     outcome = trainer.train(settings, tmp_path / "run", plain=True)
     assert outcome is not None
-    toy_task.check_run_solved(tmp_path / "run", outcome)
+    if solved:
+        toy_task.check_run_solved(tmp_path / "run", outcome)
     lines = read_metrics(tmp_path / "run")
     last = lines[-1]
     toy_task.check_ratio(settings, int(last["env_steps"]), int(last["gradient_steps"]))

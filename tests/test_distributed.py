@@ -89,6 +89,7 @@ def test_eval_plays_the_saved_agent(
     assert played > 0.45 > 0.4 > float(random.split()[1])
 
 
+@pytest.mark.nightly  # test_faults.py kills each alone and looks closer; here the task is solved
 def test_killed_runners_and_shards_come_back(tmp_path: Path) -> None:
     with ToyRun(tmp_path, "train.threshold=null") as run:
         run.wait_for("train ")

@@ -169,6 +169,6 @@ def test_mp4_without_ffmpeg_names_the_remedy(tmp_path: Path) -> None:
         "import numpy as np, pathlib; from worldflux_dist.figures import video\n"
         f"video(np.zeros((2, 16, 16, 3), np.uint8), pathlib.Path({str(tmp_path / 'a.mp4')!r}))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert "RuntimeError: writing" in done.stderr
     assert "pip install imageio-ffmpeg" in done.stderr

@@ -127,7 +127,7 @@ class Faulty(Disk):
         self.hang.set()
 
     def write(self, file, data):
-        assert self.hang.wait(10)
+        assert self.hang.wait(120)
         super().write(file, data[: len(data) // 2])
         if self.error:
             raise self.error
@@ -135,7 +135,7 @@ class Faulty(Disk):
 
 
 def wait_until(true):
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.005)

@@ -25,6 +25,7 @@ from worldflux_dist.spaces import Spaces
 GOLDEN = Path(__file__).parent / "golden"
 
 
+@pytest.mark.nightly  # by day it is solved through Ray alone, in test_distributed.py
 @pytest.mark.learning
 def test_the_toy_task_is_solved_in_one_process(tmp_path: Path) -> None:
     settings = toy_task.make_config(tmp_path)

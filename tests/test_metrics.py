@@ -162,7 +162,7 @@ def test_a_blocked_phase_is_not_silent(phase: str) -> None:
         progress.update({"env_steps": 250})
         progress.phase(phase)
         while out.getvalue().count("\n") < 4:  # the main thread waits for something else
-            assert time.monotonic() - began < 30
+            assert time.monotonic() - began < 300
             time.sleep(0.01)
         lines = out.getvalue().splitlines()
         elapsed = time.monotonic() - began

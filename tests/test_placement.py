@@ -19,7 +19,7 @@ from worldflux_dist.distributed.placement import Placement, _waiting, place
 from worldflux_dist.distributed.roles import MB
 
 NODE: dict[str, Any] = {"num_cpus": 3, "memory": 1000 * MB, "object_store_memory": 80 * MB}
-SPARE_S = 60.0  # two to five on an idle machine
+SPARE_S = 240.0  # two to five on an idle machine
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,7 @@ def nodes_of(actors: list[Any], timeout_s: float) -> list[str]:
     return list(nodes.values())
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_role_finds_its_place_again_after_its_node_died(cluster: Cluster) -> None:
     plan = make_plan(2, join_cluster())
@@ -91,16 +92,18 @@ def test_a_role_finds_its_place_again_after_its_node_died(cluster: Cluster) -> N
             time.sleep(0.5)
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_what_finds_no_room_is_said_and_nothing_is_kept(cluster: Cluster) -> None:
     began = time.monotonic()
     with pytest.raises(RuntimeError, match=r"for \d+ x runner \(1 CPU, 100 MB\).* are free"):
-        place(make_plan(12, join_cluster()), timeout_s=3)
-    assert 3 <= time.monotonic() - began < 30
+        place(make_plan(12, join_cluster()), timeout_s=1)
+    assert time.monotonic() - began >= 1
     states = {group["state"] for group in placement_group_table().values()}
     assert states == {"REMOVED"}
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_room_is_waited_for(cluster: Cluster) -> None:
     plan = make_plan(5, join_cluster())
@@ -110,6 +113,7 @@ def test_room_is_waited_for(cluster: Cluster) -> None:
         assert len(second.options["runner"]) == 5
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_room_that_is_there_is_never_missed(cluster: Cluster) -> None:
     plan = make_plan(5, join_cluster())

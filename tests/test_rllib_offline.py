@@ -31,13 +31,19 @@ BOTH = Spaces(OBS, ACTION)
 EARLIER = np.array([[1, 2], [3, 4], [5, 6], [7, 8]], np.float32)
 
 
-def episode(**end: bool) -> SingleAgentEpisode:
+ACTIONS = np.array([[-1, 0], [3, 10], [1, 7.5]], np.float32)
+REWARDS = np.array([0.5, 1.0, -2.0])
+
+
+def episode(
+    obs: Any = EARLIER, actions: Any = ACTIONS, rewards: Any = REWARDS, **end: bool
+) -> SingleAgentEpisode:
     return SingleAgentEpisode(
         observation_space=OBS,
         action_space=ACTION,
-        observations=list(EARLIER),
-        actions=list(np.array([[-1, 0], [3, 10], [1, 7.5]], np.float32)),
-        rewards=[0.5, 1.0, -2.0],
+        observations=list(obs),
+        actions=list(actions),
+        rewards=list(rewards),
         len_lookback_buffer=0,
         **end,
     )
@@ -51,7 +57,8 @@ def write(path: Path, episodes: list[SingleAgentEpisode]) -> None:
 
 
 def read(path: Path, both: Spaces = BOTH) -> list[Chunk]:
-    return [to_chunk(e, both, 7, number) for number, e in enumerate(read_episodes([str(path)]))]
+    found = enumerate(read_episodes([str(path)]))
+    return [to_chunk(e, both, 7, number, name=name) for number, (name, e) in found]
 
 
 # -------------------------------------------------------------------------------- time convention
@@ -197,6 +204,49 @@ def test_other_columns_are_one_sentence(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+def bad(values: np.ndarray, number: float) -> np.ndarray:
+    """A copy whose last number is another one."""
+    values = values.astype(np.float64)
+    values.flat[-1] = number
+    return values
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf, 1e300])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_numbers_that_are_not_finite_are_named(
+    number: float, stacked: bool, tmp_path: Path
+) -> None:
+    """By file and episode; 1e300 is infinite in float32, as which replay holds it."""
+    for part, given in {
+        "observations": {"obs": bad(EARLIER, number)},
+        "observations ": {"obs": [{"a": (row,)} for row in bad(EARLIER, number)]},
+        "actions": {"actions": bad(ACTIONS, number)},
+        "rewards": {"rewards": bad(REWARDS, number)},
+    }.items():
+        wrong = episode(**given)
+        # An episode that goes on is written as lists, one that has ended often as arrays.
+        write(tmp_path / "a.parquet", [episode(), wrong.to_numpy() if stacked else wrong])
+        with pytest.raises(ValueError, match=rf"episode 1 of {tmp_path}/a.parquet has") as caught:
+            read(tmp_path)
+        assert f"has {part.strip()} that are not finite" in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write(path, [episode()])
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"{path} cannot be read .*: record it again, or leave"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("item", [b"", b"\xc1", b"\x80", msgpack.packb({"id_": 3}), None, "a"])
+def test_bytes_that_are_no_episode_are_named(item: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"item": [item]}), path)
+    with pytest.raises(ValueError, match=f"episode 0 of {path} cannot be read .*: record it again"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("obs", "action", "words"),
     [
@@ -209,11 +259,20 @@ def test_other_columns_are_one_sentence(tmp_path: Path) -> None:
     ],
 )
 def test_another_environments_episode_is_one_sentence(
-    obs: gymnasium.Space, action: gymnasium.Space, words: str
+    obs: gymnasium.Space, action: gymnasium.Space, words: str, tmp_path: Path
 ) -> None:
+    write(tmp_path / "a.parquet", [episode()])
     with pytest.raises(ValueError, match=words) as caught:
-        to_chunk(episode(), Spaces(obs, action), 0, 0)
+        read(tmp_path, Spaces(obs, action))
+    assert f"episode 0 of {tmp_path}/a.parquet does not fit this environ" in str(caught.value)
     assert "give the path of episodes that were recorded in it" in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [{"obs": [*EARLIER[:3], np.ones(3)]}, {"rewards": [[1, 2]] * 3}])
+def test_rows_of_another_shape_are_one_sentence(given: dict[str, Any], tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", [episode(**given)])
+    with pytest.raises(ValueError, match=f"episode 0 of {tmp_path}/a.parquet does not fit"):
+        read(tmp_path)
 
 
 # -------------------------------------------------------------------------------------- as a whole

@@ -157,7 +157,7 @@ def test_unwritten_steps_are_durable_within_the_interval(make):
     fill(shard, 0, 2)
     began = time.monotonic()
     while not shard.durable(("w", "a", 1)):  # no flush was asked for
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 120
         time.sleep(0.01)
 
 

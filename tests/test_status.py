@@ -107,6 +107,7 @@ def test_the_bottleneck_is_the_busiest_role(busy: dict[str, float], expected: st
     assert status.bottleneck(busy).startswith(f"bottleneck: {expected}")
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_gauges_are_served_by_ray() -> None:
     pytest.importorskip("aiohttp_cors", reason="Ray's agent comes with ray[default]")

@@ -43,6 +43,7 @@ from worldflux_dist.distributed.weights import WeightStore
 from worldflux_dist.metrics import find
 from worldflux_dist.replay.limiter import Limiter
 from worldflux_dist.rllib.config import WorldFluxConfig
+from worldflux_dist.rllib.env_runner import why_no_runner_starts
 from worldflux_dist.rllib.episodes import read_episodes, to_chunk
 from worldflux_dist.rllib.places import Places, bundles
 from worldflux_dist.rllib.ports import Learners, RLlibPorts
@@ -86,11 +87,8 @@ class WorldFlux(Algorithm):
         self.places = Places(self.config)
         try:
             super().setup(config)
-        except IndexError:
-            # RLlib's own end where no env runner started, whose reason it has only logged: here
-            # it is raised.
-            self.config.env_runner_cls(config=self.config, worker_index=1).stop()
-            raise
+        except IndexError:  # RLlib's own end where no env runner started: it only logs why
+            raise why_no_runner_starts(self.config) from None
 
     def _set_up_metrics(self) -> None:
         """RLlib's last step before callbacks may use the algorithm: ours must be there by then."""
@@ -100,11 +98,11 @@ class WorldFlux(Algorithm):
     def step(self) -> dict[str, Any]:
         """RLlib's; where no episode ended, the result shows the episodes that ended last."""
         result: dict[str, Any] = super().step()
-        found = result.get(ENV_RUNNER_RESULTS, {})
-        for name, value in found.items():
+        shown = result.get(ENV_RUNNER_RESULTS, {})
+        for name, value in shown.items():
             if EPISODES.fullmatch(name) and not np.isnan(value):
                 self._episodes[name] = value
-        result[ENV_RUNNER_RESULTS] = found | self._episodes
+        result[ENV_RUNNER_RESULTS] = shown | self._episodes
         return result
 
     def training_step(self) -> None:
@@ -168,7 +166,7 @@ class WorldFlux(Algorithm):
     # ------------------------------------------------------------------------------ the inside
 
     def _check_room(self) -> None:
-        """Raise ValueError where Ray would wait for ever; within Tune, it is Tune that waits."""
+        """Raise ValueError where Ray would wait forever; within Tune, it is Tune that waits."""
         if get_current_placement_group() is not None:
             return
         asked, there = self.default_resource_request(self.config), ray.cluster_resources()
@@ -183,7 +181,7 @@ class WorldFlux(Algorithm):
                 )
 
     def _start(self) -> None:
-        """Replay, weights, and where the policy learns apart, imagination; tied together."""
+        """Start replay, weights and, where the policy learns apart, imagination; connect them."""
         settings: Config = self.config.settings()
         self.settings, train = settings, settings.train
         self.spaces_inside = Spaces(*self.spaces[DEFAULT_MODULE_ID])
@@ -225,7 +223,7 @@ class WorldFlux(Algorithm):
         self.policy = Learners(group, apart.part)
 
     def _connect(self) -> None:
-        """Tie everything together, as it is now: at the start, and after restoring."""
+        """Connect all parts as they are now: at the start, and after a restore."""
         shards = self.replay.shards
         groups = [self.model] if self.policy is None else [self.model, self.policy]
         for group in groups:
@@ -263,9 +261,8 @@ class WorldFlux(Algorithm):
     def _fill(self, paths: Any) -> None:
         """Put recorded episodes into replay; they count for the prefill, not for the ratio."""
         shards, total = self.replay.shards, 0
-        for number, episode in enumerate(
-            read_episodes([paths] if isinstance(paths, str) else paths)
-        ):
+        episodes = read_episodes([paths] if isinstance(paths, str) else paths)
+        for number, (name, episode) in enumerate(episodes):
             row, index = divmod(number, len(shards))
             chunk = to_chunk(
                 episode,
@@ -273,6 +270,7 @@ class WorldFlux(Algorithm):
                 RECORDED + index,
                 row,
                 normalized=self.config.actions_in_input_normalized,
+                name=name,
             )
             send(chunk, shards, self.settings.scale.patience)
             total += chunk.num_steps
@@ -390,3 +388,6 @@ class WorldFlux(Algorithm):
         """Wait for what runners have under way, and count it."""
         reports = self.ports.drain(DRAIN_S)
         self.limiter.inserted(sum(report.env_steps for report in reports))
+
+
+WorldFluxConfig.algo = WorldFlux

@@ -8,7 +8,7 @@ own methods; what is learned, with `training`. Everything becomes one strict `Co
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
@@ -16,6 +16,11 @@ from ray.tune.registry import ENV_CREATOR, _global_registry
 
 from worldflux_dist import config
 from worldflux_dist.envs import EnvConfig
+from worldflux_dist.envs.atari import is_atari
+from worldflux_dist.envs.dmc import is_dmc
+from worldflux_dist.rllib.env_runner import WorldFluxEnvRunner
+from worldflux_dist.rllib.learner import WorldFluxLearner
+from worldflux_dist.rllib.module import WorldFluxModule
 
 # Settings of RLlib that other algorithms read; each with what takes its place here.
 ELSEWHERE = {
@@ -46,7 +51,10 @@ ELSEWHERE = {
     "input_filesystem": "recorded episodes are read from local paths, set offline_data(input_=...)",
     "offline_evaluation_interval": "policies are evaluated in the environment, by evaluation(...)",
 }
-ENV_FIELDS = {f.name for f in fields(EnvConfig)} - {"id", "num_envs", "kwargs"}
+# Which fields of our section `env` an environment of each kind reads.
+ANY_ENV = {"max_episode_steps", "max_failures", "patience"}
+DMC = {f.name for f in fields(EnvConfig) if f.name.startswith("dmc_")} | {"image_size"}
+ATARI = {f.name for f in fields(EnvConfig)} - DMC - {"id", "num_envs", "kwargs"} | {"image_size"}
 
 
 class WorldFluxConfig(AlgorithmConfig):
@@ -54,17 +62,18 @@ class WorldFluxConfig(AlgorithmConfig):
 
     `.environment(env, env_config=...)` takes the ids of `worldflux-dist envs` (Gymnasium, ALE,
     `dmc/...`, `module:factory`), names registered with Tune and classes. For the ids,
-    `env_config` may set what config.yaml's section `env` can; what is left goes to the environment.
+    `env_config` may set what such an environment reads of config.yaml's section `env`
+    (`max_episode_steps`, `max_failures`, `patience`; for Atari and DeepMind Control their own
+    options too); what is left goes to the environment.
     `.env_runners(rollout_fragment_length=...)` is the length of a chunk of steps.
     `.offline_data(input_=[...])` puts episodes that RLlib recorded into replay; their actions are
     normalized, as RLlib records them by default, unless `actions_in_input_normalized=False`.
     """
 
-    def __init__(self, algo_class: type | None = None, model: str = "dreamerv3:size12m") -> None:
-        from worldflux_dist.rllib.algorithm import WorldFlux
-        from worldflux_dist.rllib.env_runner import WorldFluxEnvRunner
+    algo: ClassVar[type | None] = None  # what is built; set beside it, in algorithm.py
 
-        super().__init__(algo_class=algo_class or WorldFlux)
+    def __init__(self, algo_class: type | None = None, model: str = "dreamerv3:size12m") -> None:
+        super().__init__(algo_class=algo_class or self.algo)
         self.lr: float | None = None
         self.num_envs_per_env_runner = 8
         self.rollout_fragment_length = 64
@@ -141,7 +150,7 @@ class WorldFluxConfig(AlgorithmConfig):
             num_policy_learners: their number; each reserves what a learner does.
             storage: a path or URL, visible to all nodes, for the replay's segments; empty is the
                 algorithm's log directory, which is enough on one node.
-            patience: seconds after which whoever is silent is started again.
+            patience: seconds after which a process that does not answer is restarted.
             checkpoint_replay: whether checkpoints hold the replay, too.
             kwargs: RLlib's own, of which `lr` replaces the preset's learning rate.
         """
@@ -228,23 +237,20 @@ class WorldFluxConfig(AlgorithmConfig):
 
     def env_settings(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What `env_config` says of the section `env`, and the rest, for the environment itself."""
-        found = {"id": self.env, "num_envs": self.num_envs_per_env_runner}
+        env = {"id": self.env, "num_envs": self.num_envs_per_env_runner}
         if not isinstance(self.env, str):
-            return found | {"id": getattr(self.env, "__name__", "env")}, {}
+            return env | {"id": getattr(self.env, "__name__", "env")}, {}
         if _global_registry.contains(ENV_CREATOR, self.env):
-            return found, {}  # all of env_config is its own
+            return env, {}  # all of env_config is its own
         given = dict(self.env_config)
-        known = {name: given.pop(name) for name in ENV_FIELDS & given.keys()}
-        return found | known, given
+        read = ANY_ENV | (ATARI if is_atari(self.env) else DMC if is_dmc(self.env) else set())
+        known = {name: given.pop(name) for name in read & given.keys()}
+        return env | known, given
 
     def get_default_rl_module_spec(self) -> RLModuleSpec:
-        from worldflux_dist.rllib.module import WorldFluxModule
-
         return RLModuleSpec(module_class=WorldFluxModule)
 
     def get_default_learner_class(self) -> type:
-        from worldflux_dist.rllib.learner import WorldFluxLearner
-
         return WorldFluxLearner
 
     @property

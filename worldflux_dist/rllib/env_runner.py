@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import gymnasium
 import numpy as np
 import ray
 import torch
+from ray.exceptions import RayError, RayTaskError
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.callbacks.utils import make_callback
 from ray.rllib.env.env_context import EnvContext
@@ -30,7 +33,6 @@ from worldflux_dist.distributed.weights import WeightReader
 from worldflux_dist.envs import Envs, make_envs
 from worldflux_dist.envs.acting import random_act
 from worldflux_dist.nn.memory import keep_freed_memory
-from worldflux_dist.rllib.config import WorldFluxConfig
 from worldflux_dist.rllib.episodes import CallbackEpisodes
 from worldflux_dist.runner import EnvRunner, Episode
 
@@ -56,10 +58,10 @@ class Sample:
 class WorldFluxEnvRunner(SingleAgentEnvRunner):
     """Owns N environments, an agent that acts in them, and the newest weights it has pulled."""
 
-    def __init__(self, *, config: WorldFluxConfig, **kwargs: Any) -> None:
+    def __init__(self, *, config: AlgorithmConfig, **kwargs: Any) -> None:
         self._runner: EnvRunner | None = None
         self._reader: WeightReader | None = None
-        self.evaluation: WorldFluxConfig | None = None  # of a runner that also collects, for now
+        self.evaluation: AlgorithmConfig | None = None  # of a runner that also collects, for now
         if kwargs.get("worker_index"):  # in a process of its own
             keep_freed_memory()
         if kwargs.get("worker_index") or config.num_learners:  # else as the learner here has it
@@ -149,24 +151,12 @@ class WorldFluxEnvRunner(SingleAgentEnvRunner):
             chunk = runner.collect(max(1, math.ceil(num_timesteps / self.num_envs)))
             sample, episodes = Sample(_actions(chunk), chunk), runner.take_episodes()
         else:
-            sample, episodes = self._whole_episodes(runner, num_episodes)
+            episodes = runner.whole_episodes(math.ceil(num_episodes))
+            sample = Sample(runner.num_actions)
         if apart:
             self._runner = None  # nothing goes on from here
         self._log(episodes, sample.steps, time.monotonic() - start)
         return [sample]
-
-    def _whole_episodes(self, runner: EnvRunner, num: float) -> tuple[Sample, list[Episode]]:
-        each = math.ceil(num / self.num_envs)
-        sample = Sample(0)
-        episodes: list[Episode] = []
-        counts = np.zeros(self.num_envs, int)
-        while (counts < each).any():
-            sample.steps += _actions(runner.collect(1))
-            for episode in runner.take_episodes():
-                if counts[episode.lane] < each:
-                    episodes.append(episode)
-                counts[episode.lane] += 1
-        return sample, episodes
 
     def _fresh_seed(self) -> int:
         """Neither a restored algorithm nor a restarted runner plays its episodes once more."""
@@ -218,3 +208,32 @@ def _own_env(env: Any, context: EnvContext) -> Callable[[], Any] | None:
     if isinstance(env, str) and _global_registry.contains(ENV_CREATOR, env):
         return partial(_global_registry.get(ENV_CREATOR, env), context)
     return None if isinstance(env, str) else partial(env, context)
+
+
+def why_no_runner_starts(config: AlgorithmConfig) -> Exception:
+    """What goes wrong where an env runner is started in a process of its own."""
+    there: Any = ray.remote(num_cpus=0, max_retries=0)
+    try:
+        if _registered(config.env) and not ray.get(there(_registered).remote(config.env)):
+            return ValueError(
+                f"env {config.env} is registered in this process alone, not where env runners are: "
+                f"give .environment() its class, 'module:{config.env}' (that module registers it) "
+                "or a name from ray.tune.register_env"
+            )
+        ray.get(there(_start_and_stop).remote(config))
+    except RayTaskError as error:
+        cause: Exception = error.cause
+        return cause
+    except RayError as error:
+        return RuntimeError(f"the process of an env runner died while it started: {error}")
+    return RuntimeError(
+        "no env runner started, though one does now: see RLlib's log, and try again"
+    )
+
+
+def _registered(env: Any) -> bool:
+    return isinstance(env, str) and env in gymnasium.registry
+
+
+def _start_and_stop(config: AlgorithmConfig) -> None:
+    config.env_runner_cls(config=config, worker_index=1).stop()

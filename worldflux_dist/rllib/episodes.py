@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pyarrow.parquet
 from gymnasium import spaces as gym_spaces
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
@@ -73,14 +74,14 @@ class WatchedEnvs:
         return step
 
 
-def read_episodes(paths: Iterable[str]) -> Iterator[SingleAgentEpisode]:
-    """Episodes that RLlib recorded with `offline_data(output=..., output_write_episodes=True)`.
+def read_episodes(paths: Iterable[str]) -> Iterator[tuple[str, SingleAgentEpisode]]:
+    """Episodes that RLlib recorded with `offline_data(output=..., output_write_episodes=True)`,
+    each with its name: the file and the number in it.
 
-    `paths` are Parquet files or folders of them. Raises ValueError where there are none.
+    `paths` are Parquet files or folders of them. Raises ValueError where there are none, and for a
+    file or an episode that cannot be read or holds numbers that are not finite in float32.
     """
-    msgpack = try_import_msgpack(error=True)
-    for name in paths:
-        path = Path(name)
+    for path in map(Path, paths):
         files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
         if not files or not path.exists():
             raise ValueError(
@@ -88,39 +89,89 @@ def read_episodes(paths: Iterable[str]) -> Iterator[SingleAgentEpisode]:
                 "offline_data(output=..., output_write_episodes=True)"
             )
         for file in files:
-            table = pyarrow.parquet.read_table(file)
-            if "item" not in table.column_names:
-                raise ValueError(
-                    f"offline_data: {file} has the columns {', '.join(table.column_names)} and "
-                    "not RLlib's episodes: record with output_write_episodes=True"
-                )
-            for item in table["item"].to_pylist():
-                state = msgpack.unpackb(item, strict_map_key=False)
-                yield SingleAgentEpisode.from_state(state)
+            for number, item in enumerate(_items(file)):
+                name = f"episode {number} of {file}"
+                yield name, _episode(name, item)
+
+
+def _items(file: Path) -> list[Any]:
+    try:
+        table = pyarrow.parquet.read_table(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        what = str(error).splitlines()[0]
+        raise ValueError(
+            f"offline_data: {file} cannot be read ({what}): record it again, or leave it out"
+        ) from None
+    if "item" not in table.column_names:
+        raise ValueError(
+            f"offline_data: {file} has the columns {', '.join(table.column_names)} and "
+            "not RLlib's episodes: record with output_write_episodes=True"
+        )
+    items: list[Any] = table["item"].to_pylist()
+    return items
+
+
+def _episode(name: str, item: Any) -> SingleAgentEpisode:
+    msgpack = try_import_msgpack(error=True)
+    try:
+        episode = SingleAgentEpisode.from_state(msgpack.unpackb(item, strict_map_key=False))
+        parts = {
+            "observations": episode.get_observations(),
+            "actions": episode.get_actions(),
+            "rewards": episode.get_rewards(),
+        }
+        bad = [part for part, values in parts.items() if not _finite(values)]
+    except Exception as error:  # whatever msgpack and RLlib make of bytes that are something else
+        raise ValueError(
+            f"offline_data: {name} cannot be read ({error!r}): record it again, or leave it out"
+        ) from None
+    if bad:
+        raise ValueError(
+            f"offline_data: {name} has {' and '.join(bad)} that are not finite (NaN, or beyond "
+            "float32): leave it out, or record it again"
+        )
+    return episode
+
+
+def _finite(nested: Any) -> bool:
+    """Whether all numbers are finite in float32, which is what replay holds."""
+    if isinstance(nested, dict):
+        return all(map(_finite, nested.values()))
+    if isinstance(nested, tuple | list):
+        return all(map(_finite, nested))
+    value = np.asarray(nested)
+    with np.errstate(over="ignore"):
+        return value.dtype.kind != "f" or bool(np.isfinite(value.astype(np.float32)).all())
 
 
 def to_chunk(
-    episode: SingleAgentEpisode, spaces: Spaces, stream: int, number: int, normalized: bool = False
+    episode: SingleAgentEpisode,
+    spaces: Spaces,
+    stream: int,
+    number: int,
+    normalized: bool = False,
+    name: str = "an episode",
 ) -> Chunk:
     """One recorded episode, or a part of one, as a chunk (1, T + 1) of `stream`.
 
     A part that begins in mid-episode loses its first observation's past: it counts as a beginning.
-    `normalized` is said of the actions, see `encode_actions`. Raises ValueError for an episode of
-    another environment.
+    `normalized` is said of the actions, see `encode_actions`. Raises ValueError, with `name`, for
+    an episode of another environment.
     """
-    raw, length = _stack(episode.get_observations()), len(episode)
+    length = len(episode)
     action = np.zeros((length + 1, spaces.action_dim), np.float32)
+    reward = np.zeros(length + 1, np.float32)
     try:
+        raw = _stack(episode.get_observations())
         check_obs(spaces.observation, _lane(raw, 0))
         obs = spaces.encode_obs(raw)
         action[1:] = encode_actions(spaces, _stack(episode.get_actions()), normalized)
+        reward[1:] = episode.get_rewards()
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(
-            f"offline_data: an episode does not fit this environment ({error!r}): give the path of "
+            f"offline_data: {name} does not fit this environment ({error!r}): give the path of "
             "episodes that were recorded in it"
         ) from None
-    reward = np.zeros(length + 1, np.float32)
-    reward[1:] = episode.get_rewards()
     first, last, terminal = np.zeros((3, length + 1), bool)
     first[0] = True
     last[-1] = True  # what follows in the stream is another episode, or another part
@@ -142,7 +193,7 @@ def encode_actions(spaces: Spaces, raw: Any, normalized: bool = False) -> np.nda
     `normalized` Box actions are in [-1, 1] already: RLlib records those of the module, which go to
     the bounds of the space on their way to the environment. Raises ValueError for others.
     """
-    found = []
+    columns = []
     for path, leaf, parts in spaces.action_leaves:
         value = raw
         for key in path:
@@ -157,15 +208,15 @@ def encode_actions(spaces: Spaces, raw: Any, normalized: bool = False) -> np.nda
                 # Half of everything, because the difference of the bounds can overflow.
                 half = np.where(high > low, high / 2 - low / 2, 1)
                 rows = (rows / 2 - low / 2) / half * 2 - 1
-            found.append(np.clip(rows, -1, 1))
+            columns.append(np.clip(rows, -1, 1))
             continue
         rows = rows - np.asarray(getattr(leaf, "start", 0)).reshape(-1)
         for column, part in zip(rows.T, parts, strict=True):
             one_hot = column[:, None] == np.arange(part.size)
             if not one_hot.any(-1).all():
                 raise ValueError(f"an action is not in {leaf}")
-            found.append(one_hot)
-    return np.concatenate(found, -1).astype(np.float32)
+            columns.append(one_hot)
+    return np.concatenate(columns, -1).astype(np.float32)
 
 
 def _stack(values: Any) -> Any:

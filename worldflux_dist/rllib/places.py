@@ -1,20 +1,19 @@
 """Where our processes live under RLlib: within Tune, each in its own bundle of the trial's group.
 
 RLlib's processes take any bundle with room, and Ray the first one it finds: one that asks for half
-of a bundle would take it apart, and its owner would wait for ever. So idle actors hold our bundles
+of a bundle would take it apart, and its owner would wait forever. So idle actors hold our bundles
 until RLlib's processes have theirs.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-if TYPE_CHECKING:
-    from worldflux_dist.rllib.config import WorldFluxConfig
+from worldflux_dist.rllib.config import WorldFluxConfig
 
 
 def bundles(config: WorldFluxConfig) -> dict[str, list[dict[str, float]]]:

@@ -1,7 +1,7 @@
 """The flow's ports, bound to RLlib's env runners and learners.
 
-What feeds learners, replay, imaginers and weights, is the same as without RLlib; only who collects,
-who steps and who restarts them is RLlib's.
+Replay, imaginers, weights and what feeds learners are the same as without RLlib; env runners,
+learners and their restarts are RLlib's.
 """
 
 from __future__ import annotations
@@ -45,18 +45,17 @@ class Learners(LearnerGroup):
         self._store = store
         self.generation += 1
         connect = partial(_connect, store=store, shards=list(shards), generation=self.generation)
-        found = [found.get() for found in self.group.foreach_learner(connect)]
-        self.gradient_steps = found[0]
+        self.gradient_steps, *_ = [done.get() for done in self.group.foreach_learner(connect)]
         self.ranks = (
-            [found.get() for found in self.group.foreach_learner(_handle)]
+            [handle.get() for handle in self.group.foreach_learner(_handle)]
             if self.group.is_remote
             else [Here(self.group._learner)]
         )
 
     def hand_over(self, part: str, other: Learners) -> None:
         """Have `other` hold what these learners hold of a part of the agent."""
-        found, *_ = self.group.foreach_learner(partial(_arrays, part=part))
-        for done in other.group.foreach_learner(partial(_load, arrays=found.get())):
+        first, *_ = self.group.foreach_learner(partial(_arrays, part=part))
+        for done in other.group.foreach_learner(partial(_load, arrays=first.get())):
             done.get()
 
 
@@ -113,26 +112,26 @@ class RLlibPorts(RayPorts):
         self._since = {i: self._since.get(i, now) for i in self.runners.healthy_env_runner_ids()}
 
     def finished_collects(self, wait: bool) -> list[RunnerReport]:
-        """Reports that have come in. Whoever died is left to RLlib."""
+        """Finished reports. Runners that died are restarted by RLlib."""
         assert self.runners is not None
         reports, self._here = self._here, []
         deadline = time.monotonic() + 1.0
         while self.runners.num_remote_env_runners():
-            found = self.runners.fetch_ready_async_reqs(
+            ready = self.runners.fetch_ready_async_reqs(
                 tags=COLLECT, timeout_seconds=POLL_S if wait else 0.0
             )
-            reports += self._take_in([result for _, result in found])
-            for index, _ in found:
+            reports += self._take_in([result for _, result in ready])
+            for index, _ in ready:
                 self._since.pop(index, None)
             if reports or not wait or time.monotonic() > deadline:
                 break
             if not self.num_collects:
-                time.sleep(POLL_S)  # all runners are on their way back
+                time.sleep(POLL_S)  # all runners are restarting
         self._end_silent()
         return reports
 
     def _end_silent(self) -> None:
-        """End runners that have not answered for `patience` seconds: RLlib starts them again."""
+        """Kill runners that have not answered for `patience` seconds: RLlib restarts them."""
         assert self.runners is not None
         for index, since in list(self._since.items()):
             if time.monotonic() - since > self.config.scale.patience:
@@ -145,9 +144,11 @@ class RLlibPorts(RayPorts):
             reports += self.finished_collects(wait=True)
         return reports + self.finished_collects(wait=False)
 
-    def _take_in(self, found: Sequence[tuple[RunnerReport, Any] | Exception]) -> list[RunnerReport]:
+    def _take_in(
+        self, results: Sequence[tuple[RunnerReport, Any] | Exception]
+    ) -> list[RunnerReport]:
         taken = []
-        for each in found:
+        for each in results:
             if isinstance(each, Exception):
                 raise each
             taken.append(each)
@@ -185,8 +186,8 @@ def _load(learner: WorldFluxLearner, arrays: dict[str, np.ndarray]) -> None:
 def _collect(runner: Any, store: Any, shards: list[Any]) -> Any:
     """What a runner collected, or what went wrong, which the algorithm raises.
 
-    RLlib would start a runner that raises again and again, silently. It is to do so where a process
-    was lost; environments that fail were rebuilt already, as often as `env.max_failures` allows.
+    RLlib would restart a runner that raises again and again, silently: right for a process that
+    died, but environments that fail were rebuilt already, as often as `env.max_failures` allows.
     """
     try:
         return runner.collect(store, shards)

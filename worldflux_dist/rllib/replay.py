@@ -61,7 +61,7 @@ class Replay:
         delete(self.root)
 
     def total_steps(self) -> int:
-        """Steps that were ever stored. Raises RayActorError while a shard is on its way back."""
+        """Steps that were ever stored. Raises RayActorError while a shard restarts."""
         reports = ray.get([shard.report.remote() for shard in self.shards])
         return sum(report.total_steps for report in reports)
 
@@ -86,7 +86,7 @@ class Replay:
         _write(filesystem, PurePath(path) / STATES, json.dumps(states).encode())
 
     def _seal(self) -> list[dict[str, Any]]:
-        """The shards' states, all on disk; one that died is waited for."""
+        """The shards' states, all on disk; a shard that died is waited for."""
         deadline = time.monotonic() + RETURN_S
         while True:
             try:
@@ -101,7 +101,7 @@ class Replay:
     def restore_from_path(
         self, path: Any, *, filesystem: pyarrow.fs.FileSystem | None = None, **kwargs: Any
     ) -> None:
-        """Start the shards anew with what `save_to_path` wrote; their number may differ."""
+        """Restart the shards with what `save_to_path` wrote; their number may differ."""
         filesystem = filesystem or pyarrow.fs.LocalFileSystem()
         states = json.loads(_read(filesystem, PurePath(path) / STATES))
         for state in states:
