@@ -154,7 +154,7 @@ class Learner:
             self._check(values)
             optimizer.step()
         if self.part != "world_model":
-            self.agent.update_targets()
+            self.agent.behavior.update_targets()
         self.gradient_steps += 1
         return values
 
