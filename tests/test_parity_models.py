@@ -276,7 +276,7 @@ def test_losses_and_gradients(ref: Values, kind: str) -> None:
     assert not grads, grads.keys()
     close(agent.behavior.normalizer.low, ref[f"{kind}/retnorm_lo_after"], PREDICTIONS)
     close(agent.behavior.normalizer.high, ref[f"{kind}/retnorm_hi_after"], PREDICTIONS)
-    agent.update_targets()
+    agent.behavior.update_targets()
     slow = dict(ref.under(f"{kind}/slow_after/").items())
     for name, param in agent.behavior.slow_critic.named_parameters(prefix="behavior.slow_critic"):
         close(param, converted(name, slow.pop(reference_name(agent, name))), 1e-6, name)

@@ -1,10 +1,9 @@
 """The agent: a world model and a behavior, with one loss, one way to act and one file format.
 
-`forward(batch)` is the loss: one forward and one backward for each optimizer, and there is a
-second optimizer only where a policy learns apart, once all else has stepped. The world model and a
-behavior that learns in imagination can also learn in different processes: what an agent learns
-with, sends and saves can be asked for by part, "agent", "world_model" or "behavior".
-Checkpoints are safetensors and JSON, never pickle.
+`forward(batch)` is the loss, in one forward and one backward; only a policy that learns apart has a
+second one, after all else has stepped. Model and behavior can learn in different processes: what
+an agent learns with, sends and saves can be asked for by part, "agent", "world_model" or
+"behavior". Checkpoints are safetensors and JSON, never pickle.
 """
 
 from __future__ import annotations
@@ -103,11 +102,13 @@ class Agent(nn.Module):
         `rows` adds "row_losses" (B,), the world model's loss of every row, to the metrics.
         """
         output = self.world_model.loss(batch)
-        return self._weighted(output, self.behavior.loss(self.world_model, output), batch, rows)
+        behavior, num = self.behavior.loss(self.world_model, output), len(batch.reward)
+        return self._weighted(output, behavior, num if rows else None)
 
     def world_model_loss(self, batch: Batch, rows: bool = False) -> StageOutput:
         """As `forward`, without the behavior's losses."""
-        return self._weighted(self.world_model.loss(batch), BehaviorLoss({}, {}), batch, rows)
+        output, num = self.world_model.loss(batch), len(batch.reward)
+        return self._weighted(output, BehaviorLoss({}, {}), num if rows else None)
 
     def imagined_loss(self, imagined: Imagined) -> StageOutput:
         """The behavior's loss on an imagined batch of tensors."""
@@ -120,11 +121,7 @@ class Agent(nn.Module):
         return loss, {"loss/policy": loss.detach()} | metrics, None
 
     def _weighted(
-        self,
-        model: LossOutput | None,
-        behavior: BehaviorLoss,
-        batch: Batch | None = None,
-        rows: bool = False,
+        self, model: LossOutput | None, behavior: BehaviorLoss, num_rows: int | None = None
     ) -> StageOutput:
         """The weighted sum of the means of all losses."""
         losses, metrics = (model.losses, model.metrics) if model else ({}, {})
@@ -133,19 +130,11 @@ class Agent(nn.Module):
         total = torch.stack([scales.get(name, 1.0) * mean for name, mean in means.items()]).sum()
         logged = {f"loss/{name}": mean.detach() for name, mean in means.items()}
         logged |= {"loss": total.detach()} | metrics | behavior.metrics
-        if rows:
-            assert batch is not None
-            logged["row_losses"] = self._row_losses(losses, len(batch.reward))
+        if num_rows is not None:
+            rows = {n: x.detach().reshape(num_rows, -1).mean(1) for n, x in losses.items()}
+            weighted = [scales.get(n, 1.0) * x for n, x in rows.items()]
+            logged["row_losses"] = torch.stack(weighted).sum(0)  # (num_rows,)
         return total, logged, behavior.path
-
-    def _row_losses(self, losses: dict[str, Tensor], num: int) -> Tensor:
-        """The weighted sum of the means over each of `num` rows, (B,) float32."""
-        scales = self.world_model.loss_scales
-        means = [
-            scales.get(n, 1.0) * x.detach().float().reshape(num, -1).mean(1)
-            for n, x in losses.items()
-        ]
-        return torch.stack(means).sum(0)
 
     def stages(self, part: str = "agent", rows: bool = False) -> dict[str, LossOf]:
         """What a part learns from, by the names of its `optimizers`: the first loss is that of a
@@ -161,9 +150,8 @@ class Agent(nn.Module):
     def optimizers(self, part: str = "agent") -> dict[str, torch.optim.Optimizer]:
         """By stage, in order, all by the family's recipe unless said otherwise.
 
-        "agent": "model" for all but a policy that learns apart, and "policy" for that one, by its
-        own recipe. "world_model": the stage of that name. "behavior": "imagined", on `Imagined`
-        batches; raises ValueError for a behavior that does not learn in imagination.
+        A policy that learns apart has its own recipe. Raises ValueError for the part "behavior" of
+        an agent that does not learn in imagination.
         """
         if part == "world_model":
             return {"world_model": self.world_model.optimizer(_learned(self.world_model))}
@@ -183,10 +171,6 @@ class Agent(nn.Module):
                 "set behavior.kind to actor_critic, or imagination.mode to fused"
             )
         return self.behavior
-
-    def update_targets(self) -> None:
-        """After every gradient step."""
-        self.behavior.update_targets()
 
     # --------------------------------------------------------------------------------- acting
 

@@ -157,7 +157,7 @@ class Learner:
             values[f"learning_rate/{name}"] = learning_rate(optimizer.param_groups[0])
             optimizer.step()
         if self.part != "world_model":
-            self.agent.update_targets()
+            self.agent.behavior.update_targets()
         self.gradient_steps += 1
         return values
 
