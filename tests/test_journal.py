@@ -18,8 +18,8 @@ from test_replay import make_chunk
 from test_shard import assert_whole, blocks, fill, rows
 
 from worldflux_dist.replay import ReplayConfig, ReplayShard, segment
-from worldflux_dist.replay.disk import Disk
 from worldflux_dist.replay.segment import MAGIC, Numbering, pack_chunk, pack_head, pack_record
+from worldflux_dist.storage import Disk
 
 START = Numbering(4, 3, 8, 70, [(0, 7, 5, ("w", "a", 2), 3), ("x", 6, -1, ("w", "a", 2), 4)], [])
 

@@ -315,7 +315,7 @@ import os, sys
 sys.path[:0] = {path!r}
 from test_replay import make_chunk
 from worldflux_dist.replay import ReplayConfig, ReplayShard
-from worldflux_dist.replay.disk import Disk
+from worldflux_dist.storage import Disk
 
 class PowerCut(Disk):
     writes = 0

@@ -17,23 +17,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from worldflux_dist import checkpoint, config, figures
+from worldflux_dist import checkpoint, config, figures, storage
 from worldflux_dist.evaluate import OpenLoop
 from worldflux_dist.metrics import RunLog, read_lines
 from worldflux_dist.replay.limiter import Limiter
+from worldflux_dist.settings import differences
 
 if TYPE_CHECKING:
-    from worldflux_dist.checkpoint import AnyPath
-
-# What may differ when a run goes on: how long, how fast, where and on how many processes, and how
-# often to look; not what is learned.
-FREE = {
-    *("train.env_steps", "train.train_ratio", "train.threshold", "train.checkpoint_every"),
-    *("train.eval_every", "train.eval_episodes", "learner.device", "learner.threads"),
-    *("scale.num_runners", "scale.num_shards", "scale.num_learners", "scale.runner_threads"),
-    *("scale.acting", "scale.patience", "imagination.num_imaginers", "imagination.queue_size"),
-    *("imagination.num_policy_learners", "imagination.max_staleness"),
-}
+    from upath import UPath
 
 
 class RunDirectory:
@@ -56,7 +47,7 @@ class RunDirectory:
         if not saved.exists() or saved.read_text() != text:
             (path / "config.yaml.tmp").write_text(text)
             (path / "config.yaml.tmp").replace(saved)
-        checkpoint.write_json(path / "manifest.json", _manifest())
+        storage.write_json(path / "manifest.json", _manifest())
         self.log = RunLog(path)
 
     def __enter__(self) -> Self:
@@ -68,16 +59,16 @@ class RunDirectory:
 
     def explain(self, error: OSError) -> Exception:
         """A full disk as the sentence that says what is safe; any other error as it is."""
-        if not checkpoint.disk_full(error):
+        if not storage.disk_full(error):
             return error
         found = checkpoint.newest(self.checkpoints)
         safe = f"{found[0]} is safe on disk" if found else "no checkpoint had been written"
-        return checkpoint.CheckpointError(
+        return storage.CheckpointError(
             f"the disk of {self.path} is full; {safe}: free some space and run the same command "
             "again"
         )
 
-    def resume(self, limiter: Limiter, num_steps: int) -> tuple[AnyPath, dict[str, Any]] | None:
+    def resume(self, limiter: Limiter, num_steps: int) -> tuple[UPath, dict[str, Any]] | None:
         """The newest good checkpoint and its counters, the limiter set and later lines dropped.
 
         `num_steps` is what runners collect at a time.
@@ -138,30 +129,19 @@ class RunDirectory:
         saved = self.path / "config.yaml"
         if not saved.exists():
             return
-        old, new = (_flat(config.to_dict(c)) for c in (config.load([saved]), self.settings))
-        differing = [k for k in old | new if k not in FREE and old.get(k) != new.get(k)]
+        differing = list(differences(config.load([saved]), self.settings))
         if differing:
-            listed = ", ".join(f"{k} ({old.get(k)} before, {new.get(k)} now)" for k in differing)
+            listed = ", ".join(f"{name} ({old} before, {new} now)" for name, old, new in differing)
             raise config.ConfigError(
                 f"{self.path} holds a run with other settings: {listed}; choose another run "
                 "directory or remove this one"
             )
 
 
-def storage_of(settings: config.Config, path: Path) -> AnyPath:
+def storage_of(settings: config.Config, path: Path) -> UPath:
     """Where the run in `path` keeps checkpoints and replay: there, or in a folder of its name."""
     root = settings.scale.storage
-    return checkpoint.as_path(root) / path.resolve().name if root else path
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
+    return storage.as_path(root) / path.resolve().name if root else path
 
 
 def _manifest() -> dict[str, Any]:

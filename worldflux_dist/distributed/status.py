@@ -18,7 +18,7 @@ from worldflux_dist.distributed.run import storage_of
 from worldflux_dist.metrics import read_lines
 
 if TYPE_CHECKING:
-    from worldflux_dist.checkpoint import AnyPath
+    from upath import UPath
 
 # By role, as the metrics name them: in words, and what to raise where it holds up the others.
 ROLES = {
@@ -123,7 +123,7 @@ def _shards(metrics: dict[str, Any]) -> Iterator[str]:
             yield f"shard {match[1]} {steps:,.0f} steps{size}"
 
 
-def _checkpoint(storage: AnyPath) -> str:
+def _checkpoint(storage: UPath) -> str:
     """The newest one that has a manifest; its files are not verified, which may take long."""
     root = storage / "checkpoints"
     steps = [p.parent.name for p in root.glob("*/manifest.json") if p.parent.name.isdigit()]

@@ -78,7 +78,7 @@ class Trainer:
         found = self.run.resume(self.limiter, 2 * steps)
         if found:
             self.episodes = found[1]["episodes"]
-            self._evaluated_at = self.run.last_score() // config.train.eval_every
+            self._evaluated_at = self._evaluations_due(self.run.last_score())
             self.progress.print(
                 f"resumed from {found[0]}: {self.limiter.env_steps:,} env steps, "
                 f"{self.limiter.gradient_steps:,} gradient steps"
@@ -270,10 +270,15 @@ class Trainer:
         """Start an evaluation when one is due, and take in the one that has finished."""
         if self._evaluation is not None and ray.wait([self._evaluation[1]], timeout=0)[0]:
             self._score()
-        due = self.limiter.env_steps // self.config.train.eval_every
+        due = self._evaluations_due(self.limiter.env_steps)
         if self._evaluation is None and due > self._evaluated_at:
             self._start_evaluation(random="random" not in self.run.methods())
             self._evaluated_at = due
+
+    def _evaluations_due(self, env_steps: int) -> int:
+        """The number of the last evaluation that is due by then; -1 where none ever is."""
+        every = self.config.train.eval_every
+        return env_steps // every if every else -1
 
     def _start_evaluation(self, random: bool = False, pictures: bool = False) -> None:
         # The same seed every time: differences are the agent's, not the episodes'.

@@ -21,16 +21,19 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from worldflux_dist.data import Batch, Chunk
 from worldflux_dist.replay.buffer import ReplayBuffer
 from worldflux_dist.replay.config import ReplayConfig
-from worldflux_dist.replay.disk import Disk, Location
 from worldflux_dist.replay.journal import INDEX, Journal, SegmentInfo
 from worldflux_dist.replay.segment import pack_chunk, read_segment
+from worldflux_dist.storage import Disk
+
+if TYPE_CHECKING:
+    from upath import UPath
 
 FORMAT = 1
 _FOLDER = re.compile(r"[A-Za-z0-9_-]{1,64}/shard-\d{1,6}")
@@ -53,7 +56,7 @@ class ReplayShard:
         self,
         config: ReplayConfig,
         seed: int,
-        root: Location,
+        root: UPath,
         life: str,
         index: int,
         num_shards: int,

@@ -33,7 +33,6 @@ from ray.rllib.utils.metrics import (
 from ray.tune.execution.placement_groups import PlacementGroupFactory
 from ray.util.placement_group import get_current_placement_group
 
-from worldflux_dist.checkpoint import as_path
 from worldflux_dist.config import Config
 from worldflux_dist.data import Spaces
 from worldflux_dist.distributed.actors import ImaginerActor, RunnerReport, send
@@ -47,6 +46,7 @@ from worldflux_dist.rllib.episodes import read_episodes, to_chunk
 from worldflux_dist.rllib.places import Places, bundles
 from worldflux_dist.rllib.ports import Learners, RLlibPorts
 from worldflux_dist.rllib.replay import Replay, delete
+from worldflux_dist.storage import as_path
 
 STATE = "worldflux"  # our part of the algorithm's state
 REPLAY, POLICY = "replay", "policy_learner_group"  # parts that save themselves

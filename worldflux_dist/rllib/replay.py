@@ -13,15 +13,15 @@ import pyarrow.fs
 import ray
 from ray.exceptions import RayError
 
-from worldflux_dist.checkpoint import CheckpointError
 from worldflux_dist.config import Config
 from worldflux_dist.distributed.cluster import shard_config
 from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.shard import ReplayShardActor, ShardPlace
 from worldflux_dist.distributed.supervision import RETURN_S
+from worldflux_dist.storage import CheckpointError
 
 if TYPE_CHECKING:
-    from worldflux_dist.checkpoint import AnyPath
+    from upath import UPath
 
 STATES = "shards.json"
 
@@ -32,7 +32,7 @@ class Replay:
     To RLlib it is a part of the algorithm that saves and restores itself.
     """
 
-    def __init__(self, settings: Config, root: AnyPath, options: list[dict[str, Any]]) -> None:
+    def __init__(self, settings: Config, root: UPath, options: list[dict[str, Any]]) -> None:
         self.settings, self.root, self.options = settings, root, options
         self.shards: list[Any] = []
         self.start([])
@@ -112,7 +112,7 @@ class Replay:
         self.start(states)
 
 
-def delete(folder: AnyPath) -> None:
+def delete(folder: UPath) -> None:
     """Delete a folder and all in it, where it is there."""
     if isinstance(folder, Path):
         shutil.rmtree(folder, ignore_errors=True)
