@@ -25,6 +25,8 @@ from worldflux_dist.learner import LearnerConfig
 from worldflux_dist.replay import ReplayConfig
 from worldflux_dist.settings import Count, Scale, Settings, Text, Whole, free, nearest, parse
 
+MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2**16, 10_000, 32  # of a YAML file
+
 Processes = Annotated[int, Ge(1), Le(10_000)]  # or threads
 
 
@@ -209,13 +211,42 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.exists():
         names = [str(p) for p in sorted(path.parent.glob("*.yaml"))]
         raise ConfigError(f"no config file {path}: {nearest(str(path), names or ['(none there)'])}")
+    if not path.is_file():
+        raise ConfigError(f"{path} is no file: give a YAML file, such as one of configs/")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise ConfigError(f"{path} has more than {MAX_BYTES} bytes, which is no config")
+        values = yaml.safe_load(text.decode())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not text in UTF-8: give a YAML file") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of keys, not a {type(values).__name__}")
+    _check_values(path, values)
     return values
+
+
+def _check_values(path: Path, values: Any) -> None:
+    """Raise ConfigError for what aliases make endless, or larger than the file."""
+    left = [(values, 0)]
+    for _ in range(MAX_VALUES):
+        if not left:
+            return
+        value, depth = left.pop()
+        if depth > MAX_DEPTH:
+            raise ConfigError(f"{path} is nested more than {MAX_DEPTH} deep")
+        parts = value.values() if isinstance(value, dict) else value
+        if isinstance(value, dict | list):
+            left += [(part, depth + 1) for part in parts]
+    raise ConfigError(f"{path} holds more than {MAX_VALUES} values")
 
 
 def _numbers(value: Any) -> Any:

@@ -16,21 +16,23 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NotRequired
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from annotated_types import Ge, Le
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import TypedDict
 
 from worldflux_dist import storage
 from worldflux_dist.agent import Agent
 from worldflux_dist.behaviors.base import Imagined
 from worldflux_dist.data import Batch
 from worldflux_dist.nn.group import average
-from worldflux_dist.settings import Count, Settings, Text, free
+from worldflux_dist.settings import STRICT, Count, Settings, Text, Whole, free
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -306,18 +308,54 @@ class Learner:
         )
 
     def _load_optimizers(self, folder: UPath) -> int:
+        """Moments and counts as they were saved; rates and the like are those of the config."""
+        where = folder / f"learner-{self.part}.json"
         arrays, _ = storage.load_arrays(folder / f"learner-{self.part}.safetensors")
-        saved = storage.read_json(folder / f"learner-{self.part}.json")
+        saved: Any = storage.read_form(where, _SAVED)
         for name, optimizer in self.optimizers.items():
-            state: dict[int, dict[str, Tensor]] = {}
-            for path, value in arrays.items():
-                owner, _, rest = path.partition("/")
-                if owner == name:
-                    index, key = rest.split("/")
-                    state.setdefault(int(index), {})[key] = torch.from_numpy(value.copy())
-            groups = saved["param_groups"][name]
+            groups, before = optimizer.state_dict()["param_groups"], saved["param_groups"].get(name)
+            if [g["params"] for g in groups] != [g["params"] for g in before or []]:
+                raise storage.CheckpointError(
+                    f"{where}: param_groups.{name} is not of this learner's parameters"
+                )
+            for group, old in zip(groups, before, strict=True):
+                group |= {"steps": old.get("steps", 0)} if "steps" in group else {}
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            state = _moments(name, params, arrays, folder)
             optimizer.load_state_dict({"state": state, "param_groups": groups})
         return int(saved["gradient_steps"])
+
+
+class _Group(TypedDict):
+    params: list[Whole]
+    steps: NotRequired[Whole]
+
+
+class _Saved(TypedDict):
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    gradient_steps: Whole
+    param_groups: dict[str, list[_Group]]
+
+
+_SAVED: TypeAdapter[Any] = TypeAdapter(_Saved)
+
+
+def _moments(
+    name: str, params: list[Tensor], arrays: dict[str, np.ndarray], folder: UPath
+) -> dict[int, dict[str, Tensor]]:
+    """What optimizer `name` remembers of each parameter, from `arrays` that were read."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for path, value in arrays.items():
+        match = re.fullmatch(rf"{name}/(\d{{1,9}})/(\w+)", path, re.ASCII)
+        if match is None:
+            continue
+        index = int(match[1])
+        if index >= len(params) or value.shape not in ((), params[index].shape):
+            raise storage.CheckpointError(
+                f"{folder} is malformed: {path} of shape {value.shape} is of no parameter"
+            )
+        state.setdefault(index, {})[match[2]] = torch.from_numpy(value.copy())
+    return state
 
 
 def _possible(config: LearnerConfig, device: torch.device) -> LearnerConfig:

@@ -20,6 +20,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # typing's own has too little of it before Python 3.12
 
 Whole = Annotated[int, Ge(0), Le(2**62)]
+Limited = Annotated[int, Ge(-(2**62)), Le(2**62)]
 Count = Annotated[int, Ge(1), Le(2**20)]
 Units = Annotated[int, Ge(1), Le(2**16)]  # of a layer
 Layers = Annotated[int, Ge(1), Le(100)]

@@ -164,7 +164,12 @@ def write_json(path: UPath, value: Any) -> None:
 def read_json(path: UPath) -> Any:
     """Read JSON. Raises CheckpointError if the file is missing, broken or too large."""
     _check_size(path, size(path))
-    data = path.read_bytes()
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(data: bytes, path: UPath | str) -> Any:
+    """JSON that was read from `path`. Raises as `read_json`."""
+    _check_size(path, len(data))
     _check_values(path, data)
     try:
         return json.loads(data, parse_constant=_refuse)
@@ -177,7 +182,7 @@ def read_form(path: UPath, form: TypeAdapter[Form], where: str = "") -> Form:
     return in_form(read_json(path), form, path, where)
 
 
-def in_form(value: Any, form: TypeAdapter[Form], path: UPath, where: str = "") -> Form:
+def in_form(value: Any, form: TypeAdapter[Form], path: UPath | str, where: str = "") -> Form:
     """What was read from `path`, or its part `where`, in its form. Raises as `read_form`."""
     try:
         return checked(form, value, where)
@@ -185,12 +190,12 @@ def in_form(value: Any, form: TypeAdapter[Form], path: UPath, where: str = "") -
         raise CheckpointError(f"{path} is malformed: {error}") from None
 
 
-def _check_size(path: UPath, num: int) -> None:
+def _check_size(path: UPath | str, num: int) -> None:
     if num > MAX_JSON:
         raise CheckpointError(f"{path} has {num} bytes, more than the {MAX_JSON} that are read")
 
 
-def _check_values(path: UPath, data: bytes) -> None:
+def _check_values(path: UPath | str, data: bytes) -> None:
     """Every value but the first stands behind one of these."""
     if sum(map(data.count, (b"[", b"{", b","))) > MAX_VALUES:
         raise CheckpointError(f"{path} holds more than the {MAX_VALUES} values that are read")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from worldflux_dist import config
-from worldflux_dist.distributed.run import storage_of
+from worldflux_dist.distributed.run import saved_config, storage_of
 from worldflux_dist.metrics import read_lines
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def lines(run_dir: Path) -> list[str]:
     """
     if not (run_dir / "config.yaml").exists():
         raise FileNotFoundError(f"{run_dir} is no run directory: it has no config.yaml")
-    settings = config.load([run_dir / "config.yaml"])
+    settings = saved_config(run_dir)
     metrics = _last(run_dir / "metrics.jsonl")
     rows = [
         ("run", f"{settings.model} on {settings.env.id}, seed {settings.seed}"),
@@ -147,8 +147,10 @@ def _scores(run_dir: Path) -> Iterator[tuple[str, str]]:
 
 def _last(path: Path, wanted: Any = lambda line: True) -> dict[str, Any]:
     """The last line of a .jsonl file, or nothing."""
-    found = [line for line in read_lines(path) if wanted(line)] if path.exists() else []
-    return found[-1] if found else {}
+    last: dict[str, Any] = {}
+    for line in read_lines(path) if path.exists() else ():
+        last = line if wanted(line) else last
+    return last
 
 
 def _ago(then: float) -> str:

@@ -29,13 +29,14 @@ from worldflux_dist.distributed.group import GroupLostError
 from worldflux_dist.distributed.placement import place
 from worldflux_dist.distributed.ports import RayPorts
 from worldflux_dist.distributed.roles import Task, probe, start_roles
-from worldflux_dist.distributed.run import RunDirectory, storage_of
+from worldflux_dist.distributed.run import RunDirectory
 from worldflux_dist.distributed.saving import Saver
 from worldflux_dist.distributed.supervision import is_gone
 from worldflux_dist.distributed.telemetry import Telemetry
 from worldflux_dist.learner import NonFiniteLossError
 from worldflux_dist.metrics import Averages, Progress
 from worldflux_dist.replay.limiter import Limiter
+from worldflux_dist.storage import as_path
 
 LOG_EVERY_S = 10.0
 SAVE_AGAIN_S = 5.0  # after a checkpoint that could not be written
@@ -341,7 +342,7 @@ def show_plan(config: Config) -> None:
 
     Raises ConfigError where it cannot fit.
     """
-    storage_of(config, Path())  # refuses what is no storage
+    as_path(config.scale.storage)  # refuses what is no storage
     try:
         _plan(config, probe(config))
     finally:

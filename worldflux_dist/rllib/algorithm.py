@@ -45,8 +45,8 @@ from worldflux_dist.rllib.config import WorldFluxConfig
 from worldflux_dist.rllib.episodes import read_episodes, to_chunk
 from worldflux_dist.rllib.places import Places, bundles
 from worldflux_dist.rllib.ports import Learners, RLlibPorts
-from worldflux_dist.rllib.replay import Replay, delete
-from worldflux_dist.storage import as_path
+from worldflux_dist.rllib.replay import Replay
+from worldflux_dist.storage import as_path, delete
 
 STATE = "worldflux"  # our part of the algorithm's state
 REPLAY, POLICY = "replay", "policy_learner_group"  # parts that save themselves
@@ -189,7 +189,7 @@ class WorldFlux(Algorithm):
             self._start_imagination()
             self._hand_over()  # the module's spec may have named weights to begin with
         storage = self.config.storage
-        root = as_path(storage) / Path(self.logdir).name if storage else Path(self.logdir)
+        root = as_path(storage) / Path(self.logdir).name if storage else as_path(self.logdir)
         # What a process of the same trial left that was killed, or is still ending: it deletes
         # what is its own, so each has a folder of its own.
         delete(root / REPLAY)
