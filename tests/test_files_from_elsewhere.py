@@ -191,6 +191,8 @@ def test_config_yaml(tmp_path: Path) -> None:
     for path, new, value in mutations(to_dict(SETTINGS)):
         if new is DEEP and len(path) != 1:
             continue  # YAML reads what is nested slowly, and one level or another is the same
+        if path and isinstance(value, dict):  # a small file, since YAML is read slowly
+            value = {path[0]: value[path[0]]} if path[0] in value else {}
         (tmp_path / "config.yaml").write_text(json.dumps(value))  # JSON is YAML
 
         def load() -> None:

@@ -204,14 +204,15 @@ class RunDirectory:
         return run
 
     def _check_storage(self, began: bool, before: str) -> None:
-        """Raise ConfigError where a storage that names no run cannot be this one's."""
-        now = self.settings.scale.storage
-        if began and before != now:
+        """Raise ConfigError where a storage that names no run cannot be this one's. One that an
+        earlier release left is, where this directory has begun with the same settings."""
+        now, there = self.settings.scale.storage, checkpoint.kept(self.checkpoints)
+        if began and before != now and not there:
             raise config.ConfigError(
                 f"{self.path} has its checkpoints elsewhere: scale.storage ({before!r} before, "
                 f"{now!r} now); move their folder to {self.storage} first, with its {IDENTITY}"
             )
-        if not began and checkpoint.kept(self.checkpoints):
+        if not began and there:
             raise config.ConfigError(
                 f"{self.storage} has checkpoints of a run that is not in {self.path}: put its "
                 "config.yaml there to go on with it, or choose another name for this run"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +31,6 @@ from worldflux_dist.replay.config import ReplayConfig
 from worldflux_dist.replay.journal import INDEX, Journal, SegmentInfo
 from worldflux_dist.replay.segment import pack_chunk, read_segment
 from worldflux_dist.replay.state import FOLDER, INDEX_FORM, MAX_SEGMENT, SEGMENT, STATES
-from worldflux_dist.settings import checked
 from worldflux_dist.storage import CheckpointError, Disk
 
 if TYPE_CHECKING:
@@ -66,15 +64,15 @@ class ReplayShard:
     ) -> None:
         assert 0 <= index < num_shards, (index, num_shards)
         self.config, self._index, self._num_shards = config, index, num_shards
-        self._root = Path(os.fspath(root)) if isinstance(root, str | os.PathLike) else root
+        self._root = root
         self._life, self._folder = life, f"{life}/shard-{index}"
         if not _FOLDER.fullmatch(self._folder):
             raise ValueError(f"life {life!r} must be letters, digits, - and _ only")
         self._disk, self._owner = disk or Disk(), uuid.uuid4().hex
         self._sealed: Future | None = None
         self._inherited: list[Any] = []  # marks from before this life
+        saved = storage.in_form(list(saved), STATES, self._root)
         self.buffer = ReplayBuffer(config, [seed, index])
-        saved = checked(STATES, list(saved), "shards")
         found = self._take_over()
         if found is not None:
             self._return(found, seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, NotRequired
 
 from annotated_types import Ge, Le, Lt, MaxLen
-from pydantic import FailFast, Strict, StringConstraints, TypeAdapter
+from pydantic import AfterValidator, FailFast, Strict, StringConstraints, TypeAdapter
 from typing_extensions import TypedDict
 
 from worldflux_dist.settings import STRICT, Text, Whole
@@ -54,6 +54,12 @@ class _Priorities(TypedDict, total=False):
     ]
 
 
+def _both(value: Any) -> Any:
+    if len(value) == 1:
+        raise ValueError("largest and weights belong together")
+    return value
+
+
 class ShardState(TypedDict):
     """A shard at the moment of a checkpoint."""
 
@@ -70,7 +76,7 @@ class ShardState(TypedDict):
     online: Numbers
     online_dropped: Whole
     duplicates: Whole
-    priorities: _Priorities
+    priorities: Annotated[_Priorities, AfterValidator(_both)]
 
 
 class Index(TypedDict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import numpy as np
 import pyarrow.parquet
 from gymnasium import spaces as gym_spaces
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
-from ray.rllib.utils.checkpoints import try_import_msgpack
 
 from worldflux_dist.data import Chunk, Spaces, Step
 from worldflux_dist.envs import Envs
@@ -77,7 +77,6 @@ def read_episodes(paths: Iterable[str]) -> Iterator[SingleAgentEpisode]:
 
     `paths` are Parquet files or folders of them. Raises ValueError where there are none.
     """
-    msgpack = try_import_msgpack(error=True)
     for name in paths:
         path = Path(name)
         files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
@@ -93,9 +92,32 @@ def read_episodes(paths: Iterable[str]) -> Iterator[SingleAgentEpisode]:
                     f"offline_data: {file} has the columns {', '.join(table.column_names)} and "
                     "not RLlib's episodes: record with output_write_episodes=True"
                 )
-            for item in table["item"].to_pylist():
-                state = msgpack.unpackb(item, strict_map_key=False)
-                yield SingleAgentEpisode.from_state(state)
+            for number, item in enumerate(table["item"].to_pylist()):
+                try:
+                    yield _episode(item)
+                except Exception as error:  # what RLlib says of a broken state may be anything
+                    raise ValueError(
+                        f"offline_data: episode {number} of {file} cannot be read "
+                        f"({error!r:.200}): leave it out, or record it again"
+                    ) from None
+
+
+def _episode(item: bytes) -> SingleAgentEpisode:
+    """An episode from its bytes, in which objects, as pickle has them, are not read."""
+    import msgpack  # with the next, an extra: RLlib records with them
+    import msgpack_numpy
+
+    def plain(value: dict[Any, Any]) -> Any:
+        """An array as msgpack_numpy writes it, of plain numbers: it would unpickle all others."""
+        kind = value.get(b"type")
+        if b"nd" in value and not re.fullmatch(r"[|<>]?[biuf]\d{1,2}", str(kind)):
+            raise ValueError("it holds an array of objects")
+        return msgpack_numpy.decode(value)
+
+    state = msgpack.unpackb(item, object_hook=plain, strict_map_key=False)
+    if not isinstance(state, dict):
+        raise ValueError("it is no episode")
+    return SingleAgentEpisode.from_state(state)
 
 
 def to_chunk(
