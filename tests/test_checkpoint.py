@@ -283,8 +283,6 @@ def test_write_json_keeps_the_old_text_on_failure(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         storage.write_json(path, {"a": float("nan")})
     assert storage.read_json(path) == {"a": 1}
-    crash = (
-        "Path.replace = lambda *_: os._exit(9)\ncheckpoint.write_json(root / 'x.json', {'a': 2})"
-    )
+    crash = "Path.replace = lambda *_: os._exit(9)\nstorage.write_json(root / 'x.json', {'a': 2})"
     assert run(crash, tmp_path).returncode == 9
     assert storage.read_json(path) == {"a": 1}

@@ -414,7 +414,7 @@ def _behavior_config(world_model: WorldModel, options: dict[str, Any]) -> tuple[
     native = world_model.native["behavior"]
     kind = options.get("kind", native["kind"])
     if not isinstance(kind, str) or kind not in BEHAVIORS:
-        raise ValueError(f"no behavior.kind {kind!r}: {nearest(str(kind), list(BEHAVIORS))}")
+        raise ValueError(f"no behavior.kind {kind!r:.100}: {nearest(str(kind), list(BEHAVIORS))}")
     values = (native if kind == native["kind"] else {}) | options
     values = {name: value for name, value in values.items() if name != "kind"}
     return kind, with_options(BEHAVIORS[kind][0], values, "behavior")

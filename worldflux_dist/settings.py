@@ -90,7 +90,9 @@ def parse(base: Any, values: dict[Any, Any], unknown: str, path: str = "") -> An
     for name, value in values.items():
         if name not in known:
             where = f"{path}{name}"
-            raise ValueError(f"{unknown.format(repr(where))}: {nearest(str(name), list(known))}")
+            raise ValueError(
+                f"{unknown.format(repr(where)[:200])}: {nearest(str(name), list(known))}"
+            )
         if is_dataclass(known[name]):
             if not isinstance(value, dict):
                 raise ValueError(f"{path}{name} is a section: set {path}{name}.<name>")

@@ -279,11 +279,11 @@ def create_from_spaces(name: str, spaces: Spaces, **options: Any) -> WorldModel:
     """As create_world_model, from Spaces already made."""
     family, _, preset = name.partition(":")
     if family not in families():
-        raise ValueError(f"no world-model family {family!r}: {nearest(family, families())}")
+        raise ValueError(f"no world-model family {family!r:.100}: {nearest(family, families())}")
     module = importlib.import_module(f"worldflux_dist.models.{family}")
     names = [f"{family}:{p}" for p in module.PRESETS]
     if preset not in module.PRESETS:
-        raise ValueError(f"no preset {name!r}: {nearest(name, names)}")
+        raise ValueError(f"no preset {name!r:.100}: {nearest(name, names)}")
     return module.Model(spaces, with_options(module.PRESETS[preset], options, name))
 
 
