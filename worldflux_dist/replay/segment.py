@@ -71,7 +71,7 @@ class Record:
     key: Key
     streams: Annotated[list[Stream], FailFast()]
     version: Whole
-    columns: Annotated[list[tuple[Text, Text, list[Whole]]], MaxLen(1000)]
+    columns: Annotated[list[tuple[Text, Text, list[Limited]]], MaxLen(1000)]
 
 
 def pack_head(compress: str, start: Numbering) -> bytes:

@@ -64,7 +64,7 @@ class ReplayShard:
     ) -> None:
         assert 0 <= index < num_shards, (index, num_shards)
         self.config, self._index, self._num_shards = config, index, num_shards
-        self._root = root
+        self._root = storage.as_path(root) if isinstance(root, str) else root
         self._life, self._folder = life, f"{life}/shard-{index}"
         if not _FOLDER.fullmatch(self._folder):
             raise ValueError(f"life {life!r} must be letters, digits, - and _ only")
