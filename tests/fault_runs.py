@@ -22,7 +22,7 @@ import psutil
 from gymnasium import spaces
 from toy_run import PATIENCE_S, ToyRun
 
-from worldflux_dist import checkpoint
+from worldflux_dist import checkpoint, storage
 from worldflux_dist.data import Chunk
 from worldflux_dist.replay import ReplayConfig, ReplayShard
 from worldflux_dist.replay.journal import INDEX
@@ -104,7 +104,7 @@ def shard_folders(run_dir: Path) -> list[Path]:
 
 
 def _live_shard(root: Path, folder: Path) -> list[Chunk]:
-    index = checkpoint.read_json(folder / INDEX)
+    index = storage.read_json(folder / INDEX)
     names = [segment["name"] for segment in index.get("segments", [])]
     own = sorted(f"{folder.parent.name}/{folder.name}/{p.name}" for p in folder.glob("*.seg"))
     return _read(root, names + [name for name in own if name >= index.get("oldest_open", "")])
@@ -263,7 +263,7 @@ class FaultRun(ToyRun):
             step = self.wait_for_checkpoint(step)
             try:
                 return checkpoint.verify(self.checkpoint_path(step))
-            except (checkpoint.CheckpointError, FileNotFoundError):
+            except (storage.CheckpointError, FileNotFoundError):
                 assert step < self.checkpoint_steps()[-1]  # a later one has made the run remove it
 
     def lines(self) -> list[Line]:
@@ -336,7 +336,7 @@ def _newer(path: Path, since: float) -> bool:
 
 def shard_owners(run_dir: Path) -> dict[Path, str]:
     """Which process writes each shard's folder."""
-    return {f: checkpoint.read_json(f / INDEX)["owner"] for f in shard_folders(run_dir)}
+    return {f: storage.read_json(f / INDEX)["owner"] for f in shard_folders(run_dir)}
 
 
 def learner_back(run: FaultRun, since: float, restarts: float) -> float:

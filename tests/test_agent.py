@@ -15,8 +15,8 @@ import torch
 from small import make_agent, perturbed, random_batch, same_sums, tensors
 
 from worldflux_dist.agent import Agent
-from worldflux_dist.checkpoint import CheckpointError
 from worldflux_dist.learner import Learner, LearnerConfig, NonFiniteLossError
+from worldflux_dist.storage import CheckpointError
 
 # ------------------------------------------------------------------- what it is made of
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from upath import UPath
 
-from worldflux_dist import checkpoint
-from worldflux_dist.checkpoint import CheckpointError
+from worldflux_dist import checkpoint, storage
+from worldflux_dist.storage import CheckpointError
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -22,7 +22,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Path | UPath:
 
 def write(root: Path | UPath, step: int, keep: int = 2) -> Path | UPath:
     folder = checkpoint.begin(root, step)
-    checkpoint.save_arrays(folder / "agent.safetensors", {"w": np.full((3, 2), step)})
+    storage.save_arrays(folder / "agent.safetensors", {"w": np.full((3, 2), step)})
     (folder / "shard0").mkdir(parents=True, exist_ok=True)
     (folder / "shard0" / "replay.bin").write_bytes(bytes(range(256)) * 8)
     return checkpoint.commit(root, folder, step, keep, counters={"env_steps": step * 4})
@@ -55,7 +55,7 @@ def test_round_trip_and_keep(root: Path | UPath) -> None:
     assert folder == root / "0000000030"
     assert (manifest["step"], manifest["counters"]) == (30, {"env_steps": 120})
     assert set(manifest["files"]) == {"agent.safetensors", "shard0/replay.bin"}
-    arrays, _ = checkpoint.load_arrays(folder / "agent.safetensors")
+    arrays, _ = storage.load_arrays(folder / "agent.safetensors")
     np.testing.assert_array_equal(arrays["w"], np.full((3, 2), 30))
     assert [saved["counters"]["env_steps"] for saved in checkpoint.kept(root)] == [120, 80]
 
@@ -139,24 +139,24 @@ def test_a_storage_that_does_not_answer_is_no_empty_one(monkeypatch: pytest.Monk
     [("{}/a", "{}/a"), ("file://{}/a", "{}/a"), ("{}/b/../a", "{}/a")],
 )
 def test_as_path_local(text: str, local: str, tmp_path: Path) -> None:
-    found = checkpoint.as_path(text.format(tmp_path))
+    found = storage.as_path(text.format(tmp_path))
     assert isinstance(found, Path)
     assert found == Path(local.format(tmp_path))
 
 
 def test_as_path_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    assert checkpoint.as_path("runs/a") == tmp_path / "runs" / "a"
-    found = checkpoint.as_path("memory://runs/a")
+    assert storage.as_path("runs/a") == tmp_path / "runs" / "a"
+    found = storage.as_path("memory://runs/a")
     assert isinstance(found, UPath)
     assert str(found / "b") == "memory://runs/a/b"
     with pytest.raises(ValueError, match="two slashes"):
-        checkpoint.as_path(Path("s3://bucket/runs"))
+        storage.as_path(Path("s3://bucket/runs"))
     with pytest.raises(ValueError, match=r"nope://x cannot be used \(Protocol not known: nope\)"):
-        checkpoint.as_path("nope://x")
+        storage.as_path("nope://x")
     fsspec.register_implementation("absent", "absent.Store", errtxt="Install absent_package")
     with pytest.raises(ValueError, match=r"absent://x cannot be used \(Install absent_package\)"):
-        checkpoint.as_path("absent://x")
+        storage.as_path("absent://x")
 
 
 def flip(path: Path | UPath) -> None:
@@ -215,7 +215,7 @@ def test_only_broken_checkpoints_is_an_error(tmp_path: Path) -> None:
 
 def test_newer_format_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path, 10)
-    checkpoint.write_json(folder / "manifest.json", {"format": 99})
+    storage.write_json(folder / "manifest.json", {"format": 99})
     with pytest.raises(CheckpointError, match="format 99, and this release reads 2"):
         checkpoint.verify(folder)
 
@@ -225,8 +225,8 @@ def test_full_disk_in_a_role_that_writes_arrays(tmp_path: Path) -> None:
     done = run(
         "import resource\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
-        "try: checkpoint.save_arrays(root / 'big', {'x': np.zeros(100_000)})\n"
-        "except OSError as error: assert checkpoint.disk_full(error); print('full')\n",
+        "try: storage.save_arrays(root / 'big', {'x': np.zeros(100_000)})\n"
+        "except OSError as error: assert storage.disk_full(error); print('full')\n",
         tmp_path,
     )
     assert done.stdout == "full\n", done.stderr
@@ -239,7 +239,7 @@ def test_full_disk_while_the_manifest_is_written(tmp_path: Path) -> None:
         "folder = checkpoint.begin(root, 20)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))\n"
         "try: checkpoint.commit(root, folder, 20, counters={'x': 'y' * 6_000})\n"
-        "except OSError as error: assert checkpoint.disk_full(error); print('full')\n",
+        "except OSError as error: assert storage.disk_full(error); print('full')\n",
         tmp_path,
     )
     assert done.stdout == "full\n", done.stderr
@@ -254,8 +254,8 @@ def test_arrays_of_any_layout(root: Path | UPath) -> None:
         "flags": np.array([True, False]),
         "image": np.arange(48, dtype=np.uint8).reshape(4, 4, 3)[::-1],
     }
-    checkpoint.save_arrays(root / "a", arrays, {"kind": "test"})
-    loaded, metadata = checkpoint.load_arrays(root / "a")
+    storage.save_arrays(root / "a", arrays, {"kind": "test"})
+    loaded, metadata = storage.load_arrays(root / "a")
     assert metadata == {"kind": "test"}
     assert set(loaded) == set(arrays)
     for name, value in arrays.items():
@@ -266,25 +266,23 @@ def test_arrays_of_any_layout(root: Path | UPath) -> None:
 
 def test_broken_files_say_which(root: Path | UPath) -> None:
     path = root / "a.safetensors"
-    checkpoint.save_arrays(path, {"x": np.zeros(1000)})
+    storage.save_arrays(path, {"x": np.zeros(1000)})
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(CheckpointError, match=r"a\.safetensors is corrupt or truncated"):
-        checkpoint.load_arrays(path)
+        storage.load_arrays(path)
     with pytest.raises(CheckpointError, match="b is missing"):
-        checkpoint.load_arrays(root / "b")
+        storage.load_arrays(root / "b")
     (root / "c.json").write_bytes(b'{"a": \xff')
     with pytest.raises(CheckpointError, match=r"c\.json is corrupt or truncated"):
-        checkpoint.read_json(root / "c.json")
+        storage.read_json(root / "c.json")
 
 
 def test_write_json_keeps_the_old_text_on_failure(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    checkpoint.write_json(path, {"a": 1})
+    storage.write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="not JSON compliant"):
-        checkpoint.write_json(path, {"a": float("nan")})
-    assert checkpoint.read_json(path) == {"a": 1}
-    crash = (
-        "Path.replace = lambda *_: os._exit(9)\ncheckpoint.write_json(root / 'x.json', {'a': 2})"
-    )
+        storage.write_json(path, {"a": float("nan")})
+    assert storage.read_json(path) == {"a": 1}
+    crash = "Path.replace = lambda *_: os._exit(9)\nstorage.write_json(root / 'x.json', {'a': 2})"
     assert run(crash, tmp_path).returncode == 9
-    assert checkpoint.read_json(path) == {"a": 1}
+    assert storage.read_json(path) == {"a": 1}

@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from upath import UPath
 
-from worldflux_dist import checkpoint
-from worldflux_dist.checkpoint import CheckpointError
+from worldflux_dist import checkpoint, storage
+from worldflux_dist.storage import CheckpointError
 
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
@@ -116,7 +116,7 @@ def fill(folder: Path | UPath, value: int) -> None:
     (folder / "sub").mkdir(parents=True, exist_ok=True)
     for content in (-1, value):
         (folder / "sub" / "b").write_bytes(b"%d" % content)
-    checkpoint.write_json(folder / "a", value)
+    storage.write_json(folder / "a", value)
 
 
 def write(root: Path | UPath, step: int, value: int, keep: int = 2) -> None:
@@ -126,7 +126,7 @@ def write(root: Path | UPath, step: int, value: int, keep: int = 2) -> None:
 
 
 def value_in(folder: Path | UPath) -> int:
-    value = checkpoint.read_json(folder / "a")
+    value = storage.read_json(folder / "a")
     assert (folder / "sub" / "b").read_bytes() == b"%d" % value
     assert checkpoint.verify(folder)["counters"] == {"value": value}
     return value
@@ -243,7 +243,7 @@ class Checkpoints(RuleBasedStateMachine):
         died = dies(moment, self.root, checkpoint.commit, self.root, folder, step, keep, counters)
         found = places(self.root)
         with suppress(CheckpointError, KeyError):
-            if checkpoint.read_json(found[step] / "manifest.json")["counters"] == counters:
+            if storage.read_json(found[step] / "manifest.json")["counters"] == counters:
                 self.have = before | {step: (value, "good")}
         done = self.have.get(step) == (value, "good")
         stays = set(sorted(s for s in self.have if s <= step)[-keep:]) if done else set(before)

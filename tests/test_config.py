@@ -10,8 +10,48 @@ from conftest import REPOSITORY
 
 from worldflux_dist import config
 from worldflux_dist.config import ConfigError
+from worldflux_dist.settings import differences
 
 OVERLAYS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+
+# Differs from the defaults in every field.
+MARKED = config.from_dict(
+    {
+        "seed": 1,
+        "model": "tdmpc2:5m",
+        "model_options": {"a": 1},
+        "behavior": {"a": 1},
+        "planner": {"a": 1},
+        "env": {
+            **dict(id="x", num_envs=1, kwargs={"a": 1}, max_episode_steps=1, max_failures=1),
+            **dict(patience=1.0, image_size=8, dmc_obs="pixels", dmc_action_repeat=1),
+            **dict(grayscale=True, frame_skip=1, repeat_action_probability=0.5, noop_max=1),
+            **dict(terminal_on_life_loss=True, reward_clipping=True, full_action_space=True),
+            **dict(use_fire_reset=True, max_episode_frames=1),
+        },
+        "replay": {
+            **dict(batch_size=2, batch_length=2, capacity=100, capacity_bytes=1, online=False),
+            **dict(uniform=0.5, recent=0.5, prioritized=0.5, storage="lz4", compress="none"),
+            **dict(segment_bytes=1, flush_every=1.0, pending_bytes=1),
+        },
+        "learner": {
+            **dict(precision="bfloat16", device="cpu", threads=2, accumulate=2, compile=True),
+            **dict(pin_memory=True),
+        },
+        "train": {
+            **dict(env_steps=7, train_ratio=1.0, prefill=1, eval_every=0, eval_episodes=1),
+            **dict(checkpoint_every=1.0, threshold=1.0),
+        },
+        "scale": {
+            **dict(num_runners=1, num_shards=1, chunk_length=1, runner_threads=2, patience=1.0),
+            **dict(acting="actor", storage="x"),
+        },
+        "imagination": {
+            **dict(mode="actors", num_imaginers=2, num_policy_learners=2, queue_size=2),
+            **dict(max_staleness=32),
+        },
+    }
+)
 
 
 def write(path: Path, text: str) -> Path:
@@ -62,19 +102,22 @@ def test_values_arrive_in_their_types() -> None:
         ("trian.env_steps=2", "unknown config key 'trian': did you mean 'train'?"),
         ("zzz=1", "unknown config key 'zzz': known: seed, model, "),
         ("env=CartPole-v1", "env is a section: set env.<name>"),
-        ("env.id.name=x", "env.id = {'name': 'x'}: Input should be a valid string"),
-        ("train.env_steps=many", "train.env_steps = 'many': Input should be a valid integer"),
-        ("train.env_steps=1.5", "train.env_steps = 1.5: Input should be a valid integer"),
-        ("train.threshold='5'", "train.threshold = '5': Input should be a valid number"),
-        ("seed=true", "seed = True: Input should be a valid integer"),
-        ("env.kwargs=3", "env.kwargs = 3: Input should be an object"),
-        ("learner.precision=float16", "learner.precision = 'float16': Input should be 'float32'"),
+        ("env.id.name=x", "env.id is {'name': 'x'}: it must be a valid string"),
+        ("train.env_steps=many", "train.env_steps is 'many': it must be a valid integer"),
+        ("train.env_steps=1.5", "train.env_steps is 1.5: it must be a valid integer"),
+        ("train.threshold='5'", "train.threshold is '5': it must be a valid number"),
+        ("seed=true", "seed is True: it must be a valid integer"),
+        ("env.kwargs=3", "env.kwargs is 3: it must be a valid dictionary"),
+        (
+            "learner.precision=float16",
+            "learner.precision is 'float16': it must be 'float32'",
+        ),
         ("seed=-1", "seed is -1: it must be at least 0"),
         ("env.num_envs=0", "env.num_envs is 0: it must be at least 1"),
-        ("replay.batch_size=0", "replay batch_size 0 is too small"),
+        ("replay.batch_size=0", "replay.batch_size is 0: it must be at least 1"),
         ("scale.num_runners=0", "scale.num_runners is 0: it must be at least 1"),
-        ("train.eval_every=0", "train.eval_every is 0: it must be at least 1"),
-        ("train.train_ratio=.inf", "train.train_ratio is inf: it must be at least 0 and finite"),
+        ("train.eval_every=-1", "train.eval_every is -1: it must be at least 0"),
+        ("train.train_ratio=.inf", "train.train_ratio is inf: it must be a finite number"),
         ("seed", "override 'seed' is not of the form key.subkey=value"),
         ("env.kwargs={a: 1", "override 'env.kwargs={a: 1': '{a: 1' is not valid YAML"),
     ],
@@ -102,6 +145,44 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str, said: str) -> None:
     path = write(tmp_path / "broken.yaml", text)
     with pytest.raises(ConfigError, match=f"^{path} {said}.*$"):  # one line
         config.load([path])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "is no file"),
+        (b"\x80\x04pickle", "is not text in UTF-8"),
+        ("seed: 1\n".encode("utf-16"), "is not text in UTF-8"),
+        (b"seed: \x00", "is not valid YAML"),
+        (b"[" * 5000, "is not valid YAML"),
+        (b"3", "must hold a mapping of keys, not a int"),
+        (b"[]", "must hold a mapping of keys, not a list"),
+        (b"a: &a [*a]", "is nested more than"),
+        (b"# " * 100_000, "has more than 65536 bytes"),
+    ],
+)
+def test_what_is_no_config_file_is_named(content: bytes | None, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "given.yaml"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"^{path} {said}.*$"):
+        config.load([path])
+
+
+def test_what_does_not_change_learning_may_differ_on_resume() -> None:
+    fixed = {name for name, *_ in differences(config.Config(), MARKED)}
+    assert fixed == {
+        *("seed", "model", "model_options.a", "behavior.a", "planner.a", "env.id", "env.kwargs.a"),
+        *("env.image_size", "env.dmc_obs", "env.dmc_action_repeat", "env.grayscale"),
+        *("env.frame_skip", "env.repeat_action_probability", "env.noop_max"),
+        *("env.terminal_on_life_loss", "env.reward_clipping", "env.full_action_space"),
+        *("env.use_fire_reset", "env.max_episode_frames", "replay.batch_size"),
+        *("replay.batch_length", "replay.capacity", "replay.capacity_bytes", "replay.online"),
+        *("replay.uniform", "replay.recent", "replay.prioritized", "learner.precision"),
+        *("learner.accumulate", "train.prefill", "imagination.mode"),
+    }
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=[path.stem for path in OVERLAYS])

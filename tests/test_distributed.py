@@ -13,7 +13,7 @@ import pytest
 import toy_task
 from toy_run import ToyRun, read_metrics, replay_in
 
-from worldflux_dist import checkpoint, cli, config
+from worldflux_dist import checkpoint, cli, config, storage
 from worldflux_dist.distributed import ending, trainer
 from worldflux_dist.distributed.flow import UPDATES_PER_ROUND
 from worldflux_dist.distributed.run import RunDirectory
@@ -49,7 +49,7 @@ def test_the_toy_task_is_solved_through_ray(solved: Solved) -> None:
 def test_a_run_directory_is_complete(solved: Solved) -> None:
     run_dir, settings, outcome = solved
     assert config.load([run_dir / "config.yaml"]) == settings
-    assert checkpoint.read_json(run_dir / "manifest.json")["versions"]["ray"]
+    assert storage.read_json(run_dir / "manifest.json")["versions"]["ray"]
     lines = read_metrics(run_dir)
     for name in ("loss/reward", "loss/policy", "staleness", "busy/learner", "episode/return"):
         assert any(name in line for line in lines), name  # the last one may cover an instant

@@ -259,7 +259,7 @@ def test_nothing_before_a_reset_reaches_the_losses_after_it(case: tuple[str, str
         ("tdmpc2:6m", {}, "no preset 'tdmpc2:6m': did you mean 'tdmpc2:"),
         ("tdmpc2:tiny", {"latents": 8}, "no option 'latents': did you mean 'latent'"),
         ("tdmpc2:tiny", {"discount": 0.9}, "no option 'discount'"),
-        ("tdmpc2:tiny", {"latent": 8.0}, "option latent of tdmpc2:tiny is 8.0, not of type int"),
+        ("tdmpc2:tiny", {"latent": 8.0}, "model_options.latent is 8.0: it must be a valid integer"),
         ("tdmpc2:tiny", {"latent": 12}, "latent 12 a multiple of 8"),
         ("tdmpc2:tiny", {"num_q": 1}, "num_q at least 2"),
         ("tdmpc2:tiny", {"termination": "off"}, "termination is 'off': use soft, hard or none"),

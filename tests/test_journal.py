@@ -18,8 +18,8 @@ from test_replay import make_chunk
 from test_shard import assert_whole, blocks, fill, rows
 
 from worldflux_dist.replay import ReplayConfig, ReplayShard, segment
-from worldflux_dist.replay.disk import Disk
 from worldflux_dist.replay.segment import MAGIC, Numbering, pack_chunk, pack_head, pack_record
+from worldflux_dist.storage import CheckpointError, Disk
 
 START = Numbering(4, 3, 8, 70, [(0, 7, 5, ("w", "a", 2), 3), ("x", 6, -1, ("w", "a", 2), 4)], [])
 
@@ -111,7 +111,7 @@ def test_hostile_numbering_is_refused(tmp_path):
         (folder / "index.json").write_text(
             '{"owner": "x", "segments": [], "seen": [], "oldest_open": "0001/shard-0/000000.seg"}'
         )
-        with pytest.raises(ValueError, match=r"000000.seg cannot be used"):
+        with pytest.raises(CheckpointError, match=r"000000.seg cannot be used"):
             ReplayShard(ReplayConfig(4, 4, 60), 0, folder.parent.parent, "0001", 0, 1)
 
 

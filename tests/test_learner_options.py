@@ -12,9 +12,9 @@ import torch
 from fixed_draws import fix_draws
 from small import FAMILIES, FAMILY, family_batch, make_small, perturbed, random_batch, same_sums
 
-from worldflux_dist.checkpoint import CheckpointError
 from worldflux_dist.imaginer import Imaginer
 from worldflux_dist.learner import Learner, LearnerConfig
+from worldflux_dist.storage import CheckpointError
 
 CRITIC = {"kind": "actor_critic", "horizon": 3}
 # What enters the losses as a statistic of the whole batch stands still.

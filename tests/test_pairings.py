@@ -221,9 +221,9 @@ def test_a_goal_is_set_by_numbers_or_by_an_observation() -> None:
         ("continuous", {"precision": "half"}, "planner.precision is 'half': use float32"),
         ("continuous", {"elites": 33}, "planner.samples is 32: it must be at least elites 33"),
         ("continuous", {"proposals": 32}, "planner.samples is 32: .* more than proposals 32"),
-        ("continuous", {"horizon": 0}, "planner.horizon, iterations and elites must be at least 1"),
+        ("continuous", {"horizon": 0}, "planner.horizon is 0: it must be at least 1"),
         ("continuous", {"sample": 3}, "planner has no option 'sample': did you mean 'samples'"),
-        ("continuous", {"samples": 3.5}, "option samples of planner is 3.5, not of type int"),
+        ("continuous", {"samples": 3.5}, "planner.samples is 3.5: it must be a valid integer"),
         ("continuous", {"objective": "goal", "goal": [1.0]}, "planner.goal has 1 numbers"),
     ],
 )

@@ -246,7 +246,7 @@ def test_sampling_too_early_and_impossible_configs_say_so():
         buffer.sample()
     with pytest.raises(ValueError, match="capacity 100 is too small"):
         ReplayConfig(capacity=100)
-    with pytest.raises(ValueError, match="batch_size 0 is too small"):
+    with pytest.raises(ValueError, match="batch_size is 0: it must be at least 1"):
         ReplayConfig(batch_size=0)
 
 

@@ -13,6 +13,7 @@ from test_replay import assert_windows_hold_together, make_chunk
 from upath import UPath
 
 from worldflux_dist.replay import FencedError, ReplayConfig, ReplayShard
+from worldflux_dist.storage import CheckpointError
 
 CONFIG = ReplayConfig(4, 4, capacity=60, segment_bytes=3000, flush_every=60)
 ROOMY = ReplayConfig(4, 4, capacity=10_000, segment_bytes=2000, flush_every=60)
@@ -269,7 +270,7 @@ def test_a_damaged_segment_is_named(make, tmp_path, damage, adopted):
         path.unlink()
     else:
         path.write_bytes(data if damage == "flip" else data[:-3])
-    with pytest.raises(ValueError, match=rf"{path.name} cannot be used .*good copy"):
+    with pytest.raises(CheckpointError, match=rf"{path.name} cannot be used .*good copy"):
         make("0002" if adopted else "0001", [state])
 
 
@@ -281,7 +282,7 @@ def test_a_segment_of_another_run_is_refused(make, tmp_path):
         states.append(seal(shard))
     name = states[0]["segments"][0]["name"]
     (tmp_path / "w" / name).write_bytes((tmp_path / "v" / name).read_bytes())
-    with pytest.raises(ValueError, match="SHA-256 differs"):
+    with pytest.raises(CheckpointError, match="SHA-256 differs"):
         make("0002", [states[1]], root=tmp_path / "w")
 
 
@@ -294,7 +295,7 @@ def test_a_segment_that_is_left_out_is_missed(make):
     for lost in (1, -1):
         segments = state["segments"][:]
         del segments[lost]
-        with pytest.raises(ValueError, match=r"before it is missing|end at block"):
+        with pytest.raises(CheckpointError, match=r"before it is missing|end at block"):
             make("0002", [state | {"segments": segments}], config=ROOMY)
 
 
@@ -304,7 +305,7 @@ def test_names_that_lead_elsewhere_are_refused(make, name):
     fill(shard, 0, 10)
     state = seal(shard)
     state["segments"][0]["name"] = name
-    with pytest.raises(ValueError, match="names no replay segment"):
+    with pytest.raises(CheckpointError, match=r"0\.segments\.0\.name is"):
         make("0002", [state])
     with pytest.raises(ValueError, match="letters, digits"):
         make("../0002")
@@ -315,7 +316,7 @@ import os, sys
 sys.path[:0] = {path!r}
 from test_replay import make_chunk
 from worldflux_dist.replay import ReplayConfig, ReplayShard
-from worldflux_dist.replay.disk import Disk
+from worldflux_dist.storage import Disk
 
 class PowerCut(Disk):
     writes = 0

@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from typing_extensions import TypedDict
 
-from worldflux_dist import checkpoint
+from worldflux_dist import checkpoint, storage
 from worldflux_dist.behaviors.actor_critic import ActorCritic, ActorCriticConfig
 from worldflux_dist.behaviors.base import Behavior, BehaviorLoss, Imagined
 from worldflux_dist.behaviors.latent_td import LatentTD, LatentTDConfig
@@ -29,14 +32,26 @@ from worldflux_dist.models.base import (
     State,
     WorldModel,
     create_from_spaces,
-    nearest,
     with_options,
 )
+from worldflux_dist.settings import STRICT, Text, nearest
+from worldflux_dist.space_forms import SpacesForm, make_spaces
 from worldflux_dist.spaces import Spaces
 
 if TYPE_CHECKING:
-    from worldflux_dist.checkpoint import AnyPath
+    from upath import UPath
 
+
+class _Recipe(TypedDict):
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    model: Text
+    model_options: dict[str, Any]
+    behavior: dict[str, Any]
+    planner: NotRequired[dict[str, Any]]
+    spaces: SpacesForm
+
+
+_RECIPE = TypeAdapter(_Recipe)
 PARTS = ("world_model", "behavior")  # of an agent, each with a file of its own
 Carry = dict[str, Tensor]
 Path = tuple[Tensor, Tensor]  # features (B, T, F) and what step t counts, (T,)
@@ -319,63 +334,95 @@ class Agent(nn.Module):
         """Copies of all parameters and buffers of a part, as `load_arrays` takes them."""
         return {name: x.cpu().numpy().copy() for name, x in self.part_state(part).items()}
 
-    def load_files(self, folder: AnyPath, part: str = "agent") -> None:
+    def load_files(self, folder: UPath, part: str = "agent") -> None:
         """Take over a part's weights from where `save` wrote them. Raises CheckpointError if they
         differ."""
         for name in PARTS if part == "agent" else (part,):
             path = folder / f"{name}.safetensors"
-            arrays, _ = checkpoint.load_arrays(path)
+            arrays, _ = storage.load_arrays(path)
             ours = {key: tuple(value.shape) for key, value in self.part_state(name).items()}
             found = {key: value.shape for key, value in arrays.items()}
             wrong = sorted(n for n in ours.keys() | found.keys() if ours.get(n) != found.get(n))
             if wrong:
-                raise checkpoint.CheckpointError(
+                raise storage.CheckpointError(
                     f"{path} holds another agent's weights ({len(wrong)} tensors differ, first "
                     f"{wrong[0]}: {found.get(wrong[0])} there, {ours.get(wrong[0])} here)"
                 )
             self.load_arrays(arrays)
 
-    def save(self, folder: AnyPath | str, part: str = "agent") -> None:
+    def save(self, folder: UPath | str, part: str = "agent") -> None:
         """Write world_model.safetensors and behavior.safetensors, or that of one part, and, but for
         the behavior alone, agent.json."""
-        folder = checkpoint.as_path(folder) if isinstance(folder, str) else folder
+        folder = storage.as_path(folder) if isinstance(folder, str) else folder
         folder.mkdir(parents=True, exist_ok=True)
         for name in PARTS if part == "agent" else (part,):
-            checkpoint.save_arrays(folder / f"{name}.safetensors", self.part_arrays(name))
+            storage.save_arrays(folder / f"{name}.safetensors", self.part_arrays(name))
         if part != "behavior":
-            checkpoint.write_json(folder / "agent.json", self.recipe)
+            storage.write_json(folder / "agent.json", self.recipe)
 
     @classmethod
-    def load(cls, path: AnyPath | str) -> Agent:
+    def load(cls, path: UPath | str) -> Agent:
         """The agent in a folder written by `save`, or of a run's newest good checkpoint.
 
-        Raises CheckpointError or FileNotFoundError naming the path when there is none.
+        What is read may come from elsewhere: nothing is built that the weights beside it do not
+        fill. Raises CheckpointError naming file and field, or FileNotFoundError where there is no
+        agent.
         """
-        folder = checkpoint.as_path(path) if isinstance(path, str) else path
+        folder = storage.as_path(path) if isinstance(path, str) else path
         if not (folder / "agent.json").exists():
-            found = checkpoint.newest(folder / "checkpoints")
-            if found is None:
+            newest = checkpoint.newest(folder / "checkpoints")
+            if newest is None:
                 raise FileNotFoundError(
                     f"no agent in {folder}: expected agent.json or a run directory with checkpoints"
                 )
-            folder = found[0]
-        agent = cls.from_recipe(checkpoint.read_json(folder / "agent.json"))
+            folder = newest[0]
+        recipe = storage.read_form(folder / "agent.json", _RECIPE)
+        weights = [folder / f"{name}.safetensors" for name in PARTS]
+        try:
+            with Allowance(sum(map(storage.size, weights)) // 2):  # of numbers: a quarter, twice
+                agent = cls.from_recipe(recipe)
+        except ValueError as error:
+            raise storage.CheckpointError(f"{folder / 'agent.json'}: {error}") from error
         agent.load_files(folder)
         return agent
 
     @classmethod
-    def from_recipe(cls, recipe: dict[str, Any]) -> Agent:
-        spaces = Spaces.from_json(recipe["spaces"])
+    def from_recipe(cls, recipe: Any) -> Agent:
+        spaces = make_spaces(recipe["spaces"])
         parts = (recipe["model_options"], recipe["behavior"], recipe.get("planner", {}))
         return cls(recipe["model"], spaces, *parts)
+
+
+class Allowance(TorchFunctionMode):
+    """Lets no more than so many numbers be made: a size from a file must not fill the memory.
+
+    Raises ValueError when there are more, before they are written to, which is what takes memory.
+    """
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.left = numbers + 2**22  # what is no parameter is small
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        try:
+            made = func(*args, **(kwargs or {}))
+        except RuntimeError as error:  # torch's word for sizes that no machine has
+            raise ValueError(f"the agent's sizes cannot be: {error!s:.100}") from error
+        if func in (torch.empty, torch.zeros, torch.ones, torch.full, torch.linspace):
+            self.left -= made.numel()
+            if self.left < 0:
+                raise ValueError("its sizes make an agent far larger than the weights beside it")
+        return made
 
 
 def _behavior_config(world_model: WorldModel, options: dict[str, Any]) -> tuple[str, Any]:
     """The kind and the config of the behavior: the native one's values, or another kind's."""
     native = world_model.native["behavior"]
     kind = options.get("kind", native["kind"])
-    if kind not in BEHAVIORS:
-        raise ValueError(f"no behavior.kind {kind!r}: {nearest(str(kind), list(BEHAVIORS))}")
+    if not isinstance(kind, str) or kind not in BEHAVIORS:
+        raise ValueError(f"no behavior.kind {kind!r:.100}: {nearest(str(kind), list(BEHAVIORS))}")
     values = (native if kind == native["kind"] else {}) | options
     values = {name: value for name, value in values.items() if name != "kind"}
     return kind, with_options(BEHAVIORS[kind][0], values, "behavior")

@@ -12,7 +12,6 @@ others may write into the folder it hands out. Files are safetensors and JSON, n
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -21,57 +20,49 @@ import re
 import reprlib
 import secrets
 import shutil
-import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
+from annotated_types import Ge, Lt
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
+from worldflux_dist import storage
+from worldflux_dist.settings import STRICT, Text, Whole
+from worldflux_dist.storage import CheckpointError, fsync
 
 if TYPE_CHECKING:
     from upath import UPath
 
-    AnyPath = Path | UPath
-
 FORMAT = 2
 MANIFEST = "manifest.json"
-MAX_JSON = 64 * 2**20  # bytes: the largest JSON file that is read
 _TEMPORARY = ".writing-"
 _REPLACED = ".old"
 _FOLDER = re.compile(rf"\d{{10}}({re.escape(_REPLACED)})?", re.ASCII)
 _FILE = re.compile(r"(?=.{1,250}$)\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 logger = logging.getLogger(__name__)
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; the message says which file, why, and what now."""
+class _File(TypedDict):
+    size: Whole
+    sha256: Text
 
 
-def as_path(text: str | Path) -> AnyPath:
-    """A local path, absolute, or for `s3://`, `gs://` and the like one on that storage.
-
-    Raises ValueError for a storage that is not known or whose package is not installed.
-    """
-    import fsspec
-    from upath import UPath
-
-    text = str(text)
-    if slip := re.match(r"(\w{2,}):/(?!/)", text):
-        raise ValueError(f"{text} is neither a path nor a URL: write {slip[1]}:// with two slashes")
-    protocol = fsspec.utils.get_protocol(text)
-    if protocol in ("file", "local"):
-        return Path(re.sub(r"^\w+://", "", text)).resolve()
-    try:
-        fsspec.get_filesystem_class(protocol)
-    except (ImportError, ValueError) as error:
-        remedy = "give a path or a storage of fsspec, such as s3://, whose package is installed"
-        raise ValueError(f"{text} cannot be used ({error}): {remedy}") from error
-    return UPath(text)
+class _Manifest(TypedDict):
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    format: Any
+    step: Annotated[int, Ge(0), Lt(10**10)]
+    counters: dict[str, Any]
+    files: dict[str, _File]
+    sha256: Text
 
 
-def begin(root: AnyPath, step: int) -> AnyPath:
+_FORM = TypeAdapter(_Manifest)
+
+
+def begin(root: UPath, step: int) -> UPath:
     """The empty folder that roles write the files of checkpoint `step` into.
 
     What killed processes left under `root` is removed, so one process may begin, and one
@@ -89,8 +80,8 @@ def begin(root: AnyPath, step: int) -> AnyPath:
 
 
 def commit(
-    root: AnyPath, folder: AnyPath, step: int, keep: int = 2, counters: dict[str, Any] | None = None
-) -> AnyPath:
+    root: UPath, folder: UPath, step: int, keep: int = 2, counters: dict[str, Any] | None = None
+) -> UPath:
     """Make the folder of `begin` checkpoint `step`, with `counters` (JSON) in its manifest.
 
     Nobody may write into it any more. All but the newest `keep` checkpoints are then removed, and
@@ -107,7 +98,7 @@ def commit(
             if final.exists():
                 final.rename(replaced)
             folder.rename(final)
-            _fsync(final.parent)
+            fsync(final.parent)
             shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         abandon(folder)
@@ -118,7 +109,7 @@ def commit(
     return final
 
 
-def abandon(folder: AnyPath) -> None:
+def abandon(folder: UPath) -> None:
     """Remove the folder of `begin`, now or in the next `begin`; one that was committed stays."""
     if isinstance(folder, Path):
         shutil.rmtree(folder, ignore_errors=True)
@@ -128,7 +119,7 @@ def abandon(folder: AnyPath) -> None:
             _remove(folder)
 
 
-def newest(root: AnyPath, part: str = "") -> tuple[AnyPath, dict[str, Any]] | None:
+def newest(root: UPath, part: str = "") -> tuple[UPath, dict[str, Any]] | None:
     """The newest checkpoint that verifies and its manifest, or None where there is none yet.
 
     With `part` only the files whose names begin with it are read. Logs one sentence about each
@@ -154,7 +145,7 @@ def newest(root: AnyPath, part: str = "") -> tuple[AnyPath, dict[str, Any]] | No
     return None
 
 
-def kept(root: AnyPath) -> list[dict[str, Any]]:
+def kept(root: UPath) -> list[dict[str, Any]]:
     """The manifests that are not broken, of all checkpoints in place; their files are not read."""
     manifests = []
     for folder in _folders(root):
@@ -163,7 +154,7 @@ def kept(root: AnyPath) -> list[dict[str, Any]]:
     return manifests
 
 
-def verify(folder: AnyPath, part: str = "") -> dict[str, Any]:
+def verify(folder: UPath, part: str = "") -> dict[str, Any]:
     """Check every file, or those of one part, against the manifest and return it.
 
     Raises CheckpointError naming the first file that is missing, changed or outside the folder.
@@ -173,136 +164,33 @@ def verify(folder: AnyPath, part: str = "") -> dict[str, Any]:
         if not name.startswith(part):
             continue
         path = _inside(folder, name)
-        size, claimed = _size(path), expected.get("size")
-        if size != claimed:
-            raise CheckpointError(f"{path} has {size} bytes instead of {reprlib.repr(claimed)}")
-        if _file_digest(path) != expected.get("sha256"):
+        size = storage.size(path)
+        if size != expected["size"]:
+            raise CheckpointError(f"{path} has {size} bytes instead of {expected['size']}")
+        if storage.digest(path) != expected["sha256"]:
             raise CheckpointError(f"{path} is corrupt: its SHA-256 differs from the manifest's")
     return manifest
 
 
-def disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it (in another process too), is a full disk or quota."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _DISK_FULL:
-            return True
-        error = getattr(error, "cause", None) or error.__cause__
-    return False
-
-
-def save_arrays(
-    path: AnyPath, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None
-) -> None:
-    """Write named arrays of any shape and layout as safetensors. Raises OSError."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save, save_file
-
-    ordered = {name: np.asarray(value, order="C") for name, value in arrays.items()}
-    try:
-        if isinstance(path, Path):
-            save_file(ordered, path, metadata)
-        else:
-            path.write_bytes(save(ordered, metadata))
-    except SafetensorError as error:
-        # The library reports the system's error in words only; callers need the number.
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        if found is None:
-            raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
-
-
-def load_arrays(path: AnyPath) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Read the arrays and metadata of `save_arrays`.
-
-    Raises CheckpointError if they are missing, broken or larger than this machine's memory.
-    """
-    from safetensors import SafetensorError, safe_open
-    from safetensors.numpy import load
-
-    size = _size(path)
-    if size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-        raise CheckpointError(f"{path} has {size} bytes, more than this machine's memory")
-    try:
-        if isinstance(path, Path):
-            with safe_open(path, "numpy") as file:
-                names = file.keys()  # not iterable itself
-                return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-        content = path.read_bytes()
-        arrays = load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        return arrays, header.get("__metadata__", {})
-    # The last four are how the library meets shapes and types that numpy does not have.
-    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} is corrupt or truncated: {error}") from error
-
-
-def write_json(path: AnyPath, value: Any) -> None:
-    """Write JSON so that `path` holds either the old or the whole new text. Refuses NaN."""
-    text = json.dumps(value, indent=1, allow_nan=False).encode()
-    if not isinstance(path, Path):
-        path.write_bytes(text)
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(text)
-    _fsync(temporary)
-    temporary.replace(path)
-    _fsync(path.parent)
-
-
-def read_json(path: AnyPath) -> Any:
-    """Read JSON. Raises CheckpointError if the file is missing, broken or above MAX_JSON."""
-    size = _size(path)
-    if size > MAX_JSON:
-        raise CheckpointError(f"{path} has {size} bytes, more than the {MAX_JSON} that are read")
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is corrupt or truncated: {error}") from error
-
-
-def _size(path: AnyPath) -> int:
-    """Bytes of a regular file; opening a pipe or a device would block."""
-    try:
-        status = path.stat()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"{path} is missing") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path} is no regular file")
-    return status.st_size
-
-
-def _file_digest(path: AnyPath) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_manifest(folder: AnyPath, step: int, counters: dict[str, Any]) -> None:
+def _write_manifest(folder: UPath, step: int, counters: dict[str, Any]) -> None:
     files = {}
     for name in _names(folder):
         if not _FILE.fullmatch(name):
             raise CheckpointError(f"{folder} holds {name!r}: use letters, digits, '_', '.' and '-'")
         path = _inside(folder, name)
-        files[name] = {"size": _size(path), "sha256": _file_digest(path)}
+        files[name] = {"size": storage.size(path), "sha256": storage.digest(path)}
     if isinstance(folder, Path):
         for path in folder.rglob("*"):
-            _fsync(path)
+            fsync(path)
     counters = json.loads(json.dumps(counters))  # as they will be read back, for the digest
     manifest = {"format": FORMAT, "step": step, "counters": counters, "files": files}
-    write_json(folder / MANIFEST, manifest | {"sha256": _manifest_digest(manifest)})
+    storage.write_json(folder / MANIFEST, manifest | {"sha256": _manifest_digest(manifest)})
 
 
-def _manifest(folder: AnyPath) -> dict[str, Any]:
+def _manifest(folder: UPath) -> dict[str, Any]:
     """The manifest, of the right form and naming nothing outside; its files are not looked at."""
     path = _inside(folder, MANIFEST)
-    manifest = read_json(path)
+    manifest = storage.read_json(path)
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise CheckpointError(
@@ -314,14 +202,9 @@ def _manifest(folder: AnyPath) -> dict[str, Any]:
         whole = False
     if not whole:
         raise CheckpointError(f"{path} is corrupt: its own SHA-256 differs")
-    step, counters, files = (manifest.get(key) for key in ("step", "counters", "files"))
-    if type(step) is not int or not isinstance(counters, dict) or not isinstance(files, dict):
-        raise CheckpointError(f"{path} is malformed: it needs a step, counters and files")
-    for name, entry in files.items():
-        if not _FILE.fullmatch(name) or not isinstance(entry, dict):
-            raise CheckpointError(
-                f"{path} names {name!r:.80}, outside of its folder or no plain file"
-            )
+    for name in storage.in_form(manifest, _FORM, path)["files"]:
+        if not _FILE.fullmatch(name):
+            raise CheckpointError(f"{path} names {name!r:.80}, which is outside of its folder")
     return manifest
 
 
@@ -330,7 +213,7 @@ def _manifest_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _inside(folder: AnyPath, name: str) -> AnyPath:
+def _inside(folder: UPath, name: str) -> UPath:
     """The path of a plain name, once no link on the way leads elsewhere."""
     path = folder / name
     real = os.path.realpath
@@ -344,7 +227,7 @@ def _temporary(root: Path, step: str) -> Path:
     return root / f"{_TEMPORARY}{step}-{secrets.token_hex(4)}"
 
 
-def _remove(folder: AnyPath) -> None:
+def _remove(folder: UPath) -> None:
     """Remove a checkpoint; from the first moment on it does not exist."""
     if isinstance(folder, Path):
         doomed = _temporary(folder.parent, folder.name)
@@ -353,11 +236,10 @@ def _remove(folder: AnyPath) -> None:
         return
     with suppress(FileNotFoundError):
         folder.fs.rm_file((folder / MANIFEST).path)
-    with suppress(FileNotFoundError):
-        folder.fs.rm(folder.path, recursive=True)
+    storage.delete(folder)
 
 
-def _tidy(root: AnyPath) -> None:
+def _tidy(root: UPath) -> None:
     """Remove what a killed process left, and finish or undo a replacement it was in."""
     if not isinstance(root, Path):
         names = _names(root)
@@ -374,7 +256,7 @@ def _tidy(root: AnyPath) -> None:
             replaced.rename(replaced.with_suffix(""))
 
 
-def _folders(root: AnyPath) -> list[AnyPath]:
+def _folders(root: UPath) -> list[UPath]:
     """Checkpoint folders, newest first; a replaced one comes after the one that replaces it."""
     if isinstance(root, Path):
         names = [path.name for path in root.iterdir() if path.is_dir()] if root.exists() else []
@@ -385,7 +267,7 @@ def _folders(root: AnyPath) -> list[AnyPath]:
     return [root / name for name in reversed(names)]
 
 
-def _names(folder: AnyPath) -> list[str]:
+def _names(folder: UPath) -> list[str]:
     """Names of the files below a folder, as other processes see them now."""
     if isinstance(folder, Path):
         paths = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]

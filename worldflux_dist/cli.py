@@ -108,13 +108,13 @@ def evaluate_run(
     """Evaluate the newest good checkpoint of a run, greedily, next to a random policy."""
     import torch
 
-    from worldflux_dist import config, evaluate, figures
+    from worldflux_dist import evaluate, figures
     from worldflux_dist.agent import Agent
-    from worldflux_dist.distributed.run import storage_of
+    from worldflux_dist.distributed.run import saved_config, storage_of
 
     if not (run_dir / "config.yaml").exists():
         raise FileNotFoundError(f"{run_dir} is no run directory: it has no config.yaml")
-    settings = config.load([run_dir / "config.yaml"])
+    settings = saved_config(run_dir)
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     agent = Agent.load(storage_of(settings, run_dir))

@@ -8,44 +8,47 @@ back equal.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from annotated_types import Ge, Le
 
 from worldflux_dist.agent import Agent
 from worldflux_dist.envs import EnvConfig
 from worldflux_dist.learner import LearnerConfig
-from worldflux_dist.models.base import nearest
-from worldflux_dist.replay.buffer import ReplayConfig
+from worldflux_dist.replay import ReplayConfig
+from worldflux_dist.settings import Count, Scale, Settings, Text, Whole, free, nearest, parse
 from worldflux_dist.spaces import Spaces
+
+MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2**16, 10_000, 32  # of a YAML file
+Processes = Annotated[int, Ge(1), Le(10_000)]  # or threads
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """How long, at which ratio, and how often to look.
 
-    Units are env steps (resets included) except `checkpoint_every`, seconds. `threshold` is the
-    mean evaluation return that counts as passed; without one no verdict is given.
+    Units are env steps (resets included) except `checkpoint_every`, seconds. `eval_every` 0
+    evaluates only at the end. `threshold` is the mean evaluation return that counts as passed;
+    without one no verdict is given.
     """
 
-    env_steps: int = 1_000_000
-    train_ratio: float = 32.0
-    prefill: int = 1024
-    eval_every: int = 50_000
-    eval_episodes: int = 10
-    checkpoint_every: float = 600.0
-    threshold: float | None = None
+    section: ClassVar[str] = "train"
 
-    def __post_init__(self) -> None:
-        _check_least("train", self, env_steps=1, train_ratio=0, prefill=0, checkpoint_every=0)
-        _check_least("train", self, eval_every=1, eval_episodes=1)
+    env_steps: Annotated[int, Ge(1), Le(2**62)] = free(1_000_000)
+    train_ratio: Scale = free(32.0)
+    prefill: Whole = 1024
+    eval_every: Whole = free(50_000)
+    eval_episodes: Count = free(10)
+    checkpoint_every: Scale = free(600.0)
+    threshold: Annotated[float, Ge(-1e12), Le(1e12)] | None = free(None)
+
+    def check(self) -> None:
         if self.prefill >= self.env_steps:
             raise ValueError(
                 f"train.prefill is {self.prefill}: nothing would be learned in env_steps "
@@ -57,31 +60,29 @@ LEAST_STALENESS = 32  # weights are published every 16 gradient steps, and two r
 
 
 @dataclass(frozen=True)
-class ScaleConfig:
+class ScaleConfig(Settings):
     """How many processes of each role, and how many steps a chunk holds.
 
     `num_learners` processes share every batch. `acting` actor: one more process, with the GPU where
     there is one, acts for all runners. `storage` keeps checkpoints and replay, each run in a folder
-    of its name: a path or URL that all nodes see; empty is the run directory. Whoever is silent
-    for `patience` seconds is started again.
+    of its name: a path or URL that all nodes see; empty is the run directory. A process that is
+    silent for `patience` seconds is started again.
     """
 
-    num_runners: int = 2
-    num_shards: int = 2
-    num_learners: int = 1
-    chunk_length: int = 64
-    runner_threads: int = 1
-    acting: Literal["runner", "actor"] = "runner"
-    storage: str = ""
-    patience: float = 300.0
+    section: ClassVar[str] = "scale"
 
-    def __post_init__(self) -> None:
-        _check_least("scale", self, num_runners=1, num_shards=1, num_learners=1)
-        _check_least("scale", self, chunk_length=1, runner_threads=1, patience=1)
+    num_runners: Processes = free(2)
+    num_shards: Processes = free(2)
+    num_learners: Processes = free(1)
+    chunk_length: Count = free(64)
+    runner_threads: Processes = free(1)
+    acting: Literal["runner", "actor"] = free("runner")
+    storage: Text = free("")
+    patience: Annotated[float, Ge(1), Le(1e9)] = free(300.0)
 
 
 @dataclass(frozen=True)
-class ImaginationConfig:
+class ImaginationConfig(Settings):
     """Where the policy learns: with the model (`fused`), or in processes of its own (`actors`) on
     what `num_imaginers` imagine for `num_policy_learners`.
 
@@ -89,27 +90,25 @@ class ImaginationConfig:
     `max_staleness` gradient steps behind, of the model or of the policy, is thrown away.
     """
 
-    mode: Literal["fused", "actors"] = "fused"
-    num_imaginers: int = 1
-    num_policy_learners: int = 1
-    queue_size: int = 4
-    max_staleness: int = 64
+    section: ClassVar[str] = "imagination"
 
-    def __post_init__(self) -> None:
-        _check_least("imagination", self, num_imaginers=1, num_policy_learners=1)
-        _check_least("imagination", self, queue_size=1, max_staleness=LEAST_STALENESS)
+    mode: Literal["fused", "actors"] = "fused"
+    num_imaginers: Processes = free(1)
+    num_policy_learners: Processes = free(1)
+    queue_size: Count = free(4)
+    max_staleness: Annotated[int, Ge(LEAST_STALENESS), Le(2**62)] = free(64)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Everything a run needs; saved as config.yaml in its run directory.
 
     `model_options` replace single fields of the preset; `behavior` (its `kind` and fields) and
     `planner` those of the ones the family was published with.
     """
 
-    seed: int = 0
-    model: str = "dreamerv3:size12m"
+    seed: Whole = 0
+    model: Text = "dreamerv3:size12m"
     model_options: dict[str, Any] = field(default_factory=dict)
     behavior: dict[str, Any] = field(default_factory=dict)
     planner: dict[str, Any] = field(default_factory=dict)
@@ -120,9 +119,7 @@ class Config:
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     imagination: ImaginationConfig = field(default_factory=ImaginationConfig)
 
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}: it must be at least 0")
+    def check(self) -> None:
         if self.replay.batch_size % self.scale.num_learners:
             raise ValueError(
                 f"replay.batch_size {self.replay.batch_size} cannot be shared by "
@@ -155,9 +152,6 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message says what to change."""
 
 
-_PARSER: TypeAdapter[Config] = TypeAdapter(Config)
-
-
 def load(overlays: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> Config:
     """Merge YAML files from left to right, then overrides like `env.id=Pendulum-v1`.
 
@@ -182,16 +176,14 @@ def load(overlays: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> 
 
 def from_dict(values: dict[str, Any]) -> Config:
     """Parse plain values. Raises ConfigError naming the key."""
-    _check_keys(Config, values, "")
     try:
-        # JSON's strictness is the wanted one: lists for tuples and 1 for 1.0, but no "1" for 1.
-        return _PARSER.validate_json(json.dumps(values, default=_plain), strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        if first["type"] == "value_error":  # a part's own check, which names its key
-            raise ConfigError(str(first["ctx"]["error"])) from None
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{where} = {first['input']!r}: {first['msg']}") from None
+        plain = json.loads(json.dumps(values, default=_plain))
+        parsed: Config = parse(Config(), plain, "unknown config key {}")
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return parsed
 
 
 def _plain(value: Any) -> Any:
@@ -214,24 +206,46 @@ def to_dict(config: Config) -> dict[str, Any]:
     return asdict(config)
 
 
-def _check_least(section: str, part: Any, **least: int) -> None:
-    for name, low in least.items():
-        value = getattr(part, name)
-        if not low <= value < math.inf:
-            raise ValueError(f"{section}.{name} is {value}: it must be at least {low} and finite")
-
-
 def _read(path: Path) -> dict[str, Any]:
     if not path.exists():
         names = [str(p) for p in sorted(path.parent.glob("*.yaml"))]
         raise ConfigError(f"no config file {path}: {nearest(str(path), names or ['(none there)'])}")
+    if not path.is_file():
+        raise ConfigError(f"{path} is no file: give a YAML file, such as one of configs/")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise ConfigError(f"{path} has more than {MAX_BYTES} bytes, which is no config")
+        values = yaml.safe_load(text.decode())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not text in UTF-8: give a YAML file") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of keys, not a {type(values).__name__}")
+    _check_values(path, values)
     return values
+
+
+def _check_values(path: Path, values: Any) -> None:
+    """Raise ConfigError for what aliases make endless, or larger than the file."""
+    left = [(values, 0)]
+    for _ in range(MAX_VALUES):
+        if not left:
+            return
+        value, depth = left.pop()
+        if depth > MAX_DEPTH:
+            raise ConfigError(f"{path} is nested more than {MAX_DEPTH} deep")
+        parts = value.values() if isinstance(value, dict) else value
+        if isinstance(value, dict | list):
+            left += [(part, depth + 1) for part in parts]
+    raise ConfigError(f"{path} holds more than {MAX_VALUES} values")
 
 
 def _numbers(value: Any) -> Any:
@@ -252,18 +266,3 @@ def _merge(base: dict[str, Any], overlay: dict[str, Any]) -> None:
             _merge(base[key], value)
         else:
             base[key] = value
-
-
-def _check_keys(kind: type, values: dict[str, Any], prefix: str) -> None:
-    hints = get_type_hints(kind)
-    known = [f.name for f in fields(kind)]
-    for key, value in values.items():
-        if key not in known:
-            raise ConfigError(
-                f"unknown config key {prefix + str(key)!r}: {nearest(str(key), known)}"
-            )
-        if is_dataclass(hints[key]):
-            if not isinstance(value, dict):
-                raise ConfigError(f"{prefix}{key} is a section: set {prefix}{key}.<name>")
-            assert isinstance(hints[key], type)
-            _check_keys(hints[key], value, f"{prefix}{key}.")

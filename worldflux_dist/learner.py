@@ -16,23 +16,27 @@ import re
 import shutil
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NotRequired
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from annotated_types import Ge, Le
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import TypedDict
 
-from worldflux_dist import checkpoint
+from worldflux_dist import storage
 from worldflux_dist.agent import Agent, LossOf, StageOutput
 from worldflux_dist.behaviors.base import Imagined
 from worldflux_dist.data import Batch
 from worldflux_dist.nn.memory import keep_freed_memory
 from worldflux_dist.nn.optim import grad_norm, learning_rate
+from worldflux_dist.settings import STRICT, Count, Settings, Text, Whole, free
 
 if TYPE_CHECKING:
-    from worldflux_dist.checkpoint import AnyPath
+    from upath import UPath
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +46,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class LearnerConfig:
+class LearnerConfig(Settings):
     """device "auto" is the GPU where there is one; threads 0 leaves torch's own number.
 
     `accumulate` takes each batch in so many parts, one after the other, to save memory: the same
@@ -51,20 +55,18 @@ class LearnerConfig:
     out with a warning.
     """
 
-    precision: Literal["float32", "bfloat16"] = "float32"
-    device: str = "auto"
-    threads: int = 1
-    accumulate: int = 1
-    compile: bool = False
-    pin_memory: bool = False
+    section: ClassVar[str] = "learner"
 
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+    precision: Literal["float32", "bfloat16"] = "float32"
+    device: Text = free("auto")
+    threads: Annotated[int, Ge(0), Le(4096)] = free(1)
+    accumulate: Count = 1
+    compile: bool = free(False)
+    pin_memory: bool = free(False)
+
+    def check(self) -> None:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", self.device):
             raise ValueError(f"learner.device is {self.device!r}: use auto, cpu, cuda or cuda:N")
-        if self.threads < 0:
-            raise ValueError(f"learner.threads is {self.threads}: it must be at least 0")
-        if self.accumulate < 1:
-            raise ValueError(f"learner.accumulate is {self.accumulate}: it must be at least 1")
 
 
 class Stage(nn.Module):
@@ -223,7 +225,7 @@ class Learner:
 
     # --------------------------------------------------------------------------------- saving
 
-    def save(self, folder: AnyPath) -> None:
+    def save(self, folder: UPath) -> None:
         """Write this rank's random state, and rank 0 also weights, optimizers and counters.
 
         Raises NonFiniteLossError instead where a weight is broken: what is saved is good.
@@ -241,9 +243,9 @@ class Learner:
         random = {"cpu": torch.get_rng_state().numpy()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device).numpy()
-        checkpoint.save_arrays(self._random_path(folder), random)
+        storage.save_arrays(self._random_path(folder), random)
 
-    def load(self, folder: AnyPath, gradient_steps: int | None = None) -> None:
+    def load(self, folder: UPath, gradient_steps: int | None = None) -> None:
         """Continue from what `save` wrote, counting on from `gradient_steps` where it is given.
 
         In a group, before `join`; a rank the group did not have then keeps its random state.
@@ -252,15 +254,15 @@ class Learner:
         steps = self._load_optimizers(folder)
         self.gradient_steps = steps if gradient_steps is None else gradient_steps
         if self._random_path(folder).exists():
-            random, _ = checkpoint.load_arrays(self._random_path(folder))
+            random, _ = storage.load_arrays(self._random_path(folder))
             torch.set_rng_state(torch.from_numpy(random["cpu"].copy()))
             if self.device.type == "cuda" and "cuda" in random:
                 torch.cuda.set_rng_state(torch.from_numpy(random["cuda"].copy()), self.device)
 
-    def _random_path(self, folder: AnyPath) -> AnyPath:
+    def _random_path(self, folder: UPath) -> UPath:
         return folder / f"rng-{self.part}-{self.rank}.safetensors"
 
-    def _save_optimizers(self, folder: AnyPath) -> None:
+    def _save_optimizers(self, folder: UPath) -> None:
         tensors, scalars = {}, {}
         for name, optimizer in self.optimizers.items():
             saved = optimizer.state_dict()
@@ -268,25 +270,61 @@ class Learner:
                 for key, value in entry.items():
                     tensors[f"{name}/{index}/{key}"] = value.cpu().numpy()
             scalars[name] = saved["param_groups"]
-        checkpoint.save_arrays(folder / f"learner-{self.part}.safetensors", tensors)
-        checkpoint.write_json(
+        storage.save_arrays(folder / f"learner-{self.part}.safetensors", tensors)
+        storage.write_json(
             folder / f"learner-{self.part}.json",
             {"gradient_steps": self.gradient_steps, "param_groups": scalars},
         )
 
-    def _load_optimizers(self, folder: AnyPath) -> int:
-        arrays, _ = checkpoint.load_arrays(folder / f"learner-{self.part}.safetensors")
-        saved = checkpoint.read_json(folder / f"learner-{self.part}.json")
+    def _load_optimizers(self, folder: UPath) -> int:
+        """Moments and counts as they were saved; rates and the like are those of the config."""
+        where = folder / f"learner-{self.part}.json"
+        arrays, _ = storage.load_arrays(folder / f"learner-{self.part}.safetensors")
+        saved: Any = storage.read_form(where, _SAVED)
         for name, optimizer in self.optimizers.items():
-            state: dict[int, dict[str, Tensor]] = {}
-            for path, value in arrays.items():
-                owner, _, rest = path.partition("/")
-                if owner == name:
-                    index, key = rest.split("/")
-                    state.setdefault(int(index), {})[key] = torch.from_numpy(value.copy())
-            groups = saved["param_groups"][name]
+            groups, before = optimizer.state_dict()["param_groups"], saved["param_groups"].get(name)
+            if [g["params"] for g in groups] != [g["params"] for g in before or []]:
+                raise storage.CheckpointError(
+                    f"{where}: param_groups.{name} is not of this learner's parameters"
+                )
+            for group, old in zip(groups, before, strict=True):
+                group |= {"steps": old.get("steps", 0)} if "steps" in group else {}
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            state = _moments(name, params, arrays, folder)
             optimizer.load_state_dict({"state": state, "param_groups": groups})
         return int(saved["gradient_steps"])
+
+
+class _Group(TypedDict):
+    params: list[Whole]
+    steps: NotRequired[Whole]
+
+
+class _Saved(TypedDict):
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    gradient_steps: Whole
+    param_groups: dict[str, list[_Group]]
+
+
+_SAVED: TypeAdapter[Any] = TypeAdapter(_Saved)
+
+
+def _moments(
+    name: str, params: list[Tensor], arrays: dict[str, np.ndarray], folder: UPath
+) -> dict[int, dict[str, Tensor]]:
+    """What optimizer `name` remembers of each parameter, from `arrays` that were read."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for path, value in arrays.items():
+        match = re.fullmatch(rf"{name}/(\d{{1,9}})/(\w+)", path, re.ASCII)
+        if match is None:
+            continue
+        index = int(match[1])
+        if index >= len(params) or value.shape not in ((), params[index].shape):
+            raise storage.CheckpointError(
+                f"{folder} is malformed: {path} of shape {value.shape} is of no parameter"
+            )
+        state.setdefault(index, {})[match[2]] = torch.from_numpy(value.copy())
+    return state
 
 
 def _possible(config: LearnerConfig, device: torch.device) -> LearnerConfig:

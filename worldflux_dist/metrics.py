@@ -14,21 +14,52 @@ import functools
 import json
 import logging
 import math
-import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 import numpy as np
+from pydantic import AfterValidator, TypeAdapter
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from typing_extensions import TypedDict
+
+from worldflux_dist import storage
+from worldflux_dist.settings import STRICT, Limited, Text, Whole
 
 RECENT = 20  # how many of the last values the progress line shows the mean of
+
+MAX_LINE = 2**20  # bytes
+
+
+class _Score(TypedDict):
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    task: Text
+    method: Text
+    seed: Whole
+    env_steps: Whole
+    frames: Whole
+    return_mean: float
+    return_std: float
+    episodes: Whole
+    time: float
+
+
+def _counted(line: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(line.get("env_steps"), int) or line["env_steps"] < 0 or "time" not in line:
+        raise ValueError("env_steps and time are needed")
+    return line
+
+
+_SCORE: TypeAdapter[Any] = TypeAdapter(_Score)
+_METRICS: TypeAdapter[Any] = TypeAdapter(
+    Annotated[dict[str, Limited | float], AfterValidator(_counted)], config=STRICT
+)
 
 logger = logging.getLogger(__name__)
 
@@ -273,8 +304,8 @@ class RunLog:
         """Drop what was logged later than `env_steps`, where a resumed run goes on."""
         for path in (self._metrics, self._scores):
             if path.exists():
-                kept = [line for line in read_lines(path) if line["env_steps"] <= env_steps]
-                _rewrite(path, "".join(json.dumps(line) + "\n" for line in kept))
+                kept = (line for line in read_lines(path) if line["env_steps"] <= env_steps)
+                storage.write(path, "".join(json.dumps(x) + "\n" for x in kept).encode())
         if self._tb_dir.exists():
             # TensorBoard forgets the points of an earlier file from this step on.
             start = SessionLog(status=SessionLog.START)
@@ -302,15 +333,24 @@ class RunLog:
         self._tb.flush()
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a .jsonl file; one torn by a killed process is left out, and said."""
-    lines = []
-    for number, text in enumerate(path.read_text(errors="replace").splitlines(), 1):
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            logger.warning("line %d of %s is torn and left out", number, path)
-    return lines
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a .jsonl file; one torn by a killed process is left out, and said.
+
+    Raises CheckpointError naming file, line and field where one says something else.
+    """
+    form = _SCORE if path.name == "scores.jsonl" else _METRICS
+    with path.open("rb") as file:
+        for number, text in enumerate(iter(lambda: file.readline(MAX_LINE), b""), 1):
+            try:
+                line = json.loads(text, parse_constant=_no_number)
+            except (ValueError, RecursionError):
+                logger.warning("line %d of %s is torn and left out", number, path)
+                continue
+            yield storage.in_form(line, form, storage.as_path(path), f"line {number}")
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(name)
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
@@ -322,15 +362,6 @@ def _drop_torn_line(path: Path) -> None:
     if path.exists():
         with path.open("rb+") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def _rewrite(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

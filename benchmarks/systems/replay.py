@@ -20,6 +20,7 @@ import numpy as np
 
 from worldflux_dist.data import Chunk
 from worldflux_dist.replay import ReplayBuffer, ReplayConfig, ReplayShard
+from worldflux_dist.storage import as_path
 
 NUM_ENVS, BATCH, LENGTH = 8, 16, 64
 GOAL = 0.8
@@ -183,7 +184,8 @@ def measure_storage(seconds: float, num_chunks: int = 40) -> None:
         print(f"storage {storage}: {buffer.nbytes / 2**20:.1f} MB, {rate:,.0f} batches/CPU-s")
     with tempfile.TemporaryDirectory() as folder:
         config = ReplayConfig(BATCH, LENGTH, num_steps)
-        shard = ReplayShard(config, 0, folder, "1", 0, 1)
+        root = as_path(folder)
+        shard = ReplayShard(config, 0, root, "1", 0, 1)
         start = time.perf_counter()
         insert(shard.add)
         added = time.perf_counter()
@@ -193,7 +195,7 @@ def measure_storage(seconds: float, num_chunks: int = 40) -> None:
         written = time.perf_counter()
         shard.close()
         again = time.perf_counter()
-        ReplayShard(config, 0, folder, "2", 0, 1, [state]).close()
+        ReplayShard(config, 0, root, "2", 0, 1, [state]).close()
         restore = num_steps / (time.perf_counter() - again)
         size = sum(found["size"] for found in state["segments"]) / 2**20
         print(

@@ -10,10 +10,11 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 
 from worldflux_dist.behaviors import returns
@@ -21,27 +22,23 @@ from worldflux_dist.behaviors.base import Behavior, BehaviorLoss, Imagined
 from worldflux_dist.models.base import LossOutput, Rollout, State, WorldModel
 from worldflux_dist.nn import distributions as dist
 from worldflux_dist.nn.layers import MLP, BinOutput, Linear
+from worldflux_dist.settings import Layers, Scale, Settings, Share
 from worldflux_dist.spaces import ActionPart
 
 
 @dataclass(frozen=True)
-class ActorCriticConfig:
+class ActorCriticConfig(Settings):
     """The published constants."""
 
-    horizon: int = 15
-    lambda_: float = 0.95
-    entropy_scale: float = 3e-4
-    layers: int = 3
-    slow_rate: float = 0.02
-    return_rate: float = 0.01
-    replay_value_scale: float = 0.3
+    section: ClassVar[str] = "behavior"
 
-    def __post_init__(self) -> None:
-        if min(self.horizon, self.layers) < 1 or not 0 <= self.lambda_ <= 1:
-            raise ValueError(
-                f"behavior.horizon {self.horizon} and layers {self.layers} must be at least 1 and "
-                f"lambda_ {self.lambda_} between 0 and 1"
-            )
+    horizon: Annotated[int, Ge(1), Le(10_000)] = 15
+    lambda_: Share = 0.95
+    entropy_scale: Scale = 3e-4
+    layers: Layers = 3
+    slow_rate: Share = 0.02
+    return_rate: Share = 0.01
+    replay_value_scale: Scale = 0.3
 
 
 class Actor(nn.Module):

@@ -21,10 +21,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Le, Lt
 from torch import Tensor
 
 from worldflux_dist.behaviors import returns
@@ -33,32 +34,26 @@ from worldflux_dist.models.base import LossOutput, WorldModel
 from worldflux_dist.nn import distributions as dist
 from worldflux_dist.nn.layers import BinOutput, Ensemble, Linear, MishMLP
 from worldflux_dist.nn.optim import ClippedAdam
+from worldflux_dist.settings import Positive, Scale, Settings, Share
 from worldflux_dist.spaces import ActionPart
 
 
 @dataclass(frozen=True)
-class LatentTDConfig:
+class LatentTDConfig(Settings):
     """The published constants; num_q is the size preset's."""
 
-    num_q: int = 5
-    dropout: float = 0.01
-    target_rate: float = 0.01
-    value_scale: float = 0.1
-    entropy_scale: float = 1e-4
-    scale_rate: float = 0.01
-    log_std_min: float = -10.0
-    log_std_max: float = 2.0
-    learning_rate: float = 3e-4
-    clip: float = 20.0
+    section: ClassVar[str] = "behavior"
 
-    def __post_init__(self) -> None:
-        if self.num_q < 2 or not 0 <= self.dropout < 1:
-            raise ValueError(
-                f"behavior.num_q is {self.num_q} and dropout {self.dropout}: there must be at "
-                "least 2 Qs and dropout must lie between 0 and 1"
-            )
-        if self.learning_rate <= 0:
-            raise ValueError(f"behavior.learning_rate is {self.learning_rate}: it must be positive")
+    num_q: Annotated[int, Ge(2), Le(1000)] = 5
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.01
+    target_rate: Share = 0.01
+    value_scale: Scale = 0.1
+    entropy_scale: Scale = 1e-4
+    scale_rate: Share = 0.01
+    log_std_min: Annotated[float, Ge(-100), Le(100)] = -10.0
+    log_std_max: Annotated[float, Ge(-100), Le(100)] = 2.0
+    learning_rate: Positive = 3e-4
+    clip: Positive = 20.0
 
 
 class QDraw(NamedTuple):

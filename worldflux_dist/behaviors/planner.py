@@ -18,60 +18,51 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Le, Lt, MaxLen
 from torch import Tensor
 
 from worldflux_dist.behaviors.base import Behavior
 from worldflux_dist.models.base import State, WorldModel
 from worldflux_dist.nn import distributions as dist
+from worldflux_dist.settings import Positive, Settings, Units
 from worldflux_dist.spaces import ActionPart
 
 
 @dataclass(frozen=True)
-class PlannerConfig:
+class PlannerConfig(Settings):
     """TD-MPC2's constants. `method` none leaves acting to the policy; auto is mppi for continuous
     actions and cem otherwise. `goal` is a flat observation, for environments with one vector;
     `smoothing` the uniform share of a categorical; `precision` that of the matrix products."""
 
-    method: str = "none"
-    objective: str = "reward"
-    goal: tuple[float, ...] = ()
-    horizon: int = 3
-    iterations: int = 6
-    samples: int = 512
-    elites: int = 64
-    proposals: int = 24
-    temperature: float = 0.5
-    min_std: float = 0.05
-    max_std: float = 2.0
-    smoothing: float = 0.1
-    precision: str = "float32"
+    section: ClassVar[str] = "planner"
 
-    def __post_init__(self) -> None:
-        words = {
-            "method": ("none", "auto", "mppi", "cem"),
-            "objective": ("reward", "goal"),
-            "precision": ("float32", "bfloat16"),
-        }
-        for name, known in words.items():
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"planner.{name} is {getattr(self, name)!r}: use {', '.join(known)}"
-                )
+    method: Literal["none", "auto", "mppi", "cem"] = "none"
+    objective: Literal["reward", "goal"] = "reward"
+    goal: Annotated[tuple[float, ...], MaxLen(10_000)] = ()
+    horizon: Annotated[int, Ge(1), Le(1000)] = 3
+    iterations: Annotated[int, Ge(1), Le(1000)] = 6
+    samples: Units = 512
+    elites: Units = 64
+    proposals: Annotated[int, Ge(0), Le(2**16)] = 24
+    temperature: Annotated[float, Ge(-1e9), Le(1e9)] = 0.5
+    min_std: Positive = 0.05
+    max_std: Positive = 2.0
+    smoothing: Annotated[float, Ge(0), Lt(1)] = 0.1
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    def check(self) -> None:
         if self.goal and self.objective != "goal":
             raise ValueError("planner.goal is given: set planner.objective to goal, too")
         if self.objective == "goal" and self.method == "none":
             raise ValueError("planner.objective is goal: set planner.method, for example to auto")
-        if not (0 < self.min_std <= self.max_std and 0 <= self.smoothing < 1):
+        if self.min_std > self.max_std:
             raise ValueError(
-                f"planner.min_std {self.min_std} must be positive and at most max_std "
-                f"{self.max_std}, and smoothing {self.smoothing} lie in [0, 1)"
+                f"planner.min_std {self.min_std} must be at most max_std {self.max_std}"
             )
-        if min(self.horizon, self.iterations, self.elites) < 1 or self.proposals < 0:
-            raise ValueError("planner.horizon, iterations and elites must be at least 1")
         if self.elites > self.samples or self.proposals >= self.samples:
             raise ValueError(
                 f"planner.samples is {self.samples}: it must be at least elites {self.elites} and "

@@ -30,7 +30,7 @@ from worldflux_dist.learner import Learner
 from worldflux_dist.spaces import Spaces
 
 if TYPE_CHECKING:
-    from worldflux_dist.checkpoint import AnyPath
+    from upath import UPath
 
 
 class GroupLostError(RuntimeError):
@@ -104,7 +104,7 @@ class LearnerActor(Rank):
         store.set_timeout(timedelta(seconds=self.patience))
         self.learner.join(store, self.rank, num_ranks, self.patience)
 
-    def load(self, folder: AnyPath, gradient_steps: int) -> None:
+    def load(self, folder: UPath, gradient_steps: int) -> None:
         """Go on from a checkpoint, counting on from `gradient_steps`."""
         self.learner.load(folder, gradient_steps)
 
@@ -115,7 +115,7 @@ class LearnerActor(Rank):
         """All weights of the group's part, for evaluation elsewhere."""
         return self.learner.agent.part_arrays(self.learner.part)
 
-    def save(self, folder: AnyPath) -> None:
+    def save(self, folder: UPath) -> None:
         self.learner.save(folder)
 
 
@@ -136,7 +136,7 @@ class LearnerGroup:
         """Gradient steps behind the weights: those taken less those lost with dead ranks."""
         return self.gradient_steps - self.lost_steps
 
-    def start(self, folder: AnyPath | None, gradient_steps: int) -> None:
+    def start(self, folder: UPath | None, gradient_steps: int) -> None:
         """Start all ranks, from a checkpoint where there is one; `meet` waits for them."""
         self.kill()
         self.generation, self.gradient_steps = self.generation + 1, gradient_steps
@@ -185,7 +185,7 @@ class LearnerGroup:
     def agent_arrays(self) -> ObjectRef:
         return self.ranks[0].agent_arrays.remote()
 
-    def save(self, folder: AnyPath) -> list[ObjectRef]:
+    def save(self, folder: UPath) -> list[ObjectRef]:
         """Have every rank write its files; does not wait."""
         return [rank.save.remote(folder) for rank in self.ranks]
 

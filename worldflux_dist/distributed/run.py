@@ -2,7 +2,10 @@
 
     config.yaml manifest.json metrics.jsonl scores.jsonl tb/ checkpoints/ video/ curve.png
 
-Opened again with the same configuration it goes on; with another one it is refused.
+Opened again with the same configuration it goes on; with another one it is refused. Checkpoints
+and replay lie there, too, or in a folder of `scale.storage`. That folder says in run.json whose it
+is, the run directory in manifest.json which run it is and the folder's name, so that one may be
+moved or copied and another run of the same name is kept out.
 """
 
 from __future__ import annotations
@@ -11,30 +14,64 @@ import fcntl
 import importlib.metadata
 import platform
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import numpy as np
+from pydantic import StringConstraints, TypeAdapter
+from typing_extensions import TypedDict
 
-from worldflux_dist import checkpoint, config, figures
+from worldflux_dist import checkpoint, config, figures, storage
 from worldflux_dist.evaluate import OpenLoop
 from worldflux_dist.metrics import RunLog, read_lines
 from worldflux_dist.replay.limiter import Limiter
+from worldflux_dist.replay.state import ShardState
+from worldflux_dist.settings import STRICT, Whole, differences
 
 if TYPE_CHECKING:
-    from worldflux_dist.checkpoint import AnyPath
-# What may differ when a run goes on: how long, how fast, where and on how many processes, and how
-# often to look; not what is learned.
-FREE = {
-    *("train.env_steps", "train.train_ratio", "train.threshold", "train.checkpoint_every"),
-    *("train.eval_every", "train.eval_episodes", "learner.device", "learner.threads"),
-    *("scale.num_runners", "scale.num_shards", "scale.num_learners", "scale.runner_threads"),
-    *("scale.acting", "scale.patience", "imagination.num_imaginers", "imagination.queue_size"),
-    *("imagination.num_policy_learners", "imagination.max_staleness"),
-    "env.max_episode_steps",  # the remedy for an evaluation without an end
-}
+    from upath import UPath
+
+IDENTITY = "run.json"
+Name = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+
+
+class _Own(TypedDict, total=False):
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    run: Name
+    folder: Annotated[str, StringConstraints(max_length=255, pattern=r"^[^/]*[^/.][^/]*$")]
+
+
+class _Held(TypedDict):
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    run: Name
+    path: Annotated[str, StringConstraints(max_length=4096)]
+    config: dict[str, Any]
+
+
+class _Limiter(TypedDict):
+    env_steps: Whole
+    gradient_steps: Whole
+    forgiven: Whole
+    redone: Whole
+    again: Whole
+    debt: Annotated[str, StringConstraints(pattern=r"^-?\d{1,40}(/0*[1-9]\d{0,40})?$")]
+
+
+class _Counters(TypedDict):
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    limiter: _Limiter
+    episodes: Whole
+    gradient_steps: dict[str, Whole]
+    effective_steps: dict[str, Whole]
+    lost_steps: dict[str, Whole]
+    shards: list[ShardState]
+
+
+_OWN, _HELD = TypeAdapter(_Own), TypeAdapter(_Held)
+COUNTERS: TypeAdapter[Any] = TypeAdapter(_Counters)  # of a checkpoint's manifest
 
 
 @dataclass(frozen=True)
@@ -62,12 +99,12 @@ class RunDirectory:
             raise config.ConfigError(
                 f"another process is training in {path}: stop it or choose another run directory"
             ) from None
-        self._check_config()
-        text, saved = config.to_yaml(settings), path / "config.yaml"
-        if not saved.exists() or saved.read_text() != text:
-            (path / "config.yaml.tmp").write_text(text)
-            (path / "config.yaml.tmp").replace(saved)
-        checkpoint.write_json(path / "manifest.json", _manifest())
+        run = self._identity()
+        text, saved = config.to_yaml(settings).encode(), path / "config.yaml"
+        if not saved.exists() or saved.read_bytes() != text:
+            storage.write(saved, text)
+        own = {"run": run, "folder": self.storage.name}
+        storage.write_json(path / "manifest.json", own | _manifest())
         self.log = RunLog(path)
 
     def __enter__(self) -> Self:
@@ -79,16 +116,16 @@ class RunDirectory:
 
     def explain(self, error: OSError) -> Exception:
         """A full disk as the sentence that says what is safe; any other error as it is."""
-        if not checkpoint.disk_full(error):
+        if not storage.disk_full(error):
             return error
         found = checkpoint.newest(self.checkpoints)
         safe = f"{found[0]} is safe on disk" if found else "no checkpoint had been written"
-        return checkpoint.CheckpointError(
+        return storage.CheckpointError(
             f"the disk of {self.path} is full; {safe}: free some space and run the same command "
             "again"
         )
 
-    def resume(self, limiter: Limiter, num_steps: int) -> tuple[AnyPath, dict[str, Any]] | None:
+    def resume(self, limiter: Limiter, num_steps: int) -> tuple[UPath, dict[str, Any]] | None:
         """The newest good checkpoint and its counters, the limiter set and later lines dropped.
 
         `num_steps` is what runners collect at a time.
@@ -98,9 +135,15 @@ class RunDirectory:
             self.log.truncate_after(-1)
             return None
         folder, manifest = found
-        limiter.load_state_dict(manifest["counters"]["limiter"], num_steps)
+        where = folder / checkpoint.MANIFEST
+        counters = storage.in_form(manifest["counters"], COUNTERS, where, "counters")
+        apart = self.settings.imagination.mode == "actors"
+        for name in ("gradient_steps", "lost_steps"):
+            if set(counters[name]) != ({"world_model", "behavior"} if apart else {"agent"}):
+                raise storage.CheckpointError(f"{where}: counters.{name} is not of these learners")
+        limiter.load_state_dict(counters["limiter"], num_steps)
         self.log.truncate_after(limiter.env_steps)
-        return folder, manifest["counters"]
+        return folder, counters
 
     def score(
         self, env_steps: int, action_repeat: int, returns: Iterable[float], method: str
@@ -111,7 +154,7 @@ class RunDirectory:
 
     def scores(self) -> list[dict[str, Any]]:
         path = self.path / "scores.jsonl"
-        return read_lines(path) if path.exists() else []
+        return list(read_lines(path)) if path.exists() else []
 
     def last_score(self) -> int:
         """Env steps at the newest evaluation of the agent; -1 where there is none."""
@@ -147,35 +190,95 @@ class RunDirectory:
                 problems.append(f"{path} could not be drawn: {type(error).__name__}: {error}")
         return problems
 
-    def _check_config(self) -> None:
-        """Raise ConfigError where the directory belongs to a run with other settings."""
-        saved = self.path / "config.yaml"
-        if not saved.exists():
-            return
-        old, new = (_flat(config.to_dict(c)) for c in (config.load([saved]), self.settings))
-        differing = [k for k in old | new if k not in FREE and old.get(k) != new.get(k)]
-        if differing:
-            listed = ", ".join(f"{k} ({old.get(k)} before, {new.get(k)} now)" for k in differing)
+    def _identity(self) -> str:
+        """The name of this run for good, which its storage bears, too.
+
+        Raises ConfigError where the directory or the storage belongs to a run with other settings,
+        or the storage to another run.
+        """
+        own, held = _own(self.path), _held(self.storage)
+        began = (self.path / "config.yaml").exists()
+        before = saved_config(self.path) if began else self.settings
+        if differing := _listed(before, self.settings):
             raise config.ConfigError(
-                f"{self.path} holds a run with other settings: {listed}; choose another run "
+                f"{self.path} holds a run with other settings: {differing}; choose another run "
                 "directory or remove this one"
+            )
+        if held is None:
+            self._check_storage(began, before.scale.storage)
+        elif held["run"] != own.get("run"):
+            # A run directory that was lost, or of a release that kept no identity.
+            known = "run" in own or held["path"] != str(self.path)
+            if known or _listed(config.from_dict(held["config"]), self.settings):
+                raise stranger(self.storage, held, self.path)
+        run = held["run"] if held else own.get("run", uuid.uuid4().hex)
+        value = {"run": run, "path": str(self.path), "config": config.to_dict(self.settings)}
+        self.storage.mkdir(parents=True, exist_ok=True)
+        storage.write_json(self.storage / IDENTITY, value)
+        return run
+
+    def _check_storage(self, began: bool, before: str) -> None:
+        """Raise ConfigError where a storage that names no run cannot be this one's. One that an
+        earlier release left is, where this directory has begun with the same settings."""
+        now, there = self.settings.scale.storage, checkpoint.kept(self.checkpoints)
+        if began and before != now and not there:
+            raise config.ConfigError(
+                f"{self.path} has its checkpoints elsewhere: scale.storage ({before!r} before, "
+                f"{now!r} now); move their folder to {self.storage} first, with its {IDENTITY}"
+            )
+        if not began and there:
+            raise config.ConfigError(
+                f"{self.storage} has checkpoints of a run that is not in {self.path}: put its "
+                "config.yaml there to go on with it, or choose another name for this run"
             )
 
 
-def storage_of(settings: config.Config, path: Path) -> AnyPath:
-    """Where the run in `path` keeps checkpoints and replay: there, or in a folder of its name."""
-    root = settings.scale.storage
-    return checkpoint.as_path(root) / path.resolve().name if root else path
+def saved_config(run_dir: Path) -> config.Config:
+    """The settings of a run. Raises CheckpointError where config.yaml cannot be used."""
+    saved = run_dir / "config.yaml"
+    try:
+        return config.load([saved])
+    except config.ConfigError as error:
+        text = str(error)
+        raise storage.CheckpointError(text if str(saved) in text else f"{saved}: {text}") from None
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
+def storage_of(settings: config.Config, path: Path) -> UPath:
+    """Where the run in `path` keeps checkpoints and replay: there, or in a folder of the name that
+    the run directory had at first. Raises ConfigError where another run does."""
+    root, own = settings.scale.storage, _own(path)
+    if not root:
+        return storage.as_path(path)
+    place = storage.as_path(root) / own.get("folder", path.resolve().name)
+    held = _held(place)
+    if held and held["run"] != own.get("run", held["run"]):
+        raise stranger(place, held, path)
+    return place
+
+
+def stranger(place: UPath, held: Any, path: Path) -> config.ConfigError:
+    of = " ".join(f"{key}={held['config'].get(key)!r:.80}" for key in ("model", "seed"))
+    return config.ConfigError(
+        f"{place} belongs to another run, that of {held['path']} ({of}): choose another name for "
+        f"{path}, or another scale.storage"
+    )
+
+
+def _own(path: Path) -> Any:
+    """What manifest.json says of the run's identity; a release that kept none says nothing."""
+    saved = storage.as_path(path) / "manifest.json"
+    return storage.read_form(saved, _OWN) if saved.exists() else {}
+
+
+def _held(place: UPath) -> Any:
+    """Whose storage it is, None where that is not said."""
+    saved = place / IDENTITY
+    return storage.read_form(saved, _HELD) if saved.exists() else None
+
+
+def _listed(old: config.Config, new: config.Config) -> str:
+    found = differences(old, new)
+    return ", ".join(f"{name} ({before!r} before, {now!r} now)" for name, before, now in found)
 
 
 def _manifest() -> dict[str, Any]:

@@ -25,14 +25,14 @@ from worldflux_dist.distributed.ports import RayPorts
 from worldflux_dist.replay.limiter import Limiter
 
 if TYPE_CHECKING:
-    from worldflux_dist.checkpoint import AnyPath
+    from upath import UPath
 
 
 @dataclass
 class Writing:
     """A checkpoint that is being written."""
 
-    folder: AnyPath
+    folder: UPath
     step: int
     counters: dict[str, Any]
     learners: list[ObjectRef]

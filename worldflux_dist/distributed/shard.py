@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from worldflux_dist import checkpoint
+from worldflux_dist import storage
 from worldflux_dist.data import Batch, Chunk
 from worldflux_dist.replay import FencedError, ReplayConfig, ReplayShard
 
@@ -70,7 +70,7 @@ class ReplayShardActor:
     def __init__(
         self, config: ReplayConfig, seed: int, place: ShardPlace, saved: Sequence[dict[str, Any]]
     ) -> None:
-        root = checkpoint.as_path(place.root)
+        root = storage.as_path(place.root)
         self.shard = ReplayShard(
             config, seed, root, place.life, place.index, place.num_shards, saved
         )
@@ -112,7 +112,7 @@ class ReplayShardActor:
     def sealed(self) -> dict[str, Any]:
         """The state noted by `seal`, once all of it is on disk."""
         if self._sealing is None:
-            raise checkpoint.CheckpointError("the shard was restarted before its state was on disk")
+            raise storage.CheckpointError("the shard was restarted before its state was on disk")
         with _unless_fenced():
             return self._sealing.result()
 

@@ -18,7 +18,7 @@ from worldflux_dist.envs import make_envs
 from worldflux_dist.spaces import Spaces
 
 if TYPE_CHECKING:
-    from worldflux_dist.checkpoint import AnyPath
+    from upath import UPath
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ def probe(config: Config) -> Task:
 def start_roles(
     config: Config,
     task: Task,
-    storage: AnyPath,
-    found: tuple[AnyPath, dict[str, Any]] | None,
+    storage: UPath,
+    found: tuple[UPath, dict[str, Any]] | None,
     options: dict[str, list[dict[str, Any]]],
 ) -> Roles:
     """Start every role's processes; `found` is the checkpoint to go on from and its counters,
@@ -49,7 +49,7 @@ def start_roles(
 
     Names come first: runners and learners look the others up.
     """
-    folder: AnyPath | None = None
+    folder: UPath | None = None
     counters: dict[str, Any] = {}
     if found:
         folder, counters = found
@@ -95,7 +95,7 @@ def start_roles(
     return roles
 
 
-def _meet(group: LearnerGroup, folder: AnyPath | None) -> None:
+def _meet(group: LearnerGroup, folder: UPath | None) -> None:
     """Wait for a group to start; one that dies on the way is started once more."""
     try:
         group.meet()
@@ -105,7 +105,7 @@ def _meet(group: LearnerGroup, folder: AnyPath | None) -> None:
 
 
 def _start_shards(
-    config: Config, root: AnyPath, counters: dict[str, Any], options: list[dict[str, Any]]
+    config: Config, root: UPath, counters: dict[str, Any], options: list[dict[str, Any]]
 ) -> list[Any]:
     """The shards, holding what the checkpoint names of replay."""
     saved = counters.get("shards", [])
@@ -120,7 +120,7 @@ def _start_shards(
     ]
 
 
-def next_life(root: AnyPath) -> str:
+def next_life(root: UPath) -> str:
     """A name for this life of the driver: segments written by an earlier one stay apart."""
     lives = [path.name for path in root.iterdir() if path.name.isdigit()] if root.exists() else []
     return f"{max(map(int, lives), default=0) + 1:04d}"

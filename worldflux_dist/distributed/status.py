@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from worldflux_dist import config
 from worldflux_dist.distributed.roles import BUSY
-from worldflux_dist.distributed.run import storage_of
+from worldflux_dist.distributed.run import saved_config, storage_of
 from worldflux_dist.metrics import family, read_lines
 
 if TYPE_CHECKING:
-    from worldflux_dist.checkpoint import AnyPath
+    from upath import UPath
 
 IDLE = 0.5  # a role that works less of the time holds up nobody
 
@@ -51,7 +51,7 @@ def lines(run_dir: Path) -> list[str]:
     """
     if not (run_dir / "config.yaml").exists():
         raise FileNotFoundError(f"{run_dir} is no run directory: it has no config.yaml")
-    settings = config.load([run_dir / "config.yaml"])
+    settings = saved_config(run_dir)
     metrics = _last(run_dir / "metrics.jsonl")
     rows = [
         ("run", f"{settings.model} on {settings.env.id}, seed {settings.seed}"),
@@ -117,7 +117,7 @@ def _shards(metrics: dict[str, Any]) -> Iterator[str]:
             yield f"shard {match[1]} {steps:,.0f} steps{size}"
 
 
-def _checkpoint(storage: AnyPath) -> str:
+def _checkpoint(storage: UPath) -> str:
     """The newest one that has a manifest; its files are not verified, which may take long."""
     root = storage / "checkpoints"
     steps = [p.parent.name for p in root.glob("*/manifest.json") if p.parent.name.isdigit()]
@@ -141,8 +141,10 @@ def _scores(run_dir: Path) -> Iterator[tuple[str, str]]:
 
 def _last(path: Path, wanted: Any = lambda line: True) -> dict[str, Any]:
     """The last line of a .jsonl file, or nothing."""
-    found = [line for line in read_lines(path) if wanted(line)] if path.exists() else []
-    return found[-1] if found else {}
+    last: dict[str, Any] = {}
+    for line in read_lines(path) if path.exists() else ():
+        last = line if wanted(line) else last
+    return last
 
 
 def _ago(then: float) -> str:

@@ -11,12 +11,14 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
+from annotated_types import Ge, Le
 from gymnasium.vector import VectorEnv
 
 from worldflux_dist.data import Step
+from worldflux_dist.settings import Count, Scale, Settings, Share, Text, Whole, free
 from worldflux_dist.spaces import Spaces
 
 logger = logging.getLogger(__name__)
@@ -54,7 +56,7 @@ def warned() -> Iterator[list[str]]:
 
 
 @dataclass(frozen=True)
-class EnvConfig:
+class EnvConfig(Settings):
     """Which environment, how many of them, and the protocols of Atari and DeepMind Control.
 
     `id` is a registered Gymnasium id, `dmc/<domain>-<task>` for DeepMind Control, or
@@ -65,52 +67,32 @@ class EnvConfig:
     repeat_action_probability 0.25 and full_action_space.
     """
 
-    id: str = "CartPole-v1"
-    num_envs: int = 8  # per runner
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    max_episode_steps: int = 0  # 0: the environment's own limit
-    max_failures: int = 5  # failures in a row of one environment before the run stops
-    patience: float = 60.0  # seconds that one step may take before it counts as a failure
+    section: ClassVar[str] = "env"
 
-    image_size: int = 64  # height and width, of Atari and of DeepMind Control's pixels
+    id: Text = "CartPole-v1"
+    num_envs: Count = free(8)  # per runner
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    max_episode_steps: Whole = free(0)  # 0: the environment's own limit
+    max_failures: Count = free(5)  # failures in a row of one environment before the run stops
+    patience: Scale = free(60.0)  # seconds that one step may take before it counts as a failure
+
+    # Height and width, of Atari and of DeepMind Control's pixels
+    image_size: Annotated[int, Ge(8), Le(1024)] = 64
 
     # DeepMind Control only
     dmc_obs: Literal["proprio", "pixels"] = "proprio"
-    dmc_action_repeat: int = 2  # control steps per step, rewards summed
+    dmc_action_repeat: Annotated[int, Ge(1), Le(1000)] = 2  # control steps per step, rewards summed
 
     # Atari only
     grayscale: bool = False
-    frame_skip: int = 4
-    repeat_action_probability: float = 0.0
-    noop_max: int = 30
+    frame_skip: Annotated[int, Ge(1), Le(1000)] = 4
+    repeat_action_probability: Share = 0.0
+    noop_max: Annotated[int, Ge(0), Le(10_000)] = 30
     terminal_on_life_loss: bool = False
     reward_clipping: bool = False
     full_action_space: bool = False
     use_fire_reset: bool = False
-    max_episode_frames: int = 108_000
-
-    def __post_init__(self) -> None:
-        least = {
-            "num_envs": 1,
-            "max_episode_steps": 0,
-            "max_failures": 1,
-            "patience": 0,
-            "image_size": 8,
-            "dmc_action_repeat": 1,
-            "frame_skip": 1,
-            "noop_max": 0,
-            "max_episode_frames": 1,
-        }
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"env.{name} is {getattr(self, name)}: it must be at least {low}")
-        if self.dmc_obs not in ("proprio", "pixels"):
-            raise ValueError(f"env.dmc_obs is {self.dmc_obs!r}: it must be proprio or pixels")
-        if not 0 <= self.repeat_action_probability <= 1:
-            raise ValueError(
-                f"env.repeat_action_probability is {self.repeat_action_probability}: "
-                "it must lie between 0 and 1"
-            )
+    max_episode_frames: Annotated[int, Ge(1), Le(2**31 - 1)] = 108_000
 
 
 class Envs:

@@ -7,12 +7,11 @@ family is one file in this folder that defines `PRESETS` (name -> frozen config)
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from worldflux_dist.data import Batch
+from worldflux_dist.settings import nearest, parse
 from worldflux_dist.spaces import Spaces
 
 Policy = Callable[[Tensor], Tensor]  # features (B, F) -> actions (B, A)
@@ -277,39 +277,24 @@ def families() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(folder) if m.name != "base")
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """The end of a sentence that says what was probably meant."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-
-
 def with_options(config: Any, options: dict[str, Any], name: str) -> Any:
-    """The frozen dataclass `config` with some fields replaced.
+    """The settings `config` with some fields replaced.
 
-    Raises ValueError for an unknown option, naming the nearest, and for a value of another type.
+    Raises ValueError for an unknown option, naming the nearest, and for a value that is not
+    allowed.
     """
-    for option, value in options.items():
-        if option not in vars(config):
-            raise ValueError(
-                f"{name} has no option {option!r}: {nearest(option, list(vars(config)))}"
-            )
-        kind = type(getattr(config, option))
-        allowed = {float: (int, float), tuple: (list, tuple)}.get(kind, kind)
-        if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"option {option} of {name} is {value!r}, not of type {kind.__name__}")
-    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}  # from JSON
-    return replace(config, **lists)
+    return parse(config, options, f"{name} has no option {{}}")
 
 
 def create_from_spaces(name: str, spaces: Spaces, **options: Any) -> WorldModel:
     """As create_world_model, from Spaces already made."""
     family, _, preset = name.partition(":")
     if family not in families():
-        raise ValueError(f"no world-model family {family!r}: {nearest(family, families())}")
+        raise ValueError(f"no world-model family {family!r:.100}: {nearest(family, families())}")
     module = importlib.import_module(f"worldflux_dist.models.{family}")
     names = [f"{family}:{p}" for p in module.PRESETS]
     if preset not in module.PRESETS:
-        raise ValueError(f"no preset {name!r}: {nearest(name, names)}")
+        raise ValueError(f"no preset {name!r:.100}: {nearest(name, names)}")
     return module.Model(spaces, with_options(module.PRESETS[preset], options, name))
 
 

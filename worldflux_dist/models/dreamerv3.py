@@ -22,10 +22,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from torch import Tensor, nn
 
 from worldflux_dist.data import Batch
@@ -36,48 +37,38 @@ from worldflux_dist.nn.layers import MLP, BinOutput, Linear, NormedLinear
 from worldflux_dist.nn.optim import LaProp
 from worldflux_dist.nn.products import linear
 from worldflux_dist.nn.vision import ImageDecoder, ImageEncoder
+from worldflux_dist.settings import Layers, Positive, Scale, Settings, Units, Whole
 from worldflux_dist.spaces import Spaces
 
 
 @dataclass(frozen=True)
-class DreamerV3Config:
+class DreamerV3Config(Settings):
     """Sizes and constants; the defaults are size1m and the published constants."""
 
-    deter: int = 512
-    hidden: int = 64
-    groups: int = 32
-    classes: int = 4
-    blocks: int = 8
-    units: int = 64
-    depth: int = 4
-    multipliers: tuple[int, ...] = (2, 3, 4, 4)
-    unimix: float = 0.01
-    free_nats: float = 1.0
-    dyn_scale: float = 1.0
-    rep_scale: float = 0.1
-    discount: float = 1 - 1 / 333
-    learning_rate: float = 4e-5
-    agc: float = 0.3
-    warmup: int = 1000
+    section: ClassVar[str] = "model_options"
 
-    def __post_init__(self) -> None:
-        sizes = (self.deter, self.hidden, self.groups, self.classes - 1, self.blocks, self.units)
-        if min(*sizes, self.depth, *self.multipliers) < 1 or self.deter % self.blocks:
+    deter: Units = 512
+    hidden: Units = 64
+    groups: Units = 32
+    classes: Annotated[int, Ge(2), Le(2**16)] = 4
+    blocks: Units = 8
+    units: Units = 64
+    depth: Annotated[int, Ge(1), Le(1024)] = 4
+    multipliers: Annotated[tuple[Layers, ...], MinLen(1), MaxLen(8)] = (2, 3, 4, 4)
+    unimix: Annotated[float, Ge(0), Lt(1)] = 0.01
+    free_nats: Scale = 1.0
+    dyn_scale: Scale = 1.0
+    rep_scale: Scale = 0.1
+    discount: Annotated[float, Gt(0), Le(1)] = 1 - 1 / 333
+    learning_rate: Positive = 4e-5
+    agc: Scale = 0.3
+    warmup: Whole = 1000
+
+    def check(self) -> None:
+        if self.deter % self.blocks:
             raise ValueError(
-                f"model sizes must be positive, classes at least 2 and deter {self.deter} a "
-                f"multiple of blocks {self.blocks}"
-            )
-        if not (self.learning_rate > 0 and 0 <= self.unimix < 1 and 0 < self.discount <= 1):
-            raise ValueError(
-                f"learning_rate is {self.learning_rate}, unimix {self.unimix} and discount "
-                f"{self.discount}: the learning rate must be positive, unimix lie in [0, 1) and "
-                "discount in (0, 1]"
-            )
-        scales = (self.free_nats, self.dyn_scale, self.rep_scale)
-        if min(*scales, self.agc, self.warmup) < 0:
-            raise ValueError(
-                f"free_nats, dyn_scale and rep_scale are {scales}, agc {self.agc} and warmup "
-                f"{self.warmup}: none of them may be negative"
+                f"model_options.deter is {self.deter}: it must be a multiple of blocks "
+                f"{self.blocks}"
             )
 
 

@@ -25,10 +25,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
 from worldflux_dist.data import Batch
@@ -45,11 +46,12 @@ from worldflux_dist.nn.layers import (
 )
 from worldflux_dist.nn.optim import ClippedAdam
 from worldflux_dist.nn.vision import StridedEncoder, random_shift
+from worldflux_dist.settings import Count, Layers, Positive, Scale, Settings, Share, Units
 from worldflux_dist.spaces import Spaces
 
 
 @dataclass(frozen=True)
-class TDMPC2Config:
+class TDMPC2Config(Settings):
     """Sizes and constants; the defaults are the 5 M model and the published constants.
 
     `episode_length` in decisions sets the discount: clip((T/5 - 1) / (T/5), 0.95, 0.995).
@@ -58,48 +60,38 @@ class TDMPC2Config:
     of its own, the behavior's.
     """
 
-    encoder_units: int = 256
-    encoder_layers: int = 2
-    units: int = 512
-    latent: int = 512
-    num_q: int = 5
-    horizon: int = 3
-    frames: int = 3
-    channels: int = 32
-    episode_length: int = 500
-    termination: str = "soft"
-    rho: float = 0.5
-    target_rate: float = 0.01
-    consistency_scale: float = 20.0
-    reward_scale: float = 0.1
-    termination_scale: float = 1.0
-    learning_rate: float = 3e-4
-    encoder_rate: float = 0.3
-    clip: float = 20.0
-    plan_samples: int = 512
-    plan_iterations: int = 6
-    plan_proposals: int = 24
+    section: ClassVar[str] = "model_options"
 
-    def __post_init__(self) -> None:
-        sizes = [self.encoder_units, self.encoder_layers, self.units, self.num_q - 1, self.latent]
-        sizes += [self.horizon, self.frames, self.channels, self.episode_length]
-        if min(sizes) < 1 or self.latent % 8:
+    encoder_units: Units = 256
+    encoder_layers: Layers = 2
+    units: Units = 512
+    latent: Units = 512
+    num_q: Annotated[int, Ge(2), Le(1000)] = 5
+    horizon: Annotated[int, Ge(1), Le(1000)] = 3
+    frames: Layers = 3
+    channels: Annotated[int, Ge(1), Le(1024)] = 32
+    episode_length: Count = 500
+    termination: Literal["soft", "hard", "none"] = "soft"
+    rho: Annotated[float, Gt(0), Le(1)] = 0.5
+    target_rate: Share = 0.01
+    consistency_scale: Scale = 20.0
+    reward_scale: Scale = 0.1
+    termination_scale: Scale = 1.0
+    learning_rate: Positive = 3e-4
+    encoder_rate: Scale = 0.3
+    clip: Positive = 20.0
+    plan_samples: Annotated[int, Ge(8), Le(2**16)] = 512
+    plan_iterations: Annotated[int, Ge(1), Le(900)] = 6
+    plan_proposals: Annotated[int, Ge(0), Le(2**16)] = 24
+
+    def check(self) -> None:
+        if self.latent % 8:
+            raise ValueError(f"model_options.latent is {self.latent}: it must be a multiple of 8")
+        if self.plan_proposals >= self.plan_samples:
             raise ValueError(
-                f"model sizes must be positive, num_q at least 2 and latent {self.latent} a "
-                "multiple of 8"
-            )
-        if not (0 < self.rho <= 1 and self.learning_rate > 0):
-            raise ValueError(
-                f"rho is {self.rho} and learning_rate {self.learning_rate}: rho must lie in (0, 1] "
-                "and the learning rate be positive"
-            )
-        if self.plan_samples < 8 or self.plan_proposals >= self.plan_samples:
-            raise ValueError(
-                f"plan_samples is {self.plan_samples}: it must be at least 8 and more than "
+                f"model_options.plan_samples is {self.plan_samples}: it must be more than "
                 f"plan_proposals {self.plan_proposals}"
             )
-        if self.termination not in ("soft", "hard", "none"):
-            raise ValueError(f"termination is {self.termination!r}: use soft, hard or none")
 
     @property
     def discount(self) -> float:

@@ -26,14 +26,17 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from worldflux_dist.data import Chunk
 from worldflux_dist.replay import segment
 from worldflux_dist.replay.config import ReplayConfig
-from worldflux_dist.replay.disk import Disk, Location
 from worldflux_dist.replay.marks import Key, Marks
 from worldflux_dist.replay.segment import Numbering
+from worldflux_dist.storage import Disk
+
+if TYPE_CHECKING:
+    from upath import UPath
 
 INDEX = "index.json"
 
@@ -95,7 +98,7 @@ class Journal:
     def __init__(
         self,
         config: ReplayConfig,
-        root: Location,
+        root: UPath,
         folder: str,
         owner: str,
         start: Numbering,

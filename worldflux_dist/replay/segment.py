@@ -16,21 +16,27 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import lz4.block
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from annotated_types import MaxLen
+from pydantic import FailFast, TypeAdapter, ValidationError
 
-from worldflux_dist.data import Chunk
+from worldflux_dist.data import FLAGS, Chunk
 from worldflux_dist.replay.marks import Key
+from worldflux_dist.replay.state import Mark, Seen
+from worldflux_dist.settings import Limited, Text, Whole
 
 FORMAT = 1
 MAGIC = b"WFD-REPLAY\r\n\x1a\n"
+MAX_HEADER = 1 << 24  # bytes of a frame's JSON
 MAX_CHUNK = 1 << 30  # bytes of a chunk's columns
 _FRAME = struct.Struct("<IQI")  # bytes of the header, bytes of the body, CRC-32 of both
 _RATIO = 255  # no lz4 block expands to more than this many times its size
 _DTYPE = re.compile(r"[|<](b1|[iu][1248]|f[248])")
+
+Stream = Limited | Text
 
 
 @dataclass(frozen=True)
@@ -41,12 +47,12 @@ class Numbering:
     steps in the block) of every stream, `seen` what `Marks.state` gives.
     """
 
-    batch_length: int
-    first: int
-    end: int
-    total_steps: int
-    tails: list[tuple[int | str, int, int, Key, int]]
-    seen: list[tuple[str, str, int, list[int]]]
+    batch_length: Whole
+    first: Whole
+    end: Whole
+    total_steps: Whole
+    tails: Annotated[list[tuple[Stream, Whole, Mark, Key, Whole]], FailFast()]
+    seen: Annotated[list[Seen], FailFast()]
 
 
 @dataclass(frozen=True)
@@ -63,9 +69,9 @@ class Record:
     """A chunk without its bytes; `columns` are (name, dtype, shape) with (N, T) leading."""
 
     key: Key
-    streams: list[int | str]
-    version: int
-    columns: list[tuple[str, str, list[int]]]
+    streams: Annotated[list[Stream], FailFast()]
+    version: Whole
+    columns: Annotated[list[tuple[Text, Text, list[Limited]]], MaxLen(1000)]
 
 
 def pack_head(compress: str, start: Numbering) -> bytes:
@@ -144,8 +150,8 @@ def _frames(rest: memoryview) -> Iterator[tuple[memoryview, memoryview]]:
             raise ValueError("it ends in the middle of a record")
         head, body, crc = _FRAME.unpack(rest[: _FRAME.size])
         rest = rest[_FRAME.size :]
-        if head + body > len(rest):
-            raise ValueError("it ends in the middle of a record")
+        if head > MAX_HEADER or head + body > len(rest):
+            raise ValueError("it ends in the middle of a record, or one is too large")
         parts = rest[:head], rest[head : head + body]
         if zlib.crc32(parts[1], zlib.crc32(parts[0])) != crc:
             raise ValueError("a record's checksum is wrong")
@@ -170,6 +176,10 @@ def _chunk(compress: str, header: memoryview, body: memoryview) -> Chunk:
     for (name, dtype, shape), size in zip(found.columns, sizes, strict=True):
         columns[name] = np.frombuffer(body[at : at + size], np.dtype(dtype)).reshape(shape)
         at += size
+    kinds = {"action": ("f", 3), "reward": ("f", 2)} | dict.fromkeys(FLAGS, ("b", 2))
+    for name, kind in kinds.items():
+        if name in columns and (columns[name].dtype.kind, columns[name].ndim) != kind:
+            raise ValueError(f"a record's column {name} is of another kind")
     streams, key = np.array(found.streams), found.key
     try:
         return Chunk.from_columns(columns, streams=streams, version=found.version, key=key)

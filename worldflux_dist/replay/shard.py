@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,21 +20,24 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from worldflux_dist import storage
 from worldflux_dist.data import Batch, Chunk
 from worldflux_dist.replay.buffer import ReplayBuffer
 from worldflux_dist.replay.config import ReplayConfig
-from worldflux_dist.replay.disk import Disk, Location
 from worldflux_dist.replay.journal import INDEX, Journal, SegmentInfo
 from worldflux_dist.replay.segment import pack_chunk, read_segment
+from worldflux_dist.replay.state import FOLDER, INDEX_FORM, MAX_SEGMENT, SEGMENT, STATES
+from worldflux_dist.storage import CheckpointError, Disk
+
+if TYPE_CHECKING:
+    from upath import UPath
 
 FORMAT = 1
-_FOLDER = re.compile(r"[A-Za-z0-9_-]{1,64}/shard-\d{1,6}")
-_NAME = re.compile(rf"{_FOLDER.pattern}/\d{{6}}\.seg")
-_LIMIT = 1 << 31  # bytes of a segment file
+_FOLDER, _NAME = re.compile(FOLDER), re.compile(SEGMENT)
 
 
 class ReplayShard:
@@ -45,15 +47,15 @@ class ReplayShard:
     `saved` are the states of all shards (what `seal` gave) in the checkpoint to resume from; a
     process restarted within its life ignores them. With as many states as shards the same samples
     follow as from the shard that was sealed; otherwise the rows whose stream modulo `num_shards`
-    is `index` are kept. Raises ValueError where a file is damaged or missing, OSError where the
-    folder cannot be written.
+    is `index` are kept. Raises CheckpointError where a file is damaged or missing, OSError where
+    the folder cannot be written.
     """
 
     def __init__(
         self,
         config: ReplayConfig,
         seed: int,
-        root: Location,
+        root: UPath,
         life: str,
         index: int,
         num_shards: int,
@@ -62,13 +64,14 @@ class ReplayShard:
     ) -> None:
         assert 0 <= index < num_shards, (index, num_shards)
         self.config, self._index, self._num_shards = config, index, num_shards
-        self._root = Path(os.fspath(root)) if isinstance(root, str | os.PathLike) else root
+        self._root = storage.as_path(root) if isinstance(root, str) else root
         self._life, self._folder = life, f"{life}/shard-{index}"
         if not _FOLDER.fullmatch(self._folder):
             raise ValueError(f"life {life!r} must be letters, digits, - and _ only")
         self._disk, self._owner = disk or Disk(), uuid.uuid4().hex
         self._sealed: Future | None = None
         self._inherited: list[Any] = []  # marks from before this life
+        saved = storage.in_form(list(saved), STATES, self._root)
         self.buffer = ReplayBuffer(config, [seed, index])
         found = self._take_over()
         if found is not None:
@@ -219,7 +222,7 @@ class ReplayShard:
         """Go on exactly where a shard was sealed."""
         known = self._replay(_infos(state["segments"]))
         if state["end"] != self.buffer.end:
-            raise ValueError(
+            raise CheckpointError(
                 f"the segments of replay shard {self._index} end at block {self.buffer.end} and "
                 f"not at {state['end']}: resume from an older checkpoint"
             )
@@ -281,7 +284,7 @@ class ReplayShard:
         with self._blame(info):
             try:
                 size = path.stat().st_size
-                if info.size not in (-1, size) or size > _LIMIT:
+                if info.size not in (-1, size) or size > MAX_SEGMENT:
                     raise ValueError(f"it has {size} bytes instead of {info.size}")
                 data: bytes = path.read_bytes()
             except FileNotFoundError:
@@ -294,8 +297,8 @@ class ReplayShard:
     def _blame(self, info: SegmentInfo) -> Iterator[None]:
         try:
             yield
-        except ValueError as error:
-            raise ValueError(
+        except (ValueError, TypeError, KeyError, OverflowError, MemoryError) as error:
+            raise CheckpointError(
                 f"the replay segment {self._root / info.name} cannot be used ({error}): put back a "
                 "good copy of it, or resume from an older checkpoint"
             ) from error
@@ -316,12 +319,13 @@ class ReplayShard:
         index: dict[str, Any] = {}
         if (folder / INDEX).exists():
             try:
-                index = dict(json.loads((folder / INDEX).read_bytes()))
-            except (ValueError, TypeError) as error:
-                raise ValueError(
-                    f"{folder / INDEX} is damaged ({error}): move {folder} away to resume from the "
-                    "last checkpoint"
-                ) from error
+                index = storage.read_form(folder / INDEX, INDEX_FORM)
+                if len(index) not in (1, 4):
+                    raise CheckpointError(f"{folder / INDEX} is malformed: fields are missing")
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{error}: move {folder} away to resume from the last checkpoint"
+                ) from None
         # Until a restore is through the index has an owner only: it is begun again after a crash.
         self._put_index(index | {"owner": self._owner})
         if isinstance(folder, Path):
@@ -329,7 +333,7 @@ class ReplayShard:
                 self._disk.sync_folder(path)
             for leftover in folder.glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
-        if "segments" in index:
+        if {"segments", "oldest_open", "seen"} <= index.keys():
             return index
         for name in self._listing(self._folder):
             (self._root / name).unlink()
@@ -374,11 +378,5 @@ class ReplayShard:
 
 
 def _infos(saved: Any) -> list[SegmentInfo]:
-    """Segments as a manifest names them. Raises ValueError for a name that could lead elsewhere."""
-    infos = []
-    for found in saved:
-        if not _NAME.fullmatch(str(found.get("name"))):
-            raise ValueError(f"{found} names no replay segment: resume from an older checkpoint")
-        size, digest = int(found.get("size", 0)), str(found.get("sha256", "missing"))
-        infos.append(SegmentInfo(found["name"], size, digest, 0, 0))
-    return infos
+    """Segments as a manifest or an index names them."""
+    return [SegmentInfo(seg["name"], seg["size"], seg["sha256"], 0, 0) for seg in saved]

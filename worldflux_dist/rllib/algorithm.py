@@ -33,7 +33,6 @@ from ray.rllib.utils.metrics import (
 from ray.tune.execution.placement_groups import PlacementGroupFactory
 from ray.util.placement_group import get_current_placement_group
 
-from worldflux_dist.checkpoint import as_path
 from worldflux_dist.config import Config
 from worldflux_dist.distributed.actors import ImaginerActor, RunnerReport, send
 from worldflux_dist.distributed.flow import Flow, Round
@@ -47,8 +46,9 @@ from worldflux_dist.rllib.env_runner import why_no_runner_starts
 from worldflux_dist.rllib.episodes import read_episodes, to_chunk
 from worldflux_dist.rllib.places import Places, bundles
 from worldflux_dist.rllib.ports import Learners, RLlibPorts
-from worldflux_dist.rllib.replay import Replay, delete
+from worldflux_dist.rllib.replay import Replay
 from worldflux_dist.spaces import Spaces
+from worldflux_dist.storage import as_path, delete
 
 STATE = "worldflux"  # our part of the algorithm's state
 REPLAY, POLICY = "replay", "policy_learner_group"  # parts that save themselves
@@ -193,7 +193,7 @@ class WorldFlux(Algorithm):
             self._start_imagination()
             self._hand_over()  # the module's spec may have named weights to begin with
         storage = self.config.storage
-        root = as_path(storage) / Path(self.logdir).name if storage else Path(self.logdir)
+        root = as_path(storage) / Path(self.logdir).name if storage else as_path(self.logdir)
         # What a process of the same trial left that was killed, or is still ending: it deletes
         # what is its own, so each has a folder of its own.
         delete(root / REPLAY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import pyarrow
 import pyarrow.parquet
 from gymnasium import spaces as gym_spaces
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
-from ray.rllib.utils.checkpoints import try_import_msgpack
 
 from worldflux_dist.data import Chunk, Step
 from worldflux_dist.envs import Envs
@@ -112,9 +112,8 @@ def _items(file: Path) -> list[Any]:
 
 
 def _episode(name: str, item: Any) -> SingleAgentEpisode:
-    msgpack = try_import_msgpack(error=True)
     try:
-        episode = SingleAgentEpisode.from_state(msgpack.unpackb(item, strict_map_key=False))
+        episode = SingleAgentEpisode.from_state(_unpacked(item))
         parts = {
             "observations": episode.get_observations(),
             "actions": episode.get_actions(),
@@ -131,6 +130,24 @@ def _episode(name: str, item: Any) -> SingleAgentEpisode:
             "float32): leave it out, or record it again"
         )
     return episode
+
+
+def _unpacked(item: bytes) -> dict[str, Any]:
+    """An episode's state from its bytes, in which objects, as pickle has them, are not read."""
+    import msgpack  # with the next, an extra: RLlib records with them
+    import msgpack_numpy
+
+    def plain(value: dict[Any, Any]) -> Any:
+        """An array as msgpack_numpy writes it, of plain numbers: it would unpickle all others."""
+        kind = value.get(b"type")
+        if b"nd" in value and not re.fullmatch(r"[|<>]?[biuf]\d{1,2}", str(kind)):
+            raise ValueError("it holds an array of objects")
+        return msgpack_numpy.decode(value)
+
+    state = msgpack.unpackb(item, object_hook=plain, strict_map_key=False)
+    if not isinstance(state, dict):
+        raise ValueError("it is no episode")
+    return state
 
 
 def _finite(nested: Any) -> bool:

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Sequence
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.fs
 import ray
+from fsspec.implementations.arrow import ArrowFSWrapper
 from ray.exceptions import RayError
 
-from worldflux_dist.checkpoint import CheckpointError
 from worldflux_dist.config import Config
 from worldflux_dist.distributed.cluster import shard_config
 from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.shard import ReplayShardActor, ShardPlace
 from worldflux_dist.distributed.supervision import RETURN_S
+from worldflux_dist.replay.state import STATES
+from worldflux_dist.storage import CheckpointError, delete, in_form, parse_json
 
 if TYPE_CHECKING:
-    from worldflux_dist.checkpoint import AnyPath
+    from upath import UPath
 
-STATES = "shards.json"
+STATES_FILE = "shards.json"
 
 
 class Replay:
@@ -32,7 +33,7 @@ class Replay:
     To RLlib it is a part of the algorithm that saves and restores itself.
     """
 
-    def __init__(self, settings: Config, root: AnyPath, options: list[dict[str, Any]]) -> None:
+    def __init__(self, settings: Config, root: UPath, options: list[dict[str, Any]]) -> None:
         self.settings, self.root, self.options = settings, root, options
         self.shards: list[Any] = []
         self.start([])
@@ -72,7 +73,7 @@ class Replay:
 
     def save_to_path(self, path: Any, *, filesystem: pyarrow.fs.FileSystem, **kwargs: Any) -> None:
         """Copy all segments. Raises CheckpointError where another node has them."""
-        states = self._seal()
+        states, files = self._seal(), ArrowFSWrapper(filesystem)
         names = sorted({segment["name"] for state in states for segment in state["segments"]})
         for name in names:
             try:
@@ -82,8 +83,8 @@ class Replay:
                     f"the replay's segment {self.root / name} is not on this node: set training("
                     "storage=...) to a path or URL that all nodes see, or checkpoint_replay=False"
                 ) from None
-            _write(filesystem, PurePath(path) / name, data)
-        _write(filesystem, PurePath(path) / STATES, json.dumps(states).encode())
+            _write(files, PurePath(path) / name, data)
+        _write(files, PurePath(path) / STATES_FILE, json.dumps(states).encode())
 
     def _seal(self) -> list[dict[str, Any]]:
         """The shards' states, all on disk; a shard that died is waited for."""
@@ -101,32 +102,18 @@ class Replay:
     def restore_from_path(
         self, path: Any, *, filesystem: pyarrow.fs.FileSystem | None = None, **kwargs: Any
     ) -> None:
-        """Restart the shards with what `save_to_path` wrote; their number may differ."""
-        filesystem = filesystem or pyarrow.fs.LocalFileSystem()
-        states = json.loads(_read(filesystem, PurePath(path) / STATES))
+        """Start the shards anew with what `save_to_path` wrote; their number may differ."""
+        files = ArrowFSWrapper(filesystem or pyarrow.fs.LocalFileSystem())
+        listed = (PurePath(path) / STATES_FILE).as_posix()
+        states = in_form(parse_json(files.cat_file(listed), listed), STATES, listed)
         for state in states:
             for segment in state["segments"]:
                 target = self.root / segment["name"]
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(_read(filesystem, PurePath(path) / segment["name"]))
+                target.write_bytes(files.cat_file(f"{path}/{segment['name']}"))
         self.start(states)
 
 
-def delete(folder: AnyPath) -> None:
-    """Delete a folder and all in it, where it is there."""
-    if isinstance(folder, Path):
-        shutil.rmtree(folder, ignore_errors=True)
-    elif folder.exists():
-        folder.rmdir(recursive=True)
-
-
-def _write(filesystem: pyarrow.fs.FileSystem, path: PurePath, data: bytes) -> None:
-    filesystem.create_dir(path.parent.as_posix(), recursive=True)
-    with filesystem.open_output_stream(path.as_posix()) as file:
-        file.write(data)
-
-
-def _read(filesystem: pyarrow.fs.FileSystem, path: PurePath) -> bytes:
-    with filesystem.open_input_stream(path.as_posix()) as file:
-        data: bytes = file.read()
-    return data
+def _write(files: ArrowFSWrapper, path: PurePath, data: bytes) -> None:
+    files.makedirs(path.parent.as_posix(), exist_ok=True)
+    files.pipe_file(path.as_posix(), data)
