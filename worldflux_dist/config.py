@@ -63,7 +63,8 @@ class ScaleConfig:
     `num_learners` processes share every batch. `acting` actor: one more process, with the GPU where
     there is one, acts for all runners. `storage` keeps checkpoints and replay, each run in a folder
     of its name: a path or URL that all nodes see; empty is the run directory. Whoever is silent
-    for `patience` seconds is started again.
+    for `patience` seconds is started again; each time that is doubled, up to ten minutes. Weights
+    that act are at most `max_staleness` gradient steps old.
     """
 
     num_runners: int = 2
@@ -74,10 +75,12 @@ class ScaleConfig:
     acting: Literal["runner", "actor"] = "runner"
     storage: str = ""
     patience: float = 300.0
+    max_staleness: int = 32
 
     def __post_init__(self) -> None:
         _check_least("scale", self, num_runners=1, num_shards=1, num_learners=1)
         _check_least("scale", self, chunk_length=1, runner_threads=1, patience=1)
+        _check_least("scale", self, max_staleness=4)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,13 @@ FREE = {
     *("train.env_steps", "train.train_ratio", "train.threshold", "train.checkpoint_every"),
     *("train.eval_every", "train.eval_episodes", "learner.device", "learner.threads"),
     *("scale.num_runners", "scale.num_shards", "scale.num_learners", "scale.runner_threads"),
-    *("scale.acting", "scale.patience", "imagination.num_imaginers", "imagination.queue_size"),
+    *(
+        "scale.acting",
+        "scale.patience",
+        "scale.max_staleness",
+        "imagination.num_imaginers",
+        "imagination.queue_size",
+    ),
     *("imagination.num_policy_learners", "imagination.max_staleness"),
 }
 

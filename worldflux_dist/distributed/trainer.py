@@ -25,7 +25,7 @@ from worldflux_dist.distributed.auth import check_auth, explained
 from worldflux_dist.distributed.cluster import Plan, join_cluster, make_plan, start_ray
 from worldflux_dist.distributed.ending import Outcome, RoleLostError, StopSignals, is_loss
 from worldflux_dist.distributed.flow import Flow
-from worldflux_dist.distributed.group import GroupLostError
+from worldflux_dist.distributed.group import GroupLostError, stall
 from worldflux_dist.distributed.placement import place
 from worldflux_dist.distributed.ports import RayPorts
 from worldflux_dist.distributed.roles import Task, probe, start_roles
@@ -59,6 +59,7 @@ class Trainer:
         self.limiter = Limiter(config.train.train_ratio, batch_steps, config.train.prefill)
         self.averages = Averages()
         self.returns: deque[float] = deque(maxlen=20)
+        self._lags: list[int] = []
         self.episodes = 0
         self._evaluation: tuple[int, ObjectRef] | None = None
         self._logged = self._saved = time.monotonic()
@@ -177,7 +178,6 @@ class Trainer:
             self.env_failures += report.env_failures
             self._busy["runner"] += report.collect_seconds / self.config.scale.num_runners
             self._busy["replay"] += report.send_seconds / self.config.scale.num_runners
-            self.averages.mean("staleness", self.ports.version - report.version)
             self.episodes += len(report.episodes)
             for episode in report.episodes:
                 self.returns.append(episode.total_reward)
@@ -208,9 +208,9 @@ class Trainer:
             self.progress.update(loss_total=updates[-1]["loss"])
             if recon:
                 self.progress.update(loss_recon=sum(recon))
-        if reports:
-            staleness = np.mean([self.ports.version - report.version for report in reports])
-            self.progress.update(staleness=float(staleness))
+        if lags := self.ports.take_lags():
+            self._lags += lags
+            self.progress.update(staleness=float(np.mean(lags)))
 
     def _say_degraded(self) -> None:
         """Say once when replay is no longer kept on disk, and once when it is again."""
@@ -245,7 +245,8 @@ class Trainer:
             "train_ratio/achieved": limiter.achieved,
             "train_ratio/asked": self.config.train.train_ratio,
             "weights_version": self.ports.version,
-            "stall/learner": busy["replay"] / max(busy["replay"] + busy["learner"], 1e-9),
+            "weights/failed_publications": self.ports.failed_publications,
+            "stall/learner": stall(means),
             "gradient_steps/forgiven": limiter.forgiven,
             "replay/not_durable": float(bool(self._degraded)),
         }
@@ -258,6 +259,11 @@ class Trainer:
             counters[f"replay/shard{index}_dropped_steps"] = report.dropped_steps
         if self.ports.imagined is not None:
             counters["imagination/stale"] = self.ports.imagined.stale
+        if self._lags:
+            means["staleness"] = float(np.mean(self._lags))
+            for percent in (50, 95):
+                means[f"staleness/p{percent}"] = float(np.percentile(self._lags, percent))
+            self._lags = []
         line = counters | rates | means
         self.run.log.log(limiter.env_steps, line)
         self.telemetry.record(line)

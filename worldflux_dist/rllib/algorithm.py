@@ -291,10 +291,14 @@ class WorldFlux(Algorithm):
         )
         reports = [report for done in rounds for report in done.reports]
         for report in reports:
-            self._note("weights/staleness", self.ports.version - report.version)
             self.metrics.log_value(
                 "env_failures_lifetime", report.env_failures, reduce="lifetime_sum"
             )
+        if lags := self.ports.take_lags():
+            self._note("weights/staleness", float(np.mean(lags)))
+            self._note("weights/staleness_p50", float(np.percentile(lags, 50)))
+            self._note("weights/staleness_p95", float(np.percentile(lags, 95)))
+        self._note("weights/failed_publications", self.ports.failed_publications)
         self._note("train_ratio/achieved", self.limiter.achieved)
         self._note("train_ratio/asked", self.settings.train.train_ratio)
         self._note("gradient_steps", self.limiter.gradient_steps)
