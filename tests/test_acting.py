@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import ray
 import torch
-from toy_run import ToyRun, read_metrics
+from ray.exceptions import RayActorError
+from toy_run import PATIENCE_S, ToyRun, read_metrics
 
 from worldflux_dist import config
+from worldflux_dist.data import Spaces
 from worldflux_dist.distributed.acting import ActingActor
+from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.weights import WEIGHTS, WeightStore
 from worldflux_dist.envs import make_envs
 
@@ -26,6 +31,14 @@ SETTINGS = config.from_dict(
         "model": "tdmpc2:tiny",
         "model_options": {"units": 16, "latent": 16, "encoder_units": 16, "plan_samples": 40},
         "env": {"id": "Pendulum-v1", "num_envs": 2},
+    }
+)
+
+
+PIXELS = config.from_dict(
+    {
+        "model": "tdmpc2:tiny",
+        "model_options": {"units": 16, "latent": 16, "channels": 4, "plan_samples": 40},
     }
 )
 
@@ -107,6 +120,43 @@ def test_an_error_reaches_everybody_who_waits(store: Any) -> None:
         return await asyncio.gather(*calls, return_exceptions=True)
 
     assert all(isinstance(found, RuntimeError) for found in asyncio.run(ask()))
+
+
+def test_who_comes_without_a_carry_sees_no_frames_of_before(store: Any) -> None:
+    """Pixel TD-MPC2 sees three frames. Where a runner begins to act in the middle of an episode,
+    all three are the one it sees, and not black ones."""
+    space = gymnasium.spaces.Box(0, 255, (64, 64, 3), np.uint8)
+    spaces = Spaces(space, gymnasium.spaces.Box(-1, 1, (1,)))
+    acting = ActingActor(PIXELS, spaces, 0)
+    frame = {"obs": np.full((2, 64, 64, 3), 200, np.uint8)}
+    middle = np.zeros(2, bool)
+    _, carry, _ = asyncio.run(acting.act(frame, middle, None))
+    _, want = acting.agent.act_batch(frame, ~middle)
+    for name, value in want.items():
+        if name.startswith("state/"):
+            np.testing.assert_array_equal(carry[name], value.cpu().numpy(), err_msg=name)
+
+
+def test_a_process_that_acts_draws_other_numbers_in_its_next_life(store: Any) -> None:
+    spaces = make_envs(SETTINGS.env, 0).spaces
+    started = actor(ActingActor).options(num_cpus=0).remote(SETTINGS, spaces, 0)
+
+    def drawn() -> tuple[int, list[float]]:
+        look = started.__ray_call__.remote(lambda _: (os.getpid(), torch.rand(4).tolist()))
+        return ray.get(look, timeout=PATIENCE_S)
+
+    pid, before = drawn()
+    os.kill(pid, 9)
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            again, after = drawn()
+            break
+        except RayActorError:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    ray.kill(started)
+    assert again != pid and after != before
 
 
 @pytest.mark.chaos

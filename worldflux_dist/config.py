@@ -66,7 +66,8 @@ class ScaleConfig(Settings):
     `num_learners` processes share every batch. `acting` actor: one more process, with the GPU where
     there is one, acts for all runners. `storage` keeps checkpoints and replay, each run in a folder
     of its name: a path or URL that all nodes see; empty is the run directory. A process that is
-    silent for `patience` seconds is started again.
+    silent for `patience` seconds is restarted; each time that is doubled, up to ten minutes.
+    Weights that act are at most `max_staleness` gradient steps old.
     """
 
     section: ClassVar[str] = "scale"
@@ -79,6 +80,7 @@ class ScaleConfig(Settings):
     acting: Literal["runner", "actor"] = free("runner")
     storage: Text = free("")
     patience: Annotated[float, Ge(1), Le(1e9)] = free(300.0)
+    max_staleness: Annotated[int, Ge(4), Le(2**20)] = free(32)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class Chunk(Steps):
     """T consecutive steps of N environments: leading shape (N, T).
 
     `streams` (N,) names the environment each row comes from; rows of one stream follow each other
-    from chunk to chunk. `version` is the version of the weights that acted. `key` =
+    from chunk to chunk. `version` is that of the oldest weights that acted in it. `key` =
     (writer, incarnation, seq) names the chunk for good, so that a re-sent one is known.
     """
 

@@ -118,11 +118,12 @@ rate/env_steps | 1/s | rate | Environment steps per second. | env_steps_per_s | 
 rate/gradient_steps | 1/s | rate | Gradient steps per second. | gradient_steps_per_s | learner
 rate/imagined_steps | 1/s | rate | Imagined steps per second. | imagined_steps_per_s | imaginer
 time/learner_step | s | mean | Time of a gradient step. | learner_step_ms | learner | 1000
-time/learner_wait | s | mean | Time that a learner waits for its next batch.
-stall/learner | 1 | last | Fraction of the time that learners wait for data. | input_stall | learner
+time/learner_wait | s | mean | Time without a batch before a step; publishing and saving are none.
+time/learner_wall | s | mean | Time from the end of a step to the end of the next one.
+stall/learner | 1 | last | Share of its time that a learner has no batch. | input_stall | learner
 busy/<role> | 1 | rate | Fraction of the time that a role's processes work.
 restarts/<role> | processes | last | Processes that died and were started again. | restarts |
-weights/failed_publications | publications | last | Publications of weights that failed.
+weights/failed_publications | publications | last | Weights that the store did not get.
 weights_version | steps | last | Gradient steps behind the newest weights that act.
 staleness | steps | mean | Gradient steps that acting weights are behind. | weight_lag | runner
 staleness/p50 | steps | p50 | Its median.
@@ -160,7 +161,9 @@ q | reward | mean | Qs of the policy's actions.
 q_scale | reward | mean | What Qs are divided by in the policy's loss: their spread.
 policy/<metric> | 1 | mean | As the metric, of policy learners, where model learners have it too.
 score/return_mean | reward | last | Mean return of an evaluation (in TensorBoard).
-weights/staleness | steps | last | RLlib's results: as staleness.
+weights/staleness | steps | mean | RLlib's results: as staleness.
+weights/staleness_p50 | steps | last | RLlib's results: its median.
+weights/staleness_p95 | steps | last | RLlib's results: its 95th percentile.
 env_failures_lifetime | failures | total | RLlib's results: as env_failures.
 num_imagined_steps_lifetime | steps | total | RLlib's results: imagined steps.
 replay/env_steps | steps | last | RLlib's results: as env_steps.

@@ -6,6 +6,8 @@ another process or at random.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +37,10 @@ class Episode:
 class EnvRunner:
     """Owns N environments and the policy's memory. Its chunks follow each other without a gap.
 
-    `writer` names it for good, `first_stream` numbers its environments among all runners'.
-    `num_actions` counts the steps that were no resets.
+    `writer` names it for good, `first_stream` numbers its environments among all runners'. Before
+    every action `refresh` may bring newer weights; `acted` has, for each action of the last chunk,
+    the time (seconds since the epoch) and the version of the weights that chose it. `num_actions`
+    counts the steps that were no resets.
     """
 
     def __init__(
@@ -46,6 +50,8 @@ class EnvRunner:
         self.streams = first_stream + np.arange(envs.num_envs)
         self.incarnation, self.seq = new_incarnation(), 0
         self.version = 0
+        self.refresh: Callable[[], object] = lambda: None
+        self.acted: list[tuple[float, int]] = []
         self._step: Step | None = None
         self._carry: Any = None
         self._reward = np.zeros(envs.num_envs)
@@ -56,6 +62,7 @@ class EnvRunner:
     def collect(self, length: int) -> Chunk:
         """The next `length` steps of every environment: a chunk (N, length)."""
         columns: dict[str, np.ndarray] = {}
+        self.acted = []
         for t in range(length):
             step = self._next()
             for name, value in step.columns().items():
@@ -65,7 +72,8 @@ class EnvRunner:
                 columns[name][:, t] = value
         key = (self.writer, self.incarnation, self.seq)
         self.seq += 1
-        chunk = Chunk.from_columns(columns, streams=self.streams, version=self.version, key=key)
+        version = min((version for _, version in self.acted), default=self.version)
+        chunk = Chunk.from_columns(columns, streams=self.streams, version=version, key=key)
         chunk.check()
         return chunk
 
@@ -102,7 +110,9 @@ class EnvRunner:
         if self._step is None:
             action = np.zeros((self.envs.num_envs, self.envs.spaces.action_dim), np.float32)
         else:
+            self.refresh()
             action, self._carry = self.act(self._step.obs, self._step.is_first, self._carry)
+            self.acted.append((time.time(), self.version))
         self._step = step = self.envs.step(action)
         self._reward += step.reward
         self._length += ~step.is_first

@@ -16,13 +16,13 @@ import torch
 from ray.exceptions import RayActorError
 
 from worldflux_dist.config import Config
-from worldflux_dist.distributed.supervision import raise_if_gone
-from worldflux_dist.distributed.weights import WeightReader
+from worldflux_dist.distributed.supervision import life_seed, raise_if_gone
+from worldflux_dist.distributed.weights import WeightReader, poll_by
 from worldflux_dist.nn.memory import keep_freed_memory
 from worldflux_dist.spaces import Spaces
 
 ACTING = "acting"  # the actor's name in the namespace of its run
-PULL_EVERY_S = 0.2
+ACTING_SEED = 1_000_003  # apart from those of runners, which are numbered from 0
 WAIT_S = 60.0  # a process that died is back after two to ten seconds
 Answer = tuple[np.ndarray, dict[str, np.ndarray], int]
 
@@ -36,12 +36,12 @@ class ActingActor:
 
     def __init__(self, config: Config, spaces: Spaces, env_steps: int) -> None:
         torch.set_num_threads(config.scale.runner_threads)
-        torch.manual_seed(config.seed * 1_000_003 + env_steps)
+        torch.manual_seed(life_seed(config.seed, ACTING_SEED, env_steps))
         keep_freed_memory()
         self.agent = config.make_agent(spaces)
         if config.learner.device != "cpu" and torch.cuda.is_available():
             self.agent = self.agent.cuda()
-        self.weights, self._pulled = WeightReader(), -PULL_EVERY_S
+        self.weights, self._poll_by = WeightReader(), poll_by(config.scale.max_staleness)
         self._waiting: list[tuple[Any, np.ndarray, Any, asyncio.Future[Answer]]] = []
         self._work: asyncio.Task[None] | None = None
         self._took = 0.0
@@ -84,7 +84,9 @@ class ActingActor:
         device = self.agent.device
         joined = {n: torch.cat([c[n].to(device) for c in carries]) for n in carries[0]}
         obs = {key: np.concatenate([call[0][key] for call in calls]) for key in calls[0][0]}
-        action, carry = self.agent.act_batch(obs, np.concatenate([c[1] for c in calls]), joined)
+        # A call without a carry remembers nothing, as if episodes began there.
+        first = np.concatenate([flags | (carry is None) for _, flags, carry, _ in calls])
+        action, carry = self.agent.act_batch(obs, first, joined)
         self._took = time.monotonic() - start
         after = {name: np.split(value.cpu().numpy(), sizes) for name, value in carry.items()}
         return [
@@ -93,11 +95,11 @@ class ActingActor:
         ]
 
     def _pull(self) -> None:
-        """Take the newest weights now and then."""
-        if time.monotonic() - self._pulled < PULL_EVERY_S:
-            return
-        self._pulled = time.monotonic()
-        self.weights.pull(self.agent)
+        """Take newer weights over before those here are too old."""
+        if self.weights.learned:
+            self.weights.poll(self.agent, self._poll_by)
+        else:
+            self.weights.pull(self.agent)
 
 
 class RemoteAct:

@@ -22,14 +22,16 @@ from worldflux_dist.config import Config
 from worldflux_dist.data import Batch, Chunk
 from worldflux_dist.distributed.acting import RemoteAct
 from worldflux_dist.distributed.shard import ShardReport, shard_name
-from worldflux_dist.distributed.supervision import raise_if_gone
-from worldflux_dist.distributed.weights import WeightReader
+from worldflux_dist.distributed.supervision import life_seed, raise_if_gone
+from worldflux_dist.distributed.weights import WeightReader, poll_by
 from worldflux_dist.envs import make_envs
 from worldflux_dist.envs.acting import random_act
 from worldflux_dist.imaginer import Imaginer
 from worldflux_dist.nn.memory import keep_freed_memory
 from worldflux_dist.runner import EnvRunner, Episode
 from worldflux_dist.spaces import Spaces
+
+IMAGINER_SEED = 2_000_003  # apart from those of runners, which are numbered from 0
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class RunnerReport:
     acting_losses: int
     collect_seconds: float
     send_seconds: float
+    acted: Sequence[tuple[float, int]]  # as EnvRunner's
 
 
 class EnvRunnerActor:
@@ -53,18 +56,18 @@ class EnvRunnerActor:
         torch.set_num_threads(config.scale.runner_threads)
         keep_freed_memory()
         # Neither a resumed run nor a restarted runner plays the episodes of its former life again.
-        life = ray.get_runtime_context().was_current_actor_reconstructed * time.time_ns()
-        seed = np.random.SeedSequence([config.seed, index, env_steps, life]).generate_state(1)[0]
-        torch.manual_seed(int(seed))
-        envs = make_envs(config.env, int(seed) % 2**31)
+        seed = life_seed(config.seed, index, env_steps)
+        torch.manual_seed(seed)
+        envs = make_envs(config.env, seed % 2**31)
         self.agent, self.remote = None, None
         if config.scale.acting == "actor":
             self.remote = RemoteAct()
         else:
             self.agent = config.make_agent(envs.spaces)
         first = index * envs.num_envs
-        act = random_act(envs.spaces, int(seed))  # until weights come that have learned something
+        act = random_act(envs.spaces, seed)  # until weights come that have learned something
         self.runner = EnvRunner(envs, act, f"runner-{index}", first)
+        self.poll_by = poll_by(config.scale.max_staleness)
         self.runner.version, self.weights = 0, WeightReader()
         # A shard's process is back after seconds, one with a large replay after minutes.
         self.shard_wait_s = 0.9 * config.scale.patience
@@ -79,8 +82,6 @@ class EnvRunnerActor:
         start = time.monotonic()
         self._pull()
         chunk = self.runner.collect(length)
-        if self.remote is not None:
-            chunk.version = self.remote.version
         collected = time.monotonic()
         reports = send(chunk, self.shards, self.shard_wait_s)
         return RunnerReport(
@@ -92,6 +93,7 @@ class EnvRunnerActor:
             0 if self.remote is None else self.remote.take_losses(),
             collected - start,
             time.monotonic() - collected,
+            self.runner.acted,
         )
 
     def _pull(self) -> None:
@@ -99,11 +101,23 @@ class EnvRunnerActor:
         if not (self.weights.pull(self.agent) and self.weights.learned):
             return  # until something has been learned, random actions explore better
         if self.remote is not None:
-            self.runner.act = self.remote
+            self.runner.act = self._act_remotely
         else:
             assert self.agent is not None
             self.runner.act = torch.inference_mode()(self.agent.act_batch)  # a tenth less CPU
+            self.runner.refresh = self._poll
             self.runner.version = self.weights.oldest
+
+    def _poll(self) -> None:
+        """Within a chunk: take newer weights over before those here are too old."""
+        self.weights.poll(self.agent, self.poll_by)
+        self.runner.version = self.weights.oldest
+
+    def _act_remotely(self, obs: Any, is_first: np.ndarray, carry: Any) -> tuple[np.ndarray, Any]:
+        assert self.remote is not None
+        answer = self.remote(obs, is_first, carry)
+        self.runner.version = self.remote.version
+        return answer
 
 
 def send(chunk: Chunk, shards: Sequence[Any], patience: float) -> dict[int, ShardReport]:
@@ -149,8 +163,7 @@ class ImaginerActor:
     def __init__(self, config: Config, spaces: Spaces, index: int, store: Any = None) -> None:
         torch.set_num_threads(config.scale.runner_threads)
         keep_freed_memory()
-        life = ray.get_runtime_context().was_current_actor_reconstructed * time.time_ns()
-        torch.manual_seed(config.seed * 1000 + 500 + index + life % 2**31)
+        torch.manual_seed(life_seed(config.seed, IMAGINER_SEED + index))
         self.agent = config.make_agent(spaces)
         if config.learner.device != "cpu" and torch.cuda.is_available():
             self.agent = self.agent.cuda()

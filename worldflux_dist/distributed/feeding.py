@@ -206,6 +206,7 @@ class Stepper:
             except BaseException:
                 self._stepping.clear()
                 raise
+        self.group.keep_published()  # before the next steps begin, which would delay it
         ranks = len(self.group.ranks)
         begun = len(self.taken) + len(self._stepping)
         if stopping:

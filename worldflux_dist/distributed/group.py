@@ -8,9 +8,10 @@ ranks are told, so that they can be taken again.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -18,19 +19,23 @@ import numpy as np
 import ray
 import torch
 from ray import ObjectRef
-from ray.exceptions import ObjectLostError, RayActorError, RayError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 from torch.distributed import TCPStore
 
 from worldflux_dist.behaviors.base import Imagined
 from worldflux_dist.config import Config
 from worldflux_dist.data import Batch
+from worldflux_dist.distributed.ending import sentence
 from worldflux_dist.distributed.shard import shard_name
-from worldflux_dist.distributed.weights import WEIGHTS
+from worldflux_dist.distributed.weights import COMPILE_S, WEIGHTS
 from worldflux_dist.learner import Learner
 from worldflux_dist.spaces import Spaces
 
 if TYPE_CHECKING:
     from upath import UPath
+
+
+RETRY_S = 1.0  # after a publication that failed
 
 
 class GroupLostError(RuntimeError):
@@ -48,27 +53,62 @@ class Rank:
     ) -> None:
         self.learner, self.store, self.generation = learner, store, generation
         self._shards = shards
-        self._idle_since = time.monotonic()
+        self._stepped = self._idle_since = time.monotonic()
+        self._waited = 0.0  # seconds without a batch since the last step
+        if learner.config.compile:
+            self._tell_compiling()
 
     def step(self, shard: int, given: tuple[Batch, np.ndarray] | Imagined) -> dict[str, float]:
-        """One gradient step; metrics, with seconds spent stepping and waiting for work."""
+        """One gradient step; metrics, with the seconds that it took, those without a batch before
+        it, and those since the last step in all."""
         start = time.monotonic()
-        batch, ids = given if isinstance(given, tuple) else (given, None)
-        metrics = self.learner.step(batch)
-        if self.learner.rows and ids is not None:
-            self._shards[shard].prioritize.remote(ids, self.learner.row_losses)
-        end = time.monotonic()
+        with self._busy():
+            batch, ids = given if isinstance(given, tuple) else (given, None)
+            metrics = self.learner.step(batch)
+            if self.learner.rows and ids is not None:
+                self._shards[shard].prioritize.remote(ids, self.learner.row_losses)
+        end = self._idle_since
         metrics["time/learner_step"] = end - start
-        metrics["time/learner_wait"] = start - self._idle_since
-        self._idle_since = end
+        metrics["time/learner_wait"] = self._waited
+        metrics["time/learner_wall"] = end - self._stepped
+        self._waited, self._stepped = 0.0, end
         return metrics
 
     def publish(self) -> None:
-        """Send the inference weights to the store; their version is the gradient steps."""
-        version = (self.generation, self.learner.gradient_steps)
-        state = self.learner.agent.inference_state(self.learner.part)
-        with suppress(RayActorError):  # a store that is away is brought up to date by the next one
+        """Send the inference weights to the store; their version is the gradient steps.
+
+        Raises RayError where it did not get them.
+        """
+        with self._busy():
+            version = (self.generation, self.learner.gradient_steps)
+            state = self.learner.agent.inference_state(self.learner.part)
             ray.get(self.store.publish.remote(self.learner.part, version, state))
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        """What happens in here is no waiting for a batch."""
+        self._waited += time.monotonic() - self._idle_since
+        try:
+            yield
+        finally:
+            self._idle_since = time.monotonic()
+
+    def _tell_compiling(self) -> None:
+        """From now on, tell the store when torch.compile is at work: it may take minutes."""
+        from torch._dynamo import callback  # takes seconds
+
+        def note(begins: bool) -> None:
+            who = self.learner.part, self.generation, self.learner.rank
+            self.store.note_compiling.remote(*who, begins)
+
+        callback.on_compile_start(lambda _: note(True))
+        callback.on_compile_end(lambda _: note(False))
+
+
+def stall(means: Mapping[str, float]) -> float:
+    """The share of the learner's wall-clock in which it had no batch, from the means of its steps'
+    metrics; 1 where there was no step."""
+    return means.get("time/learner_wait", 1.0) / means.get("time/learner_wall", 1.0)
 
 
 def trains_on_rows(config: Config, part: str) -> bool:
@@ -89,7 +129,6 @@ class LearnerActor(Rank):
         learner = Learner(agent, config.learner, part, rows)
         super().__init__(learner, ray.get_actor(WEIGHTS), shards, generation)
         self.rank = rank
-        self.patience = config.scale.patience  # the longest that ranks wait for each other
         self.learner.rank = rank  # each has its own random state, in a checkpoint too
 
     def open(self) -> tuple[str, int]:
@@ -98,11 +137,14 @@ class LearnerActor(Rank):
         self._meeting = TCPStore(host, 0, is_master=True, wait_for_workers=False)
         return host, self._meeting.port
 
-    def join(self, meeting: tuple[str, int], num_ranks: int) -> None:
-        """Meet the other ranks; afterwards all have rank 0's weights."""
+    def join(self, meeting: tuple[str, int], num_ranks: int, timeout_s: float) -> None:
+        """Meet the other ranks; afterwards all have rank 0's weights. They wait for each other for
+        `timeout_s` at most, and longer where one of them may compile."""
         store = self._meeting if self.rank == 0 else TCPStore(*meeting, is_master=False)
-        store.set_timeout(timedelta(seconds=self.patience))
-        self.learner.join(store, self.rank, num_ranks, self.patience)
+        store.set_timeout(timedelta(seconds=timeout_s))
+        if self.learner.config.compile:
+            timeout_s = max(timeout_s, COMPILE_S)
+        self.learner.join(store, self.rank, num_ranks, timeout_s)
 
     def load(self, folder: UPath, gradient_steps: int) -> None:
         """Go on from a checkpoint, counting on from `gradient_steps`."""
@@ -113,14 +155,24 @@ class LearnerActor(Rank):
 
     def agent_arrays(self) -> dict[str, np.ndarray]:
         """All weights of the group's part, for evaluation elsewhere."""
-        return self.learner.agent.part_arrays(self.learner.part)
+        with self._busy():
+            return self.learner.agent.part_arrays(self.learner.part)
 
     def save(self, folder: UPath) -> None:
-        self.learner.save(folder)
+        with self._busy():
+            self.learner.save(folder)
 
 
 class LearnerGroup:
-    """The driver's view of the ranks that train one part. Owns their handles and generation."""
+    """The driver's view of the ranks that train one part. Owns their handles and generation.
+
+    Publishes by itself after `publish_every` gradient steps; `patience` is how long ranks may be
+    silent.
+    """
+
+    kind: type = LearnerActor
+    publish_every = 16
+    say: Callable[[str], None] = staticmethod(print)
 
     def __init__(
         self, config: Config, spaces: Spaces, part: str, options: Sequence[dict[str, Any]]
@@ -130,6 +182,8 @@ class LearnerGroup:
         self._loading: list[ObjectRef] = []
         self._store = ray.get_actor(WEIGHTS)
         self.generation, self.gradient_steps, self.lost_steps = 0, 0, 0
+        self.patience = config.scale.patience
+        self.publications = Publications()
 
     @property
     def effective_steps(self) -> int:
@@ -140,8 +194,9 @@ class LearnerGroup:
         """Start all ranks, from a checkpoint where there is one; `meet` waits for them."""
         self.kill()
         self.generation, self.gradient_steps = self.generation + 1, gradient_steps
+        self.publications.forget()
         self._store.fence.remote(self.part, self.generation)
-        make: Any = ray.remote(LearnerActor)
+        make: Any = ray.remote(self.kind)
         self.ranks = [
             make.options(**options).remote(
                 self.config, self.spaces, self.part, rank, self.generation
@@ -163,7 +218,9 @@ class LearnerGroup:
         self._wait(self._loading, stopping)
         if len(self.ranks) > 1:
             (meeting,) = self._wait([self.ranks[0].open.remote()], stopping)
-            joining = [rank.join.remote(meeting, len(self.ranks)) for rank in self.ranks]
+            # The driver loses its patience first, and then says so.
+            given = (meeting, len(self.ranks), 2 * self.patience)
+            joining = [rank.join.remote(*given) for rank in self.ranks]
             self._wait(joining, stopping)
 
     def step(self, shards: Sequence[int], given: Sequence[ObjectRef]) -> list[ObjectRef]:
@@ -181,6 +238,21 @@ class LearnerGroup:
         """Have the newest weights published; `published` is done when they are."""
         self._store.fence.remote(self.part, self.generation)  # it may have been restarted
         self.published: ObjectRef = self.ranks[0].publish.remote()
+        self.publications.begun(self.published, self.gradient_steps)
+
+    def keep_published(self) -> None:
+        """Publish where it is time to, and again where it failed. Does not wait."""
+        if why := self.publications.look():
+            self.say(f"the newest weights of {self.part} are not published, trying again: {why}")
+        if self.publications.due(self.gradient_steps, self.publish_every):
+            self.publish()
+
+    def compiling(self) -> bool:
+        """Whether ranks are silent because they compile."""
+        with suppress(RayError):
+            ref: Any = self._store.compiling.remote(self.part, self.generation)
+            return bool(ray.get(ref, timeout=5))
+        return False
 
     def agent_arrays(self) -> ObjectRef:
         return self.ranks[0].agent_arrays.remote()
@@ -216,6 +288,48 @@ class LearnerGroup:
                     raise own
                 raise GroupLostError(str(errors[0])) from error
         return ray.get(refs)
+
+
+class Publications:
+    """What became of a group's publications. `steps` are the gradient steps behind the one that was
+    last asked for, `failures` counts those that the store did not get."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Those who were asked are gone."""
+        self.steps, self._retry_at, self._failing = -1, math.inf, False
+        self._under_way: list[ObjectRef] = []
+
+    def begun(self, ref: ObjectRef, steps: int) -> None:
+        self.steps, self._retry_at = steps, math.inf
+        self._under_way.append(ref)
+
+    def look(self) -> str:
+        """Take in those that have ended; why one failed, where those before it had not."""
+        why = ""
+        while self._under_way and ray.wait(self._under_way[:1], timeout=0)[0]:
+            error = _error_of(self._under_way.pop(0))
+            if error is None:
+                self._failing, self._retry_at = False, math.inf
+            elif isinstance(error, RayTaskError):  # else the rank is dead, as its steps will show
+                why = self.failed(error) or why
+        return why
+
+    def failed(self, error: Exception) -> str:
+        """One failed; why, where the one before it had not."""
+        known, self._failing = self._failing, True
+        self.failures += 1
+        self._retry_at = time.monotonic() + RETRY_S
+        return "" if known else sentence(error)
+
+    def due(self, gradient_steps: int, every: int) -> bool:
+        """Whether the next one is due after so many gradient steps."""
+        if time.monotonic() > self._retry_at:
+            return True
+        return self.steps >= 0 and gradient_steps - self.steps >= every
 
 
 def failed(refs: Sequence[ObjectRef]) -> bool:

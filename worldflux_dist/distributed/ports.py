@@ -7,7 +7,10 @@ here, from the newest checkpoint, and take again the steps that were lost with t
 
 from __future__ import annotations
 
+import bisect
+import math
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,9 +28,11 @@ from worldflux_dist.distributed.flow import UPDATES_PER_ROUND
 from worldflux_dist.distributed.group import GroupLostError, LearnerGroup
 from worldflux_dist.distributed.shard import ShardReport
 from worldflux_dist.distributed.supervision import RETURN_S, Budget, raise_if_gone
+from worldflux_dist.distributed.weights import publish_every
 
 WAIT_S = 0.5  # the longest that one look at everything under way may block
 POLICY_EVERY = 4  # steps of a policy that learns apart after which imaginers get it
+LONGEST_PATIENCE_S = 600.0  # to which patience grows, unless scale.patience is more
 
 
 @dataclass
@@ -67,7 +72,10 @@ class RayPorts:
         self.budgets = {"runner": Budget("runner", roles.runners), "learner": Budget("learner")}
         self._owners: dict[int, list[str]] = {}
         self._moved = time.monotonic()
+        self._grown: defaultdict[str, float] = defaultdict(lambda: 1.0)
         self._collects: dict[ObjectRef, tuple[int, float]] = {}
+        self._lags: list[int] = []
+        self._history: deque[tuple[float, int]] = deque(maxlen=10_000)  # when, gradient steps
         self._redo = 0
 
         def replay(num: int, online: bool) -> ReplaySource:
@@ -87,13 +95,43 @@ class RayPorts:
                 lambda: (roles.model.gradient_steps, policy.gradient_steps),
             )
             self.steppers.append(Stepper(policy, self.imagined))
+        for group in roles.groups:
+            group.say = self.say
+            group.publish_every = publish_every(config.scale.max_staleness)
+            if group is roles.policy:
+                group.publish_every = min(POLICY_EVERY, group.publish_every)
         self.publish()
         self.ask_sizes()
 
     @property
     def version(self) -> int:
         """Gradient steps behind the newest published weights that act."""
-        return self._published
+        return max(0, min(group.publications.steps for group in self.roles.groups))
+
+    @property
+    def failed_publications(self) -> int:
+        """Publications of weights that the store did not get."""
+        return sum(group.publications.failures for group in self.roles.groups)
+
+    def take_lags(self) -> list[int]:
+        """For every action that has been reported since the last call, by how many gradient steps
+        learners were ahead of the weights that chose it, when they did."""
+        taken, self._lags = self._lags, []
+        return taken
+
+    def patience(self, role: str) -> float:
+        """Seconds that a role may be silent by now."""
+        asked = self.config.scale.patience
+        return min(asked * self._grown[role], max(asked, LONGEST_PATIENCE_S))
+
+    def _lose_patience(self, role: str, who: str) -> None:
+        """Say that somebody was silent for too long, and be more patient from now on: on a busy
+        machine it may only have been slow, and would never get further."""
+        silent = self.patience(role)
+        self._grown[role] *= 2
+        longer = self.patience(role)
+        more = f"; from now on it may take {longer:g} s" if longer > silent else ""
+        self.say(f"{who} gave no answer for {silent:g} s, see scale.patience{more}")
 
     @property
     def restarts(self) -> dict[str, int]:
@@ -147,14 +185,17 @@ class RayPorts:
                 self.budgets["runner"].brought(index)
                 reports.append(report)
                 self._know(report.shards)
+                self._note_lags(report)
                 self.acting_losses += report.acting_losses > 0
             for ref in silent:
                 index, since = self._collects[ref]
-                if time.monotonic() - since > self.config.scale.patience:
+                if time.monotonic() - since > self.patience("runner"):
+                    self._lose_patience("runner", f"runner {index}")
                     ray.kill(self.roles.runners[index], no_restart=False)
                     # Ray fails no call to a process that dies before it has ever started.
                     del self._collects[ref]
                     self.budgets["runner"].lost(index)
+            self._keep_published()
             if timeout == 0 or self.stopping():
                 break
         return reports
@@ -192,15 +233,11 @@ class RayPorts:
             stepper.begin(max(0, min(behind, 2 * UPDATES_PER_ROUND)))
         while True:
             for stepper in self.steppers:
-                before = len(stepper.taken)
                 try:
                     stepper.pump(self.stopping())
                 except GroupLostError as error:
                     self._restart(stepper, error)
-                if stepper.source is self.imagined and (
-                    len(stepper.taken) // POLICY_EVERY > before // POLICY_EVERY
-                ):
-                    stepper.group.publish()
+            self._history.append((time.time(), self._gradient_steps()))
             if all(stepper.done for stepper in self.steppers):
                 break
             waiting = [ref for stepper in self.steppers for ref in stepper.waiting()]
@@ -217,8 +254,24 @@ class RayPorts:
 
     def publish(self) -> None:
         for group in self.roles.groups:
-            group.publish()
-        self._published = min(group.gradient_steps for group in self.roles.groups)
+            if group.gradient_steps > group.publications.steps:
+                group.publish()
+
+    def _keep_published(self) -> None:
+        for group in self.roles.groups:
+            group.keep_published()
+
+    def _gradient_steps(self) -> int:
+        """Of the group that has taken fewest, as `version` counts."""
+        return min(group.gradient_steps for group in self.roles.groups)
+
+    def _note_lags(self, report: RunnerReport) -> None:
+        """Compare the versions that acted with the gradient steps that were taken by then."""
+        for when, version in report.acted:
+            if version:  # else actions were random
+                index = bisect.bisect_right(self._history, (when, math.inf))
+                steps = self._history[index - 1][1] if index else version
+                self._lags.append(max(0, steps - version))
 
     def take_redo(self) -> int:
         """Gradient steps that were lost with learners since the last call."""
@@ -249,12 +302,15 @@ class RayPorts:
         return model
 
     def _unstick(self, moved: bool) -> None:
-        """Start again whoever has brought nothing for too long."""
+        """Start again whoever has brought nothing for too long, unless it compiles."""
         if moved:
             self._moved = time.monotonic()
-        if time.monotonic() - self._moved < self.config.scale.patience:
+        if time.monotonic() - self._moved < self.patience("learner"):
             return
         self._moved = time.monotonic()
+        if any(stepper.stepping and stepper.group.compiling() for stepper in self.steppers):
+            return
+        self._lose_patience("learner", "learners, or what feeds them,")
         for stepper in self.steppers:
             try:
                 stepper.unstick()
@@ -275,6 +331,7 @@ class RayPorts:
             found = checkpoint.newest(self.roles.root)
             saved = found[1]["counters"]["effective_steps"][group.part] if found else 0
             lost = group.effective_steps - saved
+            group.patience = self.patience("learner")
             try:
                 group.start(found[0] if found else None, group.gradient_steps)
                 group.meet(self.stopping)

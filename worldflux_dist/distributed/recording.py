@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 
 from worldflux_dist.distributed.actors import RunnerReport
+from worldflux_dist.distributed.group import stall
 from worldflux_dist.distributed.ports import RayPorts
 from worldflux_dist.distributed.roles import BUSY, ROLES
 from worldflux_dist.distributed.session import Session
@@ -48,10 +49,11 @@ class Record:
             add("rate/env_steps", report.env_steps)
             add("busy/runner", report.collect_seconds / config.scale.num_runners)
             add("busy/replay", report.send_seconds / config.scale.num_runners)
-            add("staleness", self.ports.version - report.version)
             for episode in report.episodes:
                 add("episode/return", episode.total_reward)
                 add("episode/length", episode.length)
+        for lag in self.ports.take_lags():
+            add("staleness", lag)
         for imagined in self.ports.take_imagined():
             add("busy/imaginer", imagined.seconds / config.imagination.num_imaginers)
             add("rate/imagined_steps", imagined.num_steps)
@@ -76,8 +78,7 @@ class Record:
         recorded, self._logged = self.recorder.line(), time.monotonic()
         busy = {name: recorded[f"busy/{name}"] for name in BUSY}
         self.session.progress.update({"bottleneck": max(busy, key=busy.__getitem__)})
-        stall = busy["replay"] / max(busy["replay"] + busy["learner"], 1e-9)
-        line = self._counters() | {"stall/learner": stall} | recorded
+        line = self._counters() | {"stall/learner": stall(recorded)} | recorded
         self.session.run.log.log(self.limiter.env_steps, line)
         self.telemetry.record(line)
 
@@ -98,6 +99,7 @@ class Record:
             "episodes": self.episodes,
             "env_failures": self.env_failures,
             "weights_version": self.ports.version,
+            "weights/failed_publications": self.ports.failed_publications,
             "replay/not_durable": float(bool(self._degraded)),
         }
         counters |= {f"restarts/{role}": num for role, num in self.ports.restarts.items()}

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import ray
 from ray import ObjectRef
 from ray.exceptions import ActorDiedError, RayError
@@ -20,6 +21,15 @@ from worldflux_dist.distributed.roles import ROLES
 
 LONGEST_REST_S = 30.0
 RETURN_S = 60.0  # a process that is not back by then is taken to have died again
+
+
+def life_seed(*parts: int) -> int:
+    """A seed below 2**32 from `parts`, in a process that was started again another one each time:
+    it must not draw what its former life drew."""
+    here = ray.get_runtime_context()
+    again = here.get_actor_id() is not None and here.was_current_actor_reconstructed
+    life = again * time.time_ns()
+    return int(np.random.SeedSequence([*parts, life]).generate_state(1)[0])
 
 
 def is_gone(error: Exception) -> bool:

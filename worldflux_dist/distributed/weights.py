@@ -9,6 +9,9 @@ no membership, and that readers go on with what they have while the store itself
 
 from __future__ import annotations
 
+import asyncio
+import math
+import time
 from typing import Any
 
 import numpy as np
@@ -19,10 +22,22 @@ from ray.exceptions import ObjectLostError, RayActorError
 from worldflux_dist.agent import Agent
 from worldflux_dist.distributed.supervision import raise_if_gone
 
+COMPILE_S = 3600.0  # compiling for longer is taken for a process that hangs
 WEIGHTS = "weights"  # the store's name in the namespace of its run
 Version = tuple[int, int]
 # A version and, in a list so that Ray passes it on unread, the reference of its weights.
 Publication = tuple[Version, list[ObjectRef]]
+
+
+def publish_every(max_staleness: int) -> int:
+    """Gradient steps after which learners publish: with one more that is under way by then, and
+    `poll_by` of the readers, nobody acts on weights further behind than `max_staleness`."""
+    return max(1, max_staleness // 2 - 1)
+
+
+def poll_by(max_staleness: int) -> int:
+    """Gradient steps by which weights must be newer for those who act to take them over."""
+    return max(1, max_staleness // 2)
 
 
 class StaleGenerationError(RuntimeError):
@@ -35,6 +50,8 @@ class WeightStore:
     def __init__(self) -> None:
         self._held: dict[str, Publication] = {}
         self._fences: dict[str, int] = {}
+        self._news = asyncio.Event()
+        self._compiling: dict[tuple[str, int], dict[int, float]] = {}
 
     def fence(self, part: str, generation: int) -> None:
         """From now on, refuse what learners of an earlier generation publish."""
@@ -53,6 +70,8 @@ class WeightStore:
         if part not in self._held or self._held[part][0] < version:
             # Put again, although it came through the object store: the learner owns that one.
             self._held[part] = version, [ray.put(weights)]
+            self._news.set()
+            self._news = asyncio.Event()
 
     def newer_than(self, versions: dict[str, Version]) -> dict[str, Publication]:
         """The parts that are newer than, or not among, `versions`."""
@@ -61,6 +80,32 @@ class WeightStore:
             for part, held in self._held.items()
             if part not in versions or versions[part] < held[0]
         }
+
+    async def news(self, versions: dict[str, Version], by: int) -> None:
+        """Answers once a part is `by` gradient steps newer than in `versions`, of later learners
+        or not in there."""
+        while not any(_ahead(held[0], versions.get(p)) >= by for p, held in self._held.items()):
+            await self._news.wait()
+
+    def note_compiling(self, part: str, generation: int, rank: int, begins: bool) -> None:
+        """A rank begins to compile, or has done so."""
+        ranks = self._compiling.setdefault((part, generation), {})
+        if begins:
+            ranks[rank] = time.monotonic()
+        else:
+            ranks.pop(rank, None)
+
+    def compiling(self, part: str, generation: int) -> bool:
+        """Whether a rank of a group compiles, and has not done so for longer than COMPILE_S."""
+        since = self._compiling.get((part, generation), {}).values()
+        return any(time.monotonic() - each < COMPILE_S for each in since)
+
+
+def _ahead(held: Version, had: Version | None) -> float:
+    """Gradient steps by which a version is newer than the one a reader has."""
+    if had is None or held[0] > had[0]:
+        return math.inf
+    return held[1] - had[1]
 
 
 class WeightReader:
@@ -72,6 +117,7 @@ class WeightReader:
     def __init__(self, store: Any = None) -> None:
         self.store, self.missed = store or ray.get_actor(WEIGHTS), 0
         self.versions: dict[str, Version] = {}
+        self._bell: ObjectRef | None = None
 
     def steps(self, part: str) -> int:
         """Gradient steps behind the weights of `part`; those of the whole agent count for it."""
@@ -86,6 +132,16 @@ class WeightReader:
     def learned(self) -> bool:
         """Whether a gradient step is behind all that was pulled."""
         return self.oldest > 0
+
+    def poll(self, agent: Agent | None, by: int) -> bool:
+        """As `pull`, but only where there are weights `by` gradient steps newer; until then it
+        neither waits nor asks: the store rings. Takes some 50 us."""
+        if self._bell is None:
+            self._bell = self.store.news.remote(self.versions, by)
+        if not ray.wait([self._bell], timeout=0)[0]:
+            return False
+        self._bell = None  # it has rung, or the store died: what is newest now is pulled
+        return self.pull(agent)
 
     def pull(self, agent: Agent | None) -> bool:
         """Take over newer weights; without an agent only their versions. True if there were any.

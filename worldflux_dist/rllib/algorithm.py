@@ -293,8 +293,12 @@ class WorldFlux(Algorithm):
         )
         reports = [report for done in rounds for report in done.reports]
         for report in reports:
-            self._note("weights/staleness", self.ports.version - report.version)
             self._note("env_failures_lifetime", report.env_failures)
+        if lags := self.ports.take_lags():
+            self._note("weights/staleness", float(np.mean(lags)))
+            for percent in (50, 95):
+                self._note(f"weights/staleness_p{percent}", float(np.percentile(lags, percent)))
+        self._note("weights/failed_publications", self.ports.failed_publications)
         self._note("train_ratio/achieved", self.limiter.achieved)
         self._note("train_ratio/asked", self.settings.train.train_ratio)
         self._note("gradient_steps", self.limiter.gradient_steps)

@@ -103,6 +103,7 @@ class WorldFluxConfig(AlgorithmConfig):
         self.num_policy_learners = 1
         self.storage = ""
         self.patience = 300.0
+        self.max_staleness = 32
         self.checkpoint_replay = True
         self.of_policy = False  # whether this is the copy for learners of the policy alone
 
@@ -126,6 +127,7 @@ class WorldFluxConfig(AlgorithmConfig):
         num_policy_learners: Any = NotProvided,
         storage: Any = NotProvided,
         patience: Any = NotProvided,
+        max_staleness: Any = NotProvided,
         checkpoint_replay: Any = NotProvided,
         **kwargs: Any,
     ) -> Self:
@@ -151,6 +153,7 @@ class WorldFluxConfig(AlgorithmConfig):
             storage: a path or URL, visible to all nodes, for the replay's segments; empty is the
                 algorithm's log directory, which is enough on one node.
             patience: seconds after which a process that does not answer is restarted.
+            max_staleness: gradient steps that weights that act may be old.
             checkpoint_replay: whether checkpoints hold the replay, too.
             kwargs: RLlib's own, of which `lr` replaces the preset's learning rate.
         """
@@ -201,6 +204,7 @@ class WorldFluxConfig(AlgorithmConfig):
             "num_learners": max(1, self.num_learners),
             "chunk_length": self.rollout_fragment_length,
             "patience": self.patience,
+            "max_staleness": self.max_staleness,
             "storage": self.storage,
         }
         imagination = {

@@ -29,7 +29,7 @@ from ray.tune.registry import ENV_CREATOR, _global_registry
 from worldflux_dist.config import Config
 from worldflux_dist.data import Chunk
 from worldflux_dist.distributed.actors import RunnerReport, send
-from worldflux_dist.distributed.weights import WeightReader
+from worldflux_dist.distributed.weights import WeightReader, poll_by
 from worldflux_dist.envs import Envs, make_envs
 from worldflux_dist.envs.acting import random_act
 from worldflux_dist.nn.memory import keep_freed_memory
@@ -113,6 +113,7 @@ class WorldFluxEnvRunner(SingleAgentEnvRunner):
             0,
             collected - start,
             time.monotonic() - collected,
+            [] if self._runner is None else self._runner.acted,
         )
         return report, self.get_metrics()
 
@@ -144,6 +145,7 @@ class WorldFluxEnvRunner(SingleAgentEnvRunner):
         runner = self._runner
         runner.act = self._act(explore, random_actions)
         runner.version = 0 if self._reader is None else self._reader.oldest
+        runner.refresh = self._nothing_newer if apart or random_actions else self._poll
         start = time.monotonic()
         if num_episodes is None:
             assert num_timesteps is not None
@@ -157,6 +159,15 @@ class WorldFluxEnvRunner(SingleAgentEnvRunner):
             self._runner = None  # nothing goes on from here
         self._log(episodes, sample.steps, time.monotonic() - start)
         return [sample]
+
+    def _nothing_newer(self) -> None:
+        """One policy to the end."""
+
+    def _poll(self) -> None:
+        """Within a fragment: take newer weights over before those here are too old."""
+        if self._reader is not None and self._runner is not None:
+            self._reader.poll(self.module.agent, poll_by(self.config.max_staleness))
+            self._runner.version = self._reader.oldest
 
     def _fresh_seed(self) -> int:
         """Neither a restored algorithm nor a restarted runner plays its episodes once more."""

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import ray
 from ray import ObjectRef
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.rllib.core.learner.learner_group import LearnerGroup as RLlibLearnerGroup
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS
 
 from worldflux_dist.distributed.actors import RunnerReport
 from worldflux_dist.distributed.feeding import Stepper
-from worldflux_dist.distributed.group import GroupLostError, LearnerGroup
+from worldflux_dist.distributed.group import GroupLostError, LearnerGroup, Publications
 from worldflux_dist.distributed.ports import RayPorts
 from worldflux_dist.rllib.learner import WorldFluxLearner
 
@@ -39,11 +39,13 @@ class Learners(LearnerGroup):
     def __init__(self, group: RLlibLearnerGroup, part: str) -> None:
         self.group, self.part = group, part
         self.generation = self.gradient_steps = self.lost_steps = 0
+        self.publications = Publications()
 
     def connect(self, store: Any, shards: Sequence[Any]) -> None:
         """Have the learners, as they are now, publish to `store` with a generation of their own."""
         self._store = store
         self.generation += 1
+        self.publications.forget()
         connect = partial(_connect, store=store, shards=list(shards), generation=self.generation)
         self.gradient_steps, *_ = [done.get() for done in self.group.foreach_learner(connect)]
         self.ranks = (
@@ -51,6 +53,12 @@ class Learners(LearnerGroup):
             if self.group.is_remote
             else [Here(self.group._learner)]
         )
+
+    def publish(self) -> None:
+        try:
+            super().publish()
+        except RayActorError as error:  # of a learner in this process
+            self.publications.failed(error)
 
     def hand_over(self, part: str, other: Learners) -> None:
         """Have `other` hold what these learners hold of a part of the agent."""
@@ -134,7 +142,8 @@ class RLlibPorts(RayPorts):
         """Kill runners that have not answered for `patience` seconds: RLlib restarts them."""
         assert self.runners is not None
         for index, since in list(self._since.items()):
-            if time.monotonic() - since > self.config.scale.patience:
+            if time.monotonic() - since > self.patience("runner"):
+                self._lose_patience("runner", f"env runner {index}")
                 del self._since[index]
                 ray.kill(self.runners._worker_manager.actors()[index], no_restart=False)
 
@@ -156,6 +165,7 @@ class RLlibPorts(RayPorts):
             self.metrics.aggregate([metrics for _, metrics in taken], key=ENV_RUNNER_RESULTS)
         for report, _ in taken:
             self._know(report.shards)
+            self._note_lags(report)
         return [report for report, _ in taken]
 
     def _restart(self, stepper: Stepper, error: GroupLostError) -> None:

@@ -1,0 +1,207 @@
+"""Weights on their way from learners to whoever acts, and batches on theirs to learners: how old
+the ones may be, and how long the others are waited for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import torch
+from injected import PATIENCE_S, pid_of, start_shard
+from test_waiting import CountEnv
+
+from worldflux_dist import config
+from worldflux_dist.distributed.actors import EnvRunnerActor
+from worldflux_dist.distributed.flow import Flow
+from worldflux_dist.distributed.group import LearnerActor, LearnerGroup, stall
+from worldflux_dist.distributed.ports import RayPorts, Roles
+from worldflux_dist.distributed.roles import actor, probe
+from worldflux_dist.distributed.shard import ReplayShardActor, shard_name
+from worldflux_dist.distributed.weights import WEIGHTS, WeightReader, WeightStore
+from worldflux_dist.replay.limiter import Limiter
+
+pytestmark = pytest.mark.ray
+
+MAX_STALENESS = 8
+BATCH_STEPS = 16 * 4
+SIZES = {"units": 16, "latent": 16, "encoder_units": 16, "channels": 4, "num_q": 2}
+SIZES |= {"plan_samples": 8, "plan_iterations": 1}
+
+
+class PausingEnv(CountEnv):
+    """Takes `pause` seconds for a step."""
+
+    def __init__(self, pause: float) -> None:
+        super().__init__()
+        self.pause = pause
+
+    def step(self, action: Any) -> Any:
+        time.sleep(self.pause)
+        return super().step(action)
+
+
+class SlowShard(ReplayShardActor):
+    """Takes a fifth of a second for a batch."""
+
+    @ray.method(num_returns=2)
+    def sample(self, batch_size: int, online: bool = True) -> Any:
+        time.sleep(0.2)
+        return super().sample(batch_size, online)
+
+
+class SlowLearner(LearnerActor):
+    """Takes 50 ms longer for a step."""
+
+    def step(self, shard: int, given: Any) -> dict[str, float]:
+        with self._busy():
+            time.sleep(0.05)
+        return super().step(shard, given)
+
+
+class CompilingLearner(LearnerActor):
+    """Whose compiler does nothing, on rank 1 for five seconds a time."""
+
+    def __init__(self, *given: Any) -> None:
+        rank = given[3]
+
+        def compiler(module: Any, inputs: Any) -> Any:
+            time.sleep(5.0 * rank)
+            return module.forward
+
+        torch.compile = partial(torch.compile, backend=compiler)
+        super().__init__(*given)
+
+
+System = Callable[..., RayPorts]
+
+
+@pytest.fixture
+def system(started: list[Any], tmp_path: Path) -> System:
+    """Builds a system of one runner, one shard and learners, with what is said in `tmp_path`."""
+
+    def build(
+        shard: type = ReplayShardActor,
+        learner: type = LearnerActor,
+        pause: float = 0.0,
+        ranks: int = 1,
+        scale: dict[str, Any] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> RayPorts:
+        settings = config.from_dict(
+            {
+                "model": "tdmpc2:tiny",
+                "model_options": SIZES,
+                "env": {"id": "test_weights:PausingEnv", "num_envs": 1, "kwargs": {"pause": pause}},
+                "replay": {"batch_size": 16, "batch_length": 4},
+                "scale": {"num_runners": 1, "num_shards": 1, "num_learners": ranks}
+                | {"chunk_length": 64, "max_staleness": MAX_STALENESS}
+                | (scale or {}),
+                "learner": {"device": "cpu"} | (options or {}),
+            }
+        )
+        store = actor(WeightStore).options(name=WEIGHTS, num_cpus=0).remote()
+        place = start_shard(started, tmp_path / "replay", kind=shard, name=shard_name(0))
+        runner = actor(EnvRunnerActor).options(num_cpus=0).remote(settings, 0, 0)
+        spaces = probe(settings).spaces
+        group = LearnerGroup(settings, spaces, "agent", [{"num_cpus": 0}] * ranks)
+        group.kind = learner
+        group.start(None, 0)
+        group.meet()
+        started.extend([store, runner, *group.ranks])
+        roles = Roles(group, None, [], [place], [runner], tmp_path, [store])
+        said = tmp_path / "said"
+        said.touch()
+
+        def say(text: str) -> None:
+            with said.open("a") as file:
+                file.write(f"{text}\n")
+
+        return RayPorts(settings, roles, lambda: False, say)
+
+    return build
+
+
+def rounds(ports: RayPorts, ratio: float, steps: int) -> list[dict[str, float]]:
+    """Metrics of so many gradient steps, at `ratio` of them for an env step, once it was run in."""
+    limiter = Limiter(ratio * BATCH_STEPS, BATCH_STEPS, prefill=64)
+    flow = Flow(limiter, ports, ports.config.scale.chunk_length)
+    while limiter.gradient_steps < 1:
+        flow.round()
+    ports.take_lags()
+    taken: list[dict[str, float]] = []
+    while len(taken) < steps:
+        taken += flow.round().updates
+    return taken
+
+
+def means(steps: list[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([step[name] for step in steps])) for name in steps[0]}
+
+
+def test_runners_take_newer_weights_within_a_chunk(system: System) -> None:
+    """A chunk takes as long as a hundred gradient steps."""
+    ports = system(learner=SlowLearner, pause=0.05, scale={"chunk_length": 128})
+    rounds(ports, 1, 400)
+    lags = ports.take_lags()
+    assert len(lags) >= 128
+    assert 0 < np.percentile(lags, 95) <= MAX_STALENESS, lags
+
+
+@pytest.mark.parametrize("slow", ["runner", "shard", "learner"])
+def test_the_stall_is_the_share_of_time_without_a_batch(slow: str, system: System) -> None:
+    if slow == "runner":  # a gradient step a round, so that it waits for nothing but its data
+        found = means(rounds(system(pause=0.02), 1 / 64, 3))
+    elif slow == "shard":
+        found = means(rounds(system(shard=SlowShard), 4, 40))
+    else:
+        found = means(rounds(system(learner=SlowLearner), 64, 100))
+    share = stall(found)
+    assert 0 <= share <= 1
+    assert share < 0.5 if slow == "learner" else share > 0.5, (share, found)
+
+
+def test_a_learner_without_any_step_has_no_batch() -> None:
+    assert stall({}) == 1
+
+
+def test_a_publication_that_fails_is_counted_said_and_tried_again(
+    system: System, tmp_path: Path
+) -> None:
+    """No further gradient step is needed for it."""
+    ports = system()
+    rounds(ports, 1, 4)
+    (group,), reader = ports.roles.groups, WeightReader()
+    ray.get(group.published)
+    group.gradient_steps += 1  # as if it had taken one more
+    ray.get(group.ranks[0].count_from.remote(group.gradient_steps))
+    psutil.Process(pid_of(reader.store)).kill()
+    ports.publish()
+    deadline = time.monotonic() + PATIENCE_S
+    while not (reader.pull(None) and reader.oldest == group.gradient_steps):
+        assert ports.update(0) == []
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert ports.failed_publications >= 1
+    assert "the newest weights of agent are not published, trying again" in (
+        (tmp_path / "said").read_text()
+    )
+
+
+def test_ranks_that_compile_are_not_silent(system: System, tmp_path: Path) -> None:
+    """Neither the driver nor the rank that waits for the one that compiles loses its patience."""
+    ports = system(
+        learner=CompilingLearner,
+        ranks=2,
+        options={"compile": True},
+        scale={"patience": 1},
+    )
+    assert len(rounds(ports, 1, 1)) >= 1
+    assert ports.roles.model.generation == 1
+    assert "patience" not in (tmp_path / "said").read_text()
