@@ -44,7 +44,7 @@ MARKED = config.from_dict(
         },
         "scale": {
             **dict(num_runners=1, num_shards=1, chunk_length=1, runner_threads=2, patience=1.0),
-            **dict(acting="actor", storage="x"),
+            **dict(acting="actor", storage="x", max_staleness=8),
         },
         "imagination": {
             **dict(mode="actors", num_imaginers=2, num_policy_learners=2, queue_size=2),
