@@ -18,11 +18,11 @@ from ray.exceptions import RayActorError
 from toy_run import PATIENCE_S, ToyRun, read_metrics
 
 from worldflux_dist import config
-from worldflux_dist.data import Spaces
 from worldflux_dist.distributed.acting import ActingActor
 from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.weights import WEIGHTS, WeightStore
 from worldflux_dist.envs import make_envs
+from worldflux_dist.spaces import Spaces
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 

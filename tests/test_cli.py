@@ -30,7 +30,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
     ("settings", "said"),
     [
         (["env.idd=CartPole-v1"], "unknown config key 'env.idd': did you mean 'id'?"),
-        (["seed=one"], "seed = 'one': Input should be a valid integer"),
+        (["seed=one"], "seed is 'one': it must be a valid integer"),
         (["nowhere.yaml"], "no config file nowhere.yaml: "),
         (["model=dreamerv3:size13m"], "no preset 'dreamerv3:size13m': did you mean 'dreamerv3:si"),
         (["model=dreamer"], "no world-model family 'dreamer': did you mean 'dreamerv3'?"),
@@ -109,7 +109,7 @@ def test_as_a_process_a_mistake_shows_no_stack(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "worldflux_dist.cli", "config", "env.num_envs=x"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
     assert done.returncode == 2
-    assert done.stderr == "error: env.num_envs = 'x': Input should be a valid integer\n"
+    assert done.stderr == "error: env.num_envs is 'x': it must be a valid integer\n"
     assert done.stdout == ""
 
 

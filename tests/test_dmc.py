@@ -163,7 +163,9 @@ def test_what_cannot_be_built_says_why(suite: Any, env_id: str, words: str) -> N
 
 
 def test_options_out_of_range(suite: Any) -> None:
-    with pytest.raises(ValueError, match=r"env.dmc_obs is 'state': it must be proprio or pixels"):
+    with pytest.raises(
+        ValueError, match=r"env.dmc_obs is 'state': it must be 'proprio' or 'pixels'"
+    ):
         EnvConfig(dmc_obs="state")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"env.dmc_action_repeat is 0: it must be at least 1"):
         EnvConfig(dmc_action_repeat=0)

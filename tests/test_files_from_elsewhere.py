@@ -25,7 +25,6 @@ import pytest
 from worldflux_dist import checkpoint, storage
 from worldflux_dist.agent import Agent
 from worldflux_dist.config import Config, from_dict, to_dict
-from worldflux_dist.data import Spaces
 from worldflux_dist.distributed.run import RunDirectory, saved_config, storage_of
 from worldflux_dist.learner import Learner
 from worldflux_dist.metrics import read_lines
@@ -33,6 +32,7 @@ from worldflux_dist.models.base import families
 from worldflux_dist.replay import Limiter, ReplayConfig, ReplayShard
 from worldflux_dist.replay.state import STATES
 from worldflux_dist.settings import Settings
+from worldflux_dist.spaces import Spaces
 from worldflux_dist.storage import CheckpointError
 
 DEEP: Any = []

@@ -128,7 +128,9 @@ def test_two_ranks_are_one_with_the_whole_batch(case: str, ranks: Path) -> None:
     np.testing.assert_allclose(rows, want.pop("rows"), rtol=1e-4)
     assert first.keys() == want.keys()
     for name, value in want.items():
-        np.testing.assert_allclose(first[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+        # Values read off random bins, which reach 5e8, keep four digits or fewer: metrics show it.
+        rtol = 1e-3 if name.startswith("metric/") else 1e-5
+        np.testing.assert_allclose(first[name], value, rtol=rtol, atol=1e-5, err_msg=name)
 
 
 def test_a_broken_loss_of_one_rank_stops_both(ranks: Path) -> None:

@@ -86,8 +86,8 @@ def test_torn_line_does_not_swallow_the_next(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"env_steps": 1}\n{"env_st')
-    assert read_lines(path) == [{"env_steps": 1}]
+    path.write_text('{"env_steps": 1, "time": 2.5}\n{"env_st')
+    assert list(read_lines(path)) == [{"env_steps": 1, "time": 2.5}]
     assert "line 2" in caplog.text
     with RunLog(tmp_path) as log:
         log.log(2, {})

@@ -216,9 +216,17 @@ def test_a_goal_is_set_by_numbers_or_by_an_observation() -> None:
     [
         ("discrete", {"method": "mppi"}, "planner.method mppi .* set planner.method to cem"),
         ("mixed", {"method": "mppi"}, "planner.method mppi .* set planner.method to cem"),
-        ("continuous", {"method": "mpi"}, "planner.method is 'mpi': use none, auto, mppi, cem"),
-        ("continuous", {"objective": "score"}, "planner.objective is 'score': use reward, goal"),
-        ("continuous", {"precision": "half"}, "planner.precision is 'half': use float32"),
+        (
+            "continuous",
+            {"method": "mpi"},
+            "planner.method is 'mpi': it must be 'none', 'auto', 'mppi'",
+        ),
+        (
+            "continuous",
+            {"objective": "score"},
+            "planner.objective is 'score': it must be 'reward' or 'goal'",
+        ),
+        ("continuous", {"precision": "half"}, "planner.precision is 'half': it must"),
         ("continuous", {"elites": 33}, "planner.samples is 32: it must be at least elites 33"),
         ("continuous", {"proposals": 32}, "planner.samples is 32: .* more than proposals 32"),
         ("continuous", {"horizon": 0}, "planner.horizon is 0: it must be at least 1"),

@@ -38,6 +38,7 @@ SET: dict[str, Any] = {
     "num_policy_learners": 3,
     "storage": "s3://bucket/here",
     "patience": 12.0,
+    "max_staleness": 8,
     "checkpoint_replay": False,
 }
 
@@ -62,7 +63,7 @@ def test_every_setting_has_its_place() -> None:
     assert (settings.train.train_ratio, settings.train.prefill) == (0.5, 77)
     scale, imagination = settings.scale, settings.imagination
     assert (scale.num_runners, scale.num_learners, scale.num_shards) == (2, 3, 3)
-    assert (scale.chunk_length, scale.patience) == (16, 12.0)
+    assert (scale.chunk_length, scale.patience, scale.max_staleness) == (16, 12.0, 8)
     assert scale.storage == "s3://bucket/here"
     assert imagination.mode == "actors" and small().settings().imagination.mode == "fused"
     assert (imagination.num_imaginers, imagination.num_policy_learners) == (2, 3)
@@ -128,7 +129,7 @@ def test_search_spaces_survive() -> None:
         ),
         (
             lambda: small(train_ratio="much"),
-            "train.train_ratio = 'much': Input should be a valid nu",
+            "train.train_ratio is 'much': it must be a valid number",
         ),
         (
             lambda: small(model_options={"units": CartPoleEnv}),

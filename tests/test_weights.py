@@ -22,8 +22,9 @@ from worldflux_dist.distributed.actors import EnvRunnerActor
 from worldflux_dist.distributed.flow import Flow
 from worldflux_dist.distributed.group import LearnerActor, LearnerGroup, stall
 from worldflux_dist.distributed.ports import RayPorts, Roles
-from worldflux_dist.distributed.roles import actor, probe
+from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.shard import ReplayShardActor, shard_name
+from worldflux_dist.distributed.start import probe
 from worldflux_dist.distributed.weights import WEIGHTS, WeightReader, WeightStore
 from worldflux_dist.replay.limiter import Limiter
 
