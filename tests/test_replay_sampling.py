@@ -86,7 +86,7 @@ def test_shares_are_kept_in_every_batch():
         assert len(drawn) == 16
     assert Counter(len(buffer.sample(size).reward) for size in (1, 2, 3, 7)).total() == 4
     for shares in ({"uniform": 0.0}, {"recent": -1.0}, {"prioritized": float("inf")}):
-        with pytest.raises(ValueError, match="uniform|recent|prioritized"):
+        with pytest.raises(ValueError, match=r"uniform|recent|prioritized"):
             ReplayConfig(**shares)
 
 
