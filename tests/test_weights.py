@@ -33,7 +33,7 @@ pytestmark = pytest.mark.ray
 MAX_STALENESS = 8
 BATCH_STEPS = 16 * 4
 SIZES = {"units": 16, "latent": 16, "encoder_units": 16, "channels": 4, "num_q": 2}
-SIZES |= {"plan_samples": 8, "plan_iterations": 1}
+SIZES |= {"plan_samples": 8, "plan_proposals": 2, "plan_iterations": 1}
 
 
 class PausingEnv(CountEnv):
@@ -147,11 +147,11 @@ def means(steps: list[dict[str, float]]) -> dict[str, float]:
 
 
 def test_runners_take_newer_weights_within_a_chunk(system: System) -> None:
-    """A chunk takes as long as a hundred gradient steps."""
-    ports = system(learner=SlowLearner, pause=0.05, scale={"chunk_length": 128})
-    rounds(ports, 1, 400)
+    """A chunk takes as long as dozens of gradient steps."""
+    ports = system(learner=SlowLearner, pause=0.05)
+    rounds(ports, 1, 130)
     lags = ports.take_lags()
-    assert len(lags) >= 128
+    assert len(lags) >= 64
     assert 0 < np.percentile(lags, 95) <= MAX_STALENESS, lags
 
 
@@ -160,9 +160,9 @@ def test_the_stall_is_the_share_of_time_without_a_batch(slow: str, system: Syste
     if slow == "runner":  # a gradient step a round, so that it waits for nothing but its data
         found = means(rounds(system(pause=0.02), 1 / 64, 3))
     elif slow == "shard":
-        found = means(rounds(system(shard=SlowShard), 4, 40))
+        found = means(rounds(system(shard=SlowShard), 4, 20))
     else:
-        found = means(rounds(system(learner=SlowLearner), 64, 100))
+        found = means(rounds(system(learner=SlowLearner), 64, 40))
     share = stall(found)
     assert 0 <= share <= 1
     assert share < 0.5 if slow == "learner" else share > 0.5, (share, found)
