@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import signal
+import time
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
+import stuck_storage
 from toy_run import PATIENCE_S, ToyRun, read_metrics, replay_in
 
 from worldflux_dist import checkpoint
@@ -88,6 +91,32 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     assert "Traceback" not in run.output
     assert "everything is saved" not in run.output
     assert not run.checkpoint_steps()
+
+
+@pytest.mark.parametrize("trouble", ["hang", "full"])
+def test_sigterm_does_not_wait_for_a_storage(
+    trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, met = tmp_path / "trouble", tmp_path / "met"
+    monkeypatch.setenv(stuck_storage.TROUBLE, str(told))
+    stuck_storage.install(tmp_path)
+    storage = f"scale.storage=stuck://{tmp_path}/bucket"
+    with ToyRun(tmp_path, OFTEN, storage, *ENDLESS) as run:
+        checkpoints = tmp_path / "bucket" / "run" / "checkpoints"
+        run.wait_until(lambda: any(checkpoints.glob("*/manifest.json")))
+        told.write_text(trouble)
+        run.wait_until(met.exists)
+        run.terminate()
+        began = time.monotonic()
+        assert run.wait() == 2, run.output
+        took = time.monotonic() - began
+        told.unlink()
+    assert took < 30, run.output  # ten on an idle machine; it was for ever, or a minute
+    (last,) = re.findall(r"the last good one is (?:stuck://)?(\S+):", run.output)
+    assert checkpoint.verify(Path(last))["step"] == int(Path(last).name)
+    assert "stopped without a last checkpoint, since" in run.output
+    assert ("no space left in the bucket" in run.output) == (trouble == "full")
+    assert "Traceback" not in run.output
 
 
 def test_a_second_ctrl_c_is_no_error_wherever_it_comes() -> None:

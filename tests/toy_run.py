@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -29,7 +30,7 @@ class ToyRun:
     def __init__(self, folder: Path, *overrides: str) -> None:
         self.run_dir, self._log = folder / "run", folder / "log.txt"
         command = [sys.executable, "-m", "worldflux_dist.cli", "train", "--run-dir", self.run_dir]
-        path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+        path = os.pathsep.join([str(TESTS.parent), str(TESTS), str(folder)])
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 [*map(str, command), str(toy_task.write(folder)), *overrides],
@@ -85,6 +86,14 @@ class ToyRun:
             assert time.monotonic() < deadline, f"did not say {text!r}: {self.output}"
             time.sleep(0.1)
 
+    def wait_until(self, true: Callable[[], bool]) -> None:
+        """Wait until `true`."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not true():
+            assert self._process.poll() is None, self.output
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.1)
+
     def wait_for_checkpoint(self, after: int) -> int:
         """Wait until a checkpoint of a step later than `after` is in place; gives its step."""
         deadline = time.monotonic() + PATIENCE_S
@@ -104,6 +113,10 @@ class ToyRun:
     def interrupt(self) -> None:
         """Ctrl-C: every process of the terminal gets it."""
         os.killpg(self._process.pid, signal.SIGINT)
+
+    def terminate(self) -> None:
+        """SIGTERM, which only the driver gets."""
+        self._process.terminate()
 
     def kill(self) -> None:
         """End the driver with no chance to tidy up."""

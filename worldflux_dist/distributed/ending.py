@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from ray.exceptions import RayError, RayTaskError
 
 from worldflux_dist.evaluate import Evaluation
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,24 @@ def sentence(error: Exception) -> str:
     return (str(cause).strip() or type(cause).__name__).splitlines()[-1]
 
 
+class StoppedError(RuntimeError):
+    """A run that was told to stop could not save everything; the message says what is saved."""
+
+
+def background(call: Callable[..., T], *given: Any) -> Future[T]:
+    """Runs `call` in a thread that may hang: a process that ends does not wait for it."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call(*given))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
 class RoleLostError(RuntimeError):
     """A process died for good; the message says which and why."""
 
@@ -55,6 +78,7 @@ class StopSignals:
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._stopping, self._at_once, self._say = False, False, say
+        self._came = math.inf
         self._previous: dict[int, Any] = {}
 
     @property
@@ -64,6 +88,11 @@ class StopSignals:
         if self._at_once:
             raise KeyboardInterrupt
         return self._stopping
+
+    @property
+    def seconds(self) -> float:
+        """Since the first signal; 0 before it."""
+        return max(0.0, time.monotonic() - self._came)
 
     def all_is_saved(self) -> None:
         """From here on one signal stops at once."""
@@ -87,5 +116,5 @@ class StopSignals:
         if self._stopping:
             self._at_once = True
             raise KeyboardInterrupt
-        self._stopping = True
+        self._stopping, self._came = True, time.monotonic()
         self._say("stopping: saving a checkpoint first (once more to stop at once)")

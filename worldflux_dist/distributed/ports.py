@@ -12,6 +12,7 @@ import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from ray.exceptions import RayActorError
 from worldflux_dist import checkpoint
 from worldflux_dist.config import Config
 from worldflux_dist.distributed.actors import ImaginedReport, RunnerReport
+from worldflux_dist.distributed.ending import background
 from worldflux_dist.distributed.feeding import ImaginedSource, ReplaySource, Stepper
 from worldflux_dist.distributed.flow import UPDATES_PER_ROUND
 from worldflux_dist.distributed.group import GroupLostError, LearnerGroup
@@ -62,6 +64,7 @@ class RayPorts:
     stopping: Callable[[], bool]
     say: Callable[[str], None] = print
     settle: Callable[[], None] = lambda: None  # ends the checkpoint that is being written
+    check_stop: Callable[[], None] = lambda: None  # raises where a stop has waited for too long
     sizes: dict[int, ShardReport] = field(default_factory=dict)
     shard_losses: int = 0
     acting_losses: int = 0
@@ -247,6 +250,7 @@ class RayPorts:
                 break
             if waiting:
                 done, _ = ray.wait(waiting, num_returns=1, timeout=WAIT_S, fetch_local=False)
+                self.check_stop()  # steps may wait for learners that wait for a storage
                 self._unstick(bool(done))
         if any(stepper.taken for stepper in self.steppers):
             self.budgets["learner"].brought(0)
@@ -328,7 +332,10 @@ class RayPorts:
             time.sleep(self.budgets["learner"].lost(0))
             if self.stopping():
                 raise error
-            found = checkpoint.newest(self.roles.root)
+            reading = background(checkpoint.newest, self.roles.root)
+            while not futures.wait([reading], WAIT_S).done:
+                self.check_stop()
+            found = reading.result()
             saved = found[1]["counters"]["effective_steps"][group.part] if found else 0
             lost = group.effective_steps - saved
             group.patience = self.patience("learner")

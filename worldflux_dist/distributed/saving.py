@@ -5,27 +5,36 @@ milliseconds of the shards' time; replay itself is on disk already, in segments 
 When all have written, the manifest is: a checkpoint without one does not exist. What must stay
 true: the learners' steps and the counters belong together, since both are of the moment between two
 rounds, and `env_steps` counts what the shards had noted, plus what a killed shard lost for good.
+The driver itself never blocks in the storage: it looks whether the run is to stop meanwhile.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import time
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent import futures
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 from ray import ObjectRef
 
 from worldflux_dist import checkpoint
-from worldflux_dist.distributed.ending import sentence
+from worldflux_dist.distributed.ending import StoppedError, background, sentence
 from worldflux_dist.distributed.ports import RayPorts
 from worldflux_dist.replay.limiter import Limiter
 
 if TYPE_CHECKING:
     from upath import UPath
+
+WAIT_S = 0.2  # between two looks at whether the run is to stop
+STOP_S = 6.0  # from a signal on, for a checkpoint that was waiting when it came
+LAST_SAVE_S = 60.0  # from a signal on, for one that is begun then
+T = TypeVar("T")
 
 
 @dataclass
@@ -45,29 +54,41 @@ class Writing:
 
 
 class Saver:
-    """Owns the checkpoint that is being written; one at a time. `keep` stay on disk."""
+    """Owns the checkpoint that is being written; one at a time. `keep` stay on disk.
 
-    def __init__(self, ports: RayPorts, limiter: Limiter, keep: int = 2) -> None:
+    `last` is the newest one in place, `stopped` gives the seconds since the run was told to stop.
+    """
+
+    def __init__(
+        self,
+        ports: RayPorts,
+        limiter: Limiter,
+        last: UPath | None = None,
+        stopped: Callable[[], float] = lambda: 0.0,
+        keep: int = 2,
+    ) -> None:
         self.ports, self.limiter, self.keep = ports, limiter, keep
+        self.last, self.stopped = last, stopped
         self.writing: Writing | None = None
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._since = math.inf  # when a checkpoint was begun, until one is in place
         # Steps that runners have not reported yet are counted by the shards.
         self._before = limiter.env_steps - self._total_steps()
-        ports.settle = self.settle
+        ports.settle, ports.check_stop = self.settle, self.check_stop
 
     def begin(self, episodes: int) -> None:
         """Between two rounds: have everyone note or write what belongs to this moment.
 
-        Raises RayActorError where a shard is being restarted.
+        Raises RayActorError where a shard is being restarted, StoppedError as `check_stop`.
         """
         assert self.writing is None
+        self._since = min(self._since, time.monotonic())
         roles = self.ports.roles
         step = roles.model.gradient_steps
-        folder = checkpoint.begin(roles.root, step)
+        folder = self._result(background(checkpoint.begin, roles.root, step))
         try:
-            stored = sum(ray.get([shard.seal.remote() for shard in roles.shards]))
+            stored = sum(self._all([shard.seal.remote() for shard in roles.shards]))
         except BaseException:
-            checkpoint.abandon(folder)
+            self._abandon(folder)
             raise
         limiter = copy.deepcopy(self.limiter)
         limiter.inserted(max(0, self._before + stored - limiter.env_steps))
@@ -92,32 +113,32 @@ class Saver:
             return True
         try:
             if writing.placing is None:
-                done, _ = ray.wait(
-                    writing.refs, num_returns=len(writing.refs), timeout=None if wait else 0
-                )
-                if len(done) < len(writing.refs):
+                if not (wait or _all_done(writing.refs, timeout=0)):
                     return False
-                ray.get(writing.learners)
-                counters = writing.counters | {"shards": ray.get(writing.shards)}
-                # In a thread, since every file is read again for its hash.
-                writing.placing = self._thread.submit(
-                    checkpoint.commit,
-                    *(self.ports.roles.root, writing.folder, writing.step, self.keep, counters),
-                )
+                self._all(writing.learners)
+                counters = writing.counters | {"shards": self._all(writing.shards)}
+                # Every file is read again for its hash.
+                writing.placing = background(self._place, writing, counters)
             if not (wait or writing.placing.done()):
                 return False
-            writing.placing.result()
+            self.last, segments = self._result(writing.placing)
         except BaseException:
             self.give_up()
             raise
-        self.writing = None
-        self._tidy()
+        self.writing, self._since = None, math.inf
+        for shard in self.ports.roles.shards:
+            shard.retain.remote(segments)
         return True
 
     def settle(self) -> None:
-        """Wait for the checkpoint that is being written; where it fails, say so and go on."""
+        """Wait for the checkpoint that is being written; where it fails, say so and go on.
+
+        Raises StoppedError as `check_stop`.
+        """
         try:
             self.finish(wait=True)
+        except StoppedError:
+            raise
         except Exception as error:  # whatever a storage raises
             self.fail(error)
 
@@ -129,8 +150,43 @@ class Saver:
     def give_up(self) -> None:
         """Forget the checkpoint that is being written."""
         if self.writing is not None:
-            checkpoint.abandon(self.writing.folder)
-            self.writing = None
+            folder, self.writing = self.writing.folder, None
+            self._abandon(folder)
+
+    def check_stop(self, error: Exception | None = None) -> None:
+        """Raises StoppedError where the run was told to stop and has waited for long enough: the
+        storage must not keep it. `error` is what went wrong last."""
+        stopped = self.stopped()
+        waited_for = self._since < time.monotonic() - stopped  # already when the signal came
+        if stopped <= (STOP_S if waited_for else LAST_SAVE_S):
+            return
+        why = sentence(error) if error else f"{self.ports.roles.root} was not written in time"
+        good = f"the last good one is {self.last}" if self.last else "there is no earlier one"
+        raise StoppedError(
+            f"stopped without a last checkpoint, since {why}; {good}: the same command goes on"
+        ) from error
+
+    def _result(self, future: Future[T]) -> T:
+        """What a call in the background gives. Raises StoppedError as `check_stop`."""
+        while not futures.wait([future], WAIT_S).done:
+            self.check_stop()
+        return future.result()
+
+    def _all(self, refs: Sequence[ObjectRef]) -> list[Any]:
+        """What calls of others give. Raises StoppedError as `check_stop`."""
+        while not _all_done(refs, WAIT_S):
+            self.check_stop()
+        return ray.get(list(refs))
+
+    def _place(self, writing: Writing, counters: dict[str, Any]) -> tuple[UPath, set[str]]:
+        """Commit; gives the checkpoint, and the segments of replay that those in place need."""
+        root = self.ports.roles.root
+        final = checkpoint.commit(root, writing.folder, writing.step, self.keep, counters)
+        return final, segments_of(checkpoint.kept(root))
+
+    def _abandon(self, folder: UPath) -> None:
+        with suppress(StoppedError):
+            self._result(background(checkpoint.abandon, folder))
 
     def _total_steps(self) -> int:
         while len(self.ports.sizes) < len(self.ports.roles.shards):  # one died at once
@@ -138,11 +194,10 @@ class Saver:
             self.ports.ask_sizes()
         return sum(report.total_steps for report in self.ports.sizes.values())
 
-    def _tidy(self) -> None:
-        """Let shards delete the segments that neither they nor a checkpoint needs."""
-        names = segments_of(checkpoint.kept(self.ports.roles.root))
-        for shard in self.ports.roles.shards:
-            shard.retain.remote(names)
+
+def _all_done(refs: Sequence[ObjectRef], timeout: float) -> bool:
+    done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=timeout)
+    return len(done) == len(refs)
 
 
 def segments_of(manifests: Iterable[dict[str, Any]]) -> set[str]:

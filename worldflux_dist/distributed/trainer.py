@@ -11,12 +11,12 @@ from pathlib import Path
 
 from worldflux_dist.config import Config
 from worldflux_dist.distributed.actors import RunnerReport
-from worldflux_dist.distributed.ending import Outcome
+from worldflux_dist.distributed.ending import Outcome, StoppedError
 from worldflux_dist.distributed.evaluator import Evaluator
 from worldflux_dist.distributed.flow import Flow, Round
 from worldflux_dist.distributed.ports import RayPorts
 from worldflux_dist.distributed.recording import Record
-from worldflux_dist.distributed.saving import Saver
+from worldflux_dist.distributed.saving import LAST_SAVE_S, Saver
 from worldflux_dist.distributed.session import Session, opened
 from worldflux_dist.distributed.start import start_roles
 from worldflux_dist.distributed.supervision import is_gone
@@ -24,16 +24,15 @@ from worldflux_dist.learner import NonFiniteLossError
 from worldflux_dist.replay.limiter import Limiter
 
 SAVE_AGAIN_S = 5.0  # after a checkpoint that could not be written
-LAST_SAVE_S = 60.0  # how long the last one is tried
-DRAIN_S = 10.0  # how long the last one waits for steps that are being collected
+DRAIN_S = 3.0  # how long the last one waits for steps that are being collected
 
 
 def train(config: Config, run_dir: Path, plain: bool | None = None) -> Outcome | None:
     """Train, or go on training, in `run_dir`; None where it was stopped on the way.
 
     Raises ConfigError before anything starts; RuntimeError (of an environment), NonFiniteLossError,
-    RoleLostError or CheckpointError with the reason it could not go on; what is in the run
-    directory stays good.
+    RoleLostError, CheckpointError or StoppedError with the reason it could not go on or save; what
+    is in the run directory stays good.
     """
     with opened(config, run_dir, plain) as session:
         if session.stop.stopping:
@@ -73,7 +72,8 @@ class Trainer:
             )
         roles = start_roles(config, session.task, session.run.storage, found, session.options)
         self.ports = RayPorts(config, roles, lambda: session.stop.stopping, say)
-        self.saver = Saver(self.ports, self.limiter)
+        last = found[0] if found else None
+        self.saver = Saver(self.ports, self.limiter, last, lambda: session.stop.seconds)
         self.flow: Flow[RunnerReport] = Flow(self.limiter, self.ports, steps)
         episodes = found[1]["episodes"] if found else 0
         self.record = Record(session, self.limiter, self.ports, episodes)
@@ -124,7 +124,7 @@ class Trainer:
                 self._saved = time.monotonic()
                 self.record.log()
                 self.saver.begin(self.record.episodes)
-        except NonFiniteLossError:
+        except (NonFiniteLossError, StoppedError):
             raise
         except Exception as error:  # whatever a storage raises
             self.saver.fail(error)
@@ -145,10 +145,11 @@ class Trainer:
                 self.saver.begin(self.record.episodes)
                 self.saver.finish(wait=True)
                 return
-            except NonFiniteLossError:
+            except (NonFiniteLossError, StoppedError):
                 raise
             except Exception as error:  # whatever a storage raises
                 self.saver.give_up()
+                self.saver.check_stop(error)
                 if time.monotonic() > deadline or is_gone(error):
                     raise
                 time.sleep(1)
