@@ -199,14 +199,14 @@ def next_ids(
 ) -> Iterator[Any]:
     """For each shard, the blocks and steps of the next batches."""
     for shard in restored(run_dir, manifest, root, life, settings):
-        found = [shard.sample_with_ids(16) for _ in range(5)]
+        found = [shard.buffer.sample_with_ids(16) for _ in range(5)]
         yield [np.column_stack([ids, batch.obs["obs"][:, 0]]) for batch, ids in found]
 
 
 def check_windows(shard: ReplayShard) -> int:
     """Nothing is missing inside a window, and an abandoned episode ends as a truncation. Gives the
     number of those ends that were seen."""
-    batch = shard.sample(20_000)
+    batch = shard.buffer.sample(20_000)
     obs, last, first = batch.obs["obs"].astype(int), batch.is_last, batch.is_first
     assert (last[:, :-1] == first[:, 1:]).all()
     ticks = obs[..., 2] * (EPISODE + 1) + obs[..., 3]

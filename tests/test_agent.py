@@ -12,13 +12,40 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small import make_agent, perturbed, random_batch, same_sums, tensors
+from small import (
+    FAMILY,
+    family_batch,
+    make_agent,
+    make_small,
+    perturbed,
+    random_batch,
+    same_sums,
+    tensors,
+)
 
 from worldflux_dist.agent import Agent
 from worldflux_dist.learner import Learner, LearnerConfig, NonFiniteLossError
 from worldflux_dist.storage import CheckpointError
 
 # ------------------------------------------------------------------- what it is made of
+
+
+@FAMILY
+def test_a_batch_is_trained_on_where_it_lies_and_stays_as_it_is(family: str) -> None:
+    """Batches lie in memory that processes share: no copy is made, and nothing is written there."""
+    agent = make_small(family, "dict", "mixed")
+    batch = family_batch(agent)
+    before = {name: value.copy() for name, value in batch.columns().items()}
+    for value in batch.columns().values():
+        value.flags.writeable = False
+    learner = Learner(agent, LearnerConfig(device="cpu"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tensors_of = batch.map(learner._tensor).columns()
+        learner.step(batch)
+    for name, value in batch.columns().items():
+        assert np.shares_memory(tensors_of[name].numpy(), value)
+        np.testing.assert_array_equal(value, before[name])
 
 
 def test_runners_are_sent_only_what_acting_needs() -> None:

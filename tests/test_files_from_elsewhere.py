@@ -41,7 +41,7 @@ for _ in range(900):
 LEAVE_OUT = object()
 VALUES = [
     *(None, -1, 0, 10**9, 10**400, "x", "nan", "inf", [], {}, True, 3.5, [1] * 3, float("nan")),
-    *(DEEP, "x" * 10**6, "../../outside", LEAVE_OUT),
+    *(DEEP, "x" * 10**6, "../../outside", LEAVE_OUT, "S999999999", [10**9, [1]]),
 ]
 S, MB = 2.0, 2**20
 

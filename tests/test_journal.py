@@ -155,28 +155,28 @@ def test_a_full_disk_degrades_and_recovers(tmp_path, segment_bytes):
     with pytest.raises(OSError, match=r"not durable: .*shard-0 .*No space left.* tried again") as e:
         shard.seal().result(10)
     assert e.value.errno == 28
-    assert shard.degraded
+    assert shard.report().degraded
     fill(shard, 6, 200)  # training goes on, and most of it cannot be kept
     report = shard.report()
-    assert report["total_steps"] == 200 * 14
-    assert 50 * 14 < report["dropped_steps"] < 200 * 14
-    assert report["durable_steps"] == 5 * 14
+    assert report.total_steps == 200 * 14
+    assert 50 * 14 < report.dropped_steps < 200 * 14
+    assert report.durable_steps == 5 * 14
     assert not shard.durable(("w", "a", 199))
     assert shard._journal._pending < 25_000
     disk.error = None
-    wait_until(lambda: not shard.degraded)
+    wait_until(lambda: not shard.report().degraded)
     fill(shard, 200, 210)
     state = shard.seal().result(10)
     report = shard.report()
-    assert report["durable_steps"] + report["dropped_steps"] == 210 * 14
+    assert report.durable_steps + report.dropped_steps == 210 * 14
     here = blocks(shard.buffer)
     for saved, life in (([state], "0002"), ([], "0001")):
         other = ReplayShard(config, 0, tmp_path, life, 0, 1, saved)
         there = blocks(other.buffer)
         assert all(here[block][: len(rest)] == rest for block, rest in there.items())
         assert max(there) == max(here)
-        assert len(rows(other)) == report["durable_steps"]
-        assert_whole(other.sample(300))
+        assert len(rows(other)) == report.durable_steps
+        assert_whole(other.buffer.sample(300))
         other.close()
     shard.close()
 
@@ -191,7 +191,7 @@ def test_no_more_is_dropped_than_must_be(tmp_path):
         wait_until(lambda: not any(part.raw for part in shard._journal._open))
         if seq == 0:
             assert isinstance(shard.flush().exception(10), OSError)
-    assert shard.report()["dropped_steps"] > 0
+    assert shard.report().dropped_steps > 0
     assert shard._journal._pending > 8_000
     disk.error = None
     shard.close()
@@ -211,7 +211,7 @@ def test_a_folder_that_goes_away_is_survived(tmp_path):
     (tmp_path / "run").unlink()
     (tmp_path / "away").rename(tmp_path / "run")
     wait_until(lambda: shard.durable(("w", "a", 3)))
-    assert shard.report()["dropped_steps"] == 0
+    assert shard.report().dropped_steps == 0
     shard.close()
 
 
@@ -234,8 +234,8 @@ def test_a_slow_disk_holds_the_shard_back_only_at_the_bound(tmp_path):
     thread.join(10)
     assert not thread.is_alive()
     shard.flush().result(10)
-    assert shard.report()["durable_steps"] == 400 * 14
-    assert shard.report()["dropped_steps"] == 0
+    assert shard.report().durable_steps == 400 * 14
+    assert shard.report().dropped_steps == 0
     shard.close()
 
 
@@ -251,9 +251,9 @@ def test_a_file_size_limit_of_the_system_degrades(tmp_path):
         "fill(shard, 0, 5)\n"
         "error = shard.seal().exception(10)\n"
         "assert isinstance(error, OSError) and 'too large' in str(error), error\n"
-        "fill(shard, 5, 9); assert shard.sample().reward.shape == (4, 4)\n"
+        "fill(shard, 5, 9); assert shard.buffer.sample().reward.shape == (4, 4)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)\n"
-        "assert shard.seal().result(10)['segments'] and not shard.degraded\n"
+        "assert shard.seal().result(10)['segments'] and not shard.report().degraded\n"
         "shard.close()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ})

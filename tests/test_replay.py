@@ -3,9 +3,11 @@
 Every step carries its stream and its time in the observation, so that a window proves itself.
 """
 
+import base64
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from hypothesis import strategies as st
 
 from worldflux_dist.data import Chunk
 from worldflux_dist.replay import ReplayBuffer, ReplayConfig
+from worldflux_dist.replay.buffer import pack_numbers, unpack_numbers
+from worldflux_dist.storage import write_json
 
 
 def make_chunk(streams, start, num, seq=0, writer="w", life="a", episode=10, image=False):
@@ -263,3 +267,22 @@ def test_a_buffer_takes_no_memory_before_it_fills_and_gives_it_back() -> None:
         "assert rss().rss - start < 2**24"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_online_queue_of_the_largest_replay_fits_a_manifest(tmp_path):
+    """More blocks than a manifest may have values, none of them trained on yet."""
+    blocks = (
+        np.arange(1_200_000).reshape(-1, 2)[:, ::-1].reshape(-1).tolist()
+    )  # two streams in turn
+    text = pack_numbers(blocks)
+    write_json(tmp_path / "manifest.json", {"shards": [{"online": text}] * 10})
+    assert unpack_numbers(text, len(blocks)) == blocks
+    assert unpack_numbers(text, 7) == blocks[:7]  # no text makes more of them than there are blocks
+    for wrong in ("AAAA", text[8:]):
+        with pytest.raises(ValueError, match="cannot be unpacked"):
+            unpack_numbers(wrong, 7)
+    config = ReplayConfig(batch_length=4, capacity=16_000_000, prioritized=1)
+    text = base64.b64encode(bytes(8 * 4_000_000)).decode()
+    write_json(tmp_path / "manifest.json", {"weights": text})
+    with pytest.raises(ValueError, match=r"replay.capacity must be at most 16000000"):
+        replace(config, capacity=16_000_004)

@@ -152,8 +152,8 @@ class Shards(RuleBasedStateMachine):
                     buffer.add(chunk)
                 assert blocks(shard.buffer) == blocks(buffer)
                 assert shard.buffer.numbering() == buffer.numbering()
-            if shard.ready:
-                assert_whole(shard.sample())
+            if shard.buffer.ready:
+                assert_whole(shard.buffer.sample())
 
 
 class ReshardedShards(Shards):

@@ -12,7 +12,9 @@ import pytest
 
 from worldflux_dist import checkpoint
 from worldflux_dist.config import Config, ConfigError, from_dict, load
+from worldflux_dist.distributed.evaluator import Evaluator
 from worldflux_dist.distributed.run import IDENTITY, RunDirectory, storage_of
+from worldflux_dist.progress import Progress
 from worldflux_dist.replay import Limiter
 
 
@@ -117,3 +119,16 @@ def test_only_what_changes_learning_refuses_a_resume(tmp_path: Path) -> None:
     assert load([run / "config.yaml"]) == other
     with pytest.raises(ConfigError, match=r"learner.precision \('float32' before, 'bfloat16' now"):
         train(run, replace(other, learner=replace(learner, precision="bfloat16")))
+
+
+def test_without_evaluations_on_the_way_none_comes_due(tmp_path: Path) -> None:
+    """At first, and when a run that has been scored goes on."""
+    config = settings(train={"eval_every": 0})
+    with RunDirectory(tmp_path / "run", config) as run, Progress(100, plain=True) as progress:
+        for env_steps in (0, 100):
+            evaluator = Evaluator(config, run, progress, None, [], {})  # starting one would fail
+            for step in range(env_steps, env_steps + 100, 10):
+                evaluator.maybe_evaluate(step)
+            run.score(100, 1, [1.0], "random")
+            run.score(100, 1, [1.0], config.model)
+        assert run.last_score() == 100

@@ -84,13 +84,13 @@ def test_the_same_samples_follow_after_a_resume(make, num_chunks, more):
     shard = make(config=config)
     fill(shard, 0, num_chunks)
     if num_chunks:
-        _, ids = shard.sample_with_ids(3)
-        shard.prioritize(ids, np.array([3.0, 2.0, 5.0]))
+        _, ids = shard.buffer.sample_with_ids(3)
+        shard.buffer.prioritize(ids, np.array([3.0, 2.0, 5.0]))
         fill(shard, 0, 1)  # a duplicate
     state = seal(shard)
     other = make("0002", [state], config=config)
     fill(other, 0, num_chunks)
-    assert other.report()["duplicates"] == num_chunks + (num_chunks > 0)
+    assert other.report().duplicates == num_chunks + (num_chunks > 0)
     other.buffer.duplicates = shard.buffer.duplicates
     for seq in range(num_chunks, num_chunks + 20):
         for each in (shard, other):
@@ -120,7 +120,7 @@ def test_a_resume_with_another_capacity_keeps_the_newest(make, capacity):
     other = make("0002", [seal(shard)], config=config)
     assert other.buffer.num_steps >= min(60, capacity) - 8
     fill(other, 23, 24)
-    assert_windows_hold_together(other.sample())
+    assert_windows_hold_together(other.buffer.sample())
     newest = {(stream, time) for stream in (0, 1) for time in range(24 * 7 - 12, 24 * 7)}
     assert newest <= rows(other).keys()
 
@@ -130,7 +130,7 @@ def test_another_batch_length_deals_the_steps_out_anew(make):
     fill(shard, 0, 9)
     other = make("0002", [seal(shard)], config=ReplayConfig(4, 9, 10_000, flush_every=60))
     assert rows(other) == rows(shard)
-    assert_windows_hold_together(other.sample())
+    assert_windows_hold_together(other.buffer.sample())
 
 
 def test_a_restart_within_a_life_finds_what_is_durable(make):
@@ -147,7 +147,7 @@ def test_a_restart_within_a_life_finds_what_is_durable(make):
     assert not shard.durable(("w", "a", 40))
     back = make("0002", [state], config=config)
     assert blocks(back.buffer) == durable
-    assert back.report()["durable_steps"] == back.report()["total_steps"] == 40 * 14
+    assert back.report().durable_steps == back.report().total_steps == 40 * 14
     assert back.add(make_chunk((0, 1), 39 * 7, 7, 39)) == 0
     assert back.add(make_chunk((0, 1), 40 * 7, 7, 40)) == 14
     assert back.buffer.stats()["online"] <= 2  # only what is new is fresh
@@ -182,7 +182,7 @@ def test_resharding_keeps_every_row_and_every_mark(make, path):
         expected = rows(*shards)
         states = [seal(shard) for shard in shards]
     assert {row[1] for row in expected} >= set(range(7 * seq))
-    assert_whole(shards[0].sample(100))
+    assert_whole(shards[0].buffer.sample(100))
 
 
 def test_retain_deletes_only_what_nobody_needs(make, tmp_path):
@@ -370,7 +370,7 @@ def test_a_power_cut_loses_nothing_durable(make, tmp_path, point, writes):
     assert not list(tmp_path.rglob("*.tmp"))
     fill(shard, 0, 41)
     assert rows(shard) == Counter((s, t) for s in (0, 1) for t in range(7 * 41))
-    assert_windows_hold_together(shard.sample(50))
+    assert_windows_hold_together(shard.buffer.sample(50))
 
 
 def test_a_restore_that_was_cut_short_is_begun_again(make, tmp_path):

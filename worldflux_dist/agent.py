@@ -8,6 +8,7 @@ an agent learns with, sends and saves can be asked for by part, "agent", "world_
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -17,25 +18,23 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from typing_extensions import TypedDict
 
 from worldflux_dist import checkpoint, storage
-from worldflux_dist.behaviors.actor_critic import ActorCritic, ActorCriticConfig
+from worldflux_dist.behaviors import BEHAVIORS, behavior_config
+from worldflux_dist.behaviors.actor_critic import ActorCritic
 from worldflux_dist.behaviors.base import Behavior, BehaviorLoss, Imagined
-from worldflux_dist.behaviors.latent_td import LatentTD, LatentTDConfig
 from worldflux_dist.behaviors.planner import Planner, PlannerConfig
 from worldflux_dist.data import Batch
 from worldflux_dist.models.base import (
     LossOutput,
     Rollout,
     State,
-    WorldModel,
     create_from_spaces,
     with_options,
 )
-from worldflux_dist.settings import STRICT, Text, nearest
-from worldflux_dist.space_forms import SpacesForm, make_spaces
+from worldflux_dist.nn.memory import Allowance, read_only
+from worldflux_dist.settings import STRICT, Text
 from worldflux_dist.spaces import Spaces
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ class _Recipe(TypedDict):
     model_options: dict[str, Any]
     behavior: dict[str, Any]
     planner: NotRequired[dict[str, Any]]
-    spaces: SpacesForm
+    spaces: Any
 
 
 _RECIPE = TypeAdapter(_Recipe)
@@ -59,10 +58,6 @@ Path = tuple[Tensor, Tensor]  # features (B, T, F) and what step t counts, (T,)
 # and the path from which a policy that learns apart starts, where there is one.
 StageOutput = tuple[Tensor, dict[str, Tensor], Path | None]
 LossOf = Callable[[Any], StageOutput]
-BEHAVIORS: dict[str, tuple[Any, type[Behavior]]] = {
-    "actor_critic": (ActorCriticConfig(), ActorCritic),
-    "latent_td": (LatentTDConfig(), LatentTD),
-}
 
 
 class Agent(nn.Module):
@@ -84,7 +79,7 @@ class Agent(nn.Module):
         super().__init__()
         self.spaces = spaces
         self.world_model = create_from_spaces(model, spaces, **(model_options or {}))
-        kind, config = _behavior_config(self.world_model, behavior or {})
+        kind, config = behavior_config(self.world_model.native["behavior"], behavior or {})
         planning = with_options(
             PlannerConfig(), self.world_model.native["planner"] | (planner or {}), "planner"
         )
@@ -253,7 +248,7 @@ class Agent(nn.Module):
         """
         if self.planner is None or self.planner.config.objective != "goal":
             raise ValueError("a goal needs planner.objective goal and a planner.method")
-        self._goal = self.spaces.encode_obs(_add_axis(obs))
+        self._goal = self.spaces.encode_obs(_each(obs, lambda value: np.asarray(value)[None]))
 
     def _flat_goal(self, goal: tuple[float, ...]) -> dict[str, np.ndarray]:
         (key, spec), *more = self.spaces.obs.items()
@@ -269,10 +264,10 @@ class Agent(nn.Module):
 
         The agent remembers what it saw: call `reset()` when an episode begins.
         """
-        converted = self.spaces.encode_obs(_add_axis(obs))
+        converted = self.spaces.encode_obs(_each(obs, lambda value: np.asarray(value)[None]))
         first = np.array([self._carry is None])
         action, self._carry = self.act_batch(converted, first, self._carry, greedy)
-        return _drop_axis(self.spaces.decode_action(action))
+        return _each(self.spaces.decode_action(action), operator.itemgetter(0))
 
     def reset(self) -> None:
         """Forget: the next observation is the first of an episode."""
@@ -323,7 +318,7 @@ class Agent(nn.Module):
         state = self.state_dict()
         for name, value in arrays.items():
             if not name.startswith(self._dropped):
-                state[name].copy_(torch.tensor(value))  # a copy: shared memory is read-only
+                state[name].copy_(read_only(value))
 
     def part_state(self, part: str = "agent") -> dict[str, Tensor]:
         """The `state_dict` of a part."""
@@ -376,73 +371,26 @@ class Agent(nn.Module):
                     f"no agent in {folder}: expected agent.json or a run directory with checkpoints"
                 )
             folder = newest[0]
-        recipe = storage.read_form(folder / "agent.json", _RECIPE)
+        recipe: Any = storage.read_form(folder / "agent.json", _RECIPE)
         weights = [folder / f"{name}.safetensors" for name in PARTS]
         try:
             with Allowance(sum(map(storage.size, weights)) // 2):  # of numbers: a quarter, twice
-                agent = cls.from_recipe(recipe)
+                spaces = Spaces.from_json(recipe.pop("spaces"))
+                agent = cls(spaces=spaces, **recipe)
         except ValueError as error:
             raise storage.CheckpointError(f"{folder / 'agent.json'}: {error}") from error
         agent.load_files(folder)
         return agent
-
-    @classmethod
-    def from_recipe(cls, recipe: Any) -> Agent:
-        spaces = make_spaces(recipe["spaces"])
-        parts = (recipe["model_options"], recipe["behavior"], recipe.get("planner", {}))
-        return cls(recipe["model"], spaces, *parts)
-
-
-class Allowance(TorchFunctionMode):
-    """Lets no more than so many numbers be made: a size from a file must not fill the memory.
-
-    Raises ValueError when there are more, before they are written to, which is what takes memory.
-    """
-
-    def __init__(self, numbers: int) -> None:
-        super().__init__()
-        self.left = numbers + 2**22  # what is no parameter is small
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        try:
-            made = func(*args, **(kwargs or {}))
-        except RuntimeError as error:  # torch's word for sizes that no machine has
-            raise ValueError(f"the agent's sizes cannot be: {error!s:.100}") from error
-        if func in (torch.empty, torch.zeros, torch.ones, torch.full, torch.linspace):
-            self.left -= made.numel()
-            if self.left < 0:
-                raise ValueError("its sizes make an agent far larger than the weights beside it")
-        return made
-
-
-def _behavior_config(world_model: WorldModel, options: dict[str, Any]) -> tuple[str, Any]:
-    """The kind and the config of the behavior: the native one's values, or another kind's."""
-    native = world_model.native["behavior"]
-    kind = options.get("kind", native["kind"])
-    if not isinstance(kind, str) or kind not in BEHAVIORS:
-        raise ValueError(f"no behavior.kind {kind!r:.100}: {nearest(str(kind), list(BEHAVIORS))}")
-    values = (native if kind == native["kind"] else {}) | options
-    values = {name: value for name, value in values.items() if name != "kind"}
-    return kind, with_options(BEHAVIORS[kind][0], values, "behavior")
 
 
 def _learned(module: nn.Module) -> list[nn.Parameter]:
     return [param for param in module.parameters() if param.requires_grad]
 
 
-def _add_axis(value: Any) -> Any:
+def _each(value: Any, function: Callable[[Any], Any]) -> Any:
+    """`function` of every array in what may be a dict or tuple."""
     if isinstance(value, dict):
-        return {key: _add_axis(part) for key, part in value.items()}
+        return {key: _each(part, function) for key, part in value.items()}
     if isinstance(value, tuple):
-        return tuple(_add_axis(part) for part in value)
-    return np.asarray(value)[None]
-
-
-def _drop_axis(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _drop_axis(part) for key, part in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_drop_axis(part) for part in value)
-    return value[0]
+        return tuple(_each(part, function) for part in value)
+    return function(value)

@@ -31,7 +31,7 @@ from worldflux_dist import storage
 from worldflux_dist.agent import Agent, LossOf, StageOutput
 from worldflux_dist.behaviors.base import Imagined
 from worldflux_dist.data import Batch
-from worldflux_dist.nn.memory import keep_freed_memory
+from worldflux_dist.nn.memory import keep_freed_memory, read_only
 from worldflux_dist.nn.optim import grad_norm, learning_rate
 from worldflux_dist.settings import STRICT, Count, Settings, Text, Whole, free
 
@@ -201,9 +201,7 @@ class Learner:
         return [batch.map(operator.itemgetter(part)) for part in parts]
 
     def _tensor(self, value: np.ndarray) -> Tensor:
-        if not value.flags.writeable:  # shared memory of another process: torch wants its own
-            value = value.copy()
-        tensor = torch.from_numpy(value)
+        tensor = read_only(value)  # no copy: losses read a batch and do not change it
         if self.config.pin_memory:
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)

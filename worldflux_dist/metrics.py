@@ -183,13 +183,10 @@ AGGREGATES: dict[How, Callable[[list[float], float], float]] = {
 
 @functools.cache
 def find(name: str) -> Metric:
-    """The row of a metric. Raises KeyError for one that METRICS does not tell."""
-    if name in _EXACT:
-        return _EXACT[name]
-    for row in METRICS:
-        if row.pattern.fullmatch(name):
-            return row
-    raise KeyError(f"the metric {name} has no row in metrics.METRICS")
+    """The row of a metric. One that METRICS does not tell, of a family or a behavior from outside,
+    is a mean without unit and meaning."""
+    patterns = (row for row in METRICS if row.pattern.fullmatch(name))
+    return _EXACT.get(name) or next(patterns, Metric(name, "", "mean", ""))
 
 
 def family(line: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -227,8 +224,7 @@ class Recorder:
         self._since = time.monotonic()
 
     def add(self, name: str, value: float) -> None:
-        """Take in one value; one that is not finite is left out. KeyError as for `find`."""
-        find(name)
+        """Take in one value; one that is not finite is left out."""
         value = float(value)
         if math.isfinite(value):
             self._values.setdefault(name, []).append(value)

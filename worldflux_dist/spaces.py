@@ -6,6 +6,7 @@ carried is refused here, with a remedy, before anything is trained.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces as gym_spaces
 
+MAX_SIZE = 2**22  # numbers in one observation from a file, as in a picture of 1024 x 1024 x 4
 NO_STACKS = (
     "(leave frame stacking out, world models have memory; flatten what is no image, for example "
     "with gymnasium.wrappers.FlattenObservation)"
@@ -94,8 +96,18 @@ class Spaces:
         }
 
     @classmethod
-    def from_json(cls, saved: dict[str, Any]) -> Spaces:
-        return cls(space_from_json(saved["observation"]), space_from_json(saved["action"]))
+    def from_json(cls, saved: Any) -> Spaces:
+        """From what `to_json` gave. It may come from elsewhere: ValueError for all that is not."""
+        made = {}
+        for name in ("observation", "action"):
+            try:
+                made[name] = space_from_json(saved[name])
+            # How gymnasium, numpy and Python meet what is no space.
+            except (ValueError, TypeError, LookupError, AssertionError, AttributeError) as error:
+                raise ValueError(f"spaces.{name} is malformed: {_line(error)}") from error
+            except (ArithmeticError, RecursionError) as error:
+                raise ValueError(f"spaces.{name} is malformed: {_line(error)}") from error
+        return cls(**made)
 
     def __reduce__(self) -> Any:
         return Spaces, (self.observation, self.action)
@@ -270,6 +282,24 @@ def space_to_json(space: gym_spaces.Space) -> dict[str, Any]:
     }
 
 
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__} {' '.join(str(error).split()):.200}"
+
+
+def _shape(saved: Any) -> tuple[int, ...]:
+    if not (isinstance(saved, list) and len(saved) <= 16 and all(type(n) is int for n in saved)):
+        raise ValueError("a shape is a list of whole numbers")
+    if not 0 < math.prod(saved) <= MAX_SIZE:
+        raise ValueError(f"a part has a size that is not in 1..{MAX_SIZE}")
+    return tuple(saved)
+
+
+def _dtype(name: Any, kinds: str) -> Any:
+    if not isinstance(name, str) or np.dtype(name).kind not in kinds:
+        raise ValueError("a dtype is of no number")
+    return np.dtype(name).type
+
+
 def space_from_json(saved: dict[str, Any]) -> gym_spaces.Space:
     if "dict" in saved:
         return gym_spaces.Dict(
@@ -278,13 +308,15 @@ def space_from_json(saved: dict[str, Any]) -> gym_spaces.Space:
     if "tuple" in saved:
         return gym_spaces.Tuple([space_from_json(part) for part in saved["tuple"]])
     if "discrete" in saved:
-        return gym_spaces.Discrete(saved["discrete"], start=saved["start"])
+        return gym_spaces.Discrete(_shape([saved["discrete"]])[0], start=saved["start"])
     if "multi_discrete" in saved:
-        return gym_spaces.MultiDiscrete(
-            saved["multi_discrete"], dtype=saved.get("dtype", "int64"), start=saved["start"]
-        )
+        nvec, dtype = saved["multi_discrete"], _dtype(saved.get("dtype", "int64"), "iu")
+        _shape([int(np.sum(nvec))])
+        return gym_spaces.MultiDiscrete(nvec, dtype=dtype, start=saved["start"])
     if "multi_binary" in saved:
-        return gym_spaces.MultiBinary(saved["multi_binary"])
-    shape, dtype = tuple(saved["shape"]), np.dtype(saved["dtype"])
+        num = saved["multi_binary"]
+        shape = _shape(num if isinstance(num, list) else [num])
+        return gym_spaces.MultiBinary(list(shape) if isinstance(num, list) else num)
+    shape, dtype = _shape(saved["shape"]), _dtype(saved["dtype"], "biuf")
     low, high = (np.broadcast_to(np.asarray(b, dtype), shape) for b in saved["box"])
-    return gym_spaces.Box(low, high, shape, dtype.type)
+    return gym_spaces.Box(low, high, shape, dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -123,12 +123,11 @@ class EnvRunnerActor:
 def send(chunk: Chunk, shards: Sequence[Any], patience: float) -> dict[int, ShardReport]:
     """Store a chunk: one part to each shard. A part that may be lost is sent again with the same
     key, for `patience` seconds; then RayActorError is raised."""
+    owners, (writer, incarnation, seq) = chunk.streams % len(shards), chunk.key
     parts = {}
-    for index in np.unique(chunk.streams % len(shards)):
-        part = chunk.rows(chunk.streams % len(shards) == index)
-        writer, incarnation, seq = chunk.key
-        part.key = (f"{writer}/{index}", incarnation, seq)
-        parts[int(index)] = part
+    for index in np.unique(owners).tolist():
+        part = chunk if (owners == index).all() else chunk.rows(owners == index)  # rows are copied
+        parts[index] = replace(part, key=(f"{writer}/{index}", incarnation, seq))
     reports: dict[int, ShardReport] = {}
     deadline = time.monotonic() + patience
     while True:

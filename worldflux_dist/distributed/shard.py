@@ -15,30 +15,12 @@ import ray
 
 from worldflux_dist import storage
 from worldflux_dist.data import Batch, Chunk
-from worldflux_dist.replay import FencedError, ReplayConfig, ReplayShard
+from worldflux_dist.replay import FencedError, ReplayConfig, ReplayShard, ShardReport
 
 
 def shard_name(index: int) -> str:
     """The name by which runners find a shard, in the namespace of their run."""
     return f"replay-{index}"
-
-
-@dataclass(frozen=True)
-class ShardReport:
-    """What a shard holds after an insert; `total_steps` counts those evicted since, too.
-
-    `degraded` says why it is not on disk, where it is not; `owner` names the process.
-    """
-
-    num_steps: int
-    total_steps: int
-    durable_steps: int
-    dropped_steps: int
-    nbytes: int
-    duplicates: int
-    ready: bool
-    degraded: str
-    owner: str
 
 
 @dataclass(frozen=True)
@@ -88,17 +70,18 @@ class ReplayShardActor:
     ) -> tuple[bool, tuple[Batch, np.ndarray] | None]:
         """Whether there is anything, apart from the batch itself and the ids of its windows.
 
-        Without `online`, fresh segments are left to whoever trains on each once.
+        Without `online`, fresh segments are for those who train on each once.
         """
-        if not self.shard.ready:
+        buffer = self.shard.buffer
+        if not buffer.ready:
             return False, None  # a restart has left too little
-        return True, self.shard.sample_with_ids(batch_size, online=online)
+        return True, buffer.sample_with_ids(batch_size, online=online)
 
     def prioritize(self, ids: np.ndarray, values: np.ndarray) -> None:
-        self.shard.prioritize(ids, values)
+        self.shard.buffer.prioritize(ids, values)
 
     def report(self) -> ShardReport:
-        return ShardReport(**self.shard.report())
+        return self.shard.report()
 
     def seal(self) -> int:
         """Note the state that a checkpoint is to have; `sealed` waits until it is on disk.

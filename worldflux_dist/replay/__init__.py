@@ -8,6 +8,6 @@ from worldflux_dist.replay.buffer import ReplayBuffer
 from worldflux_dist.replay.config import ReplayConfig
 from worldflux_dist.replay.journal import FencedError
 from worldflux_dist.replay.limiter import Limiter
-from worldflux_dist.replay.shard import ReplayShard
+from worldflux_dist.replay.shard import ReplayShard, ShardReport
 
-__all__ = ["FencedError", "Limiter", "ReplayBuffer", "ReplayConfig", "ReplayShard"]
+__all__ = ["FencedError", "Limiter", "ReplayBuffer", "ReplayConfig", "ReplayShard", "ShardReport"]

@@ -16,7 +16,9 @@ behind them; a window never spans missing steps; a chunk counts once, however of
 
 from __future__ import annotations
 
+import base64
 import math
+import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -246,7 +248,7 @@ class ReplayBuffer:
     ) -> tuple[Batch, np.ndarray]:
         """As `sample`, with the ids (B,) int64 of the windows' blocks, for `prioritize`.
 
-        Without `online`, fresh segments are left to whoever trains on each of them once.
+        Without `online`, fresh segments are for those who train on each of them once.
         """
         if not self.ready:
             raise RuntimeError(f"replay has no {self._length} consecutive steps: insert more first")
@@ -357,7 +359,7 @@ class ReplayBuffer:
         """What the journal does not hold, as JSON: random state, online queue, priorities."""
         return {
             "rng": self._rng.bit_generator.state,
-            "online": list(self._online),
+            "online": pack_numbers(list(self._online)),
             "online_dropped": self.online_dropped,
             "duplicates": self.duplicates,
             "priorities": self._sampler.state() if self._columns else {},
@@ -366,10 +368,13 @@ class ReplayBuffer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from `state`, after the journal's chunks; the same samples follow.
 
-        With an empty dict nothing is fresh and nothing has been counted yet.
+        With an empty dict nothing is fresh and nothing has been counted yet. Raises ValueError for
+        a queue that cannot be unpacked.
         """
         full = {b for b in range(self.first, self.end) if self._starts[b % self._num_blocks]}
         online = state.get("online", []) if self.config.online else []
+        if isinstance(online, str):  # an earlier release wrote a list
+            online = unpack_numbers(online, self._num_blocks)
         self._online = OrderedDict((block, None) for block in online if block in full)
         self.online_dropped = state.get("online_dropped", 0)
         self.duplicates = state.get("duplicates", 0)
@@ -377,6 +382,24 @@ class ReplayBuffer:
             self._sampler.load_state(state.get("priorities", {}))
         if "rng" in state:
             self._rng.bit_generator.state = state["rng"]
+
+
+def pack_numbers(numbers: list[int]) -> str:
+    """Whole numbers as text: a few bits for each where they follow each other."""
+    differences = np.diff(np.array(numbers, "<i8"), prepend=0)
+    return base64.b64encode(zlib.compress(differences.tobytes())).decode()
+
+
+def unpack_numbers(text: str, most: int) -> list[int]:
+    """The first `most` numbers of `pack_numbers`. Raises ValueError for any other text."""
+    try:
+        data = zlib.decompressobj().decompress(
+            base64.b64decode(text, validate=True), max(8 * most, 1)
+        )
+    except zlib.error as error:
+        raise ValueError(f"numbers cannot be unpacked: {error}") from error
+    numbers: list[int] = np.frombuffer(data, "<i8", len(data) // 8).cumsum().tolist()
+    return numbers
 
 
 def _step_bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:

@@ -9,6 +9,8 @@ from annotated_types import Ge, Le
 
 from worldflux_dist.settings import Count, Positive, Scale, Settings, Whole, free
 
+MAX_PRIORITIES = 4_000_000  # 11 bytes each, of the 64 MB that a checkpoint's manifest may have
+
 
 @dataclass(frozen=True)
 class ReplayConfig(Settings):
@@ -43,6 +45,12 @@ class ReplayConfig(Settings):
             raise ValueError(
                 f"replay.capacity {self.capacity} is too small: give it at least "
                 f"{2 * self.batch_length} (batch_length is {self.batch_length})"
+            )
+        if self.prioritized and self.capacity // self.batch_length > MAX_PRIORITIES:
+            raise ValueError(
+                f"replay.prioritized keeps a number for each replay.batch_length steps in "
+                f"checkpoints, and at most {MAX_PRIORITIES}: replay.capacity must be at most "
+                f"{MAX_PRIORITIES * self.batch_length}"
             )
         if not any(self.shares):
             raise ValueError("replay.uniform, recent and prioritized are 0: one must be above 0")

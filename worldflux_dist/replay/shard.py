@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from worldflux_dist import storage
-from worldflux_dist.data import Batch, Chunk
+from worldflux_dist.data import Chunk
 from worldflux_dist.replay.buffer import ReplayBuffer
 from worldflux_dist.replay.config import ReplayConfig
 from worldflux_dist.replay.journal import INDEX, Journal, SegmentInfo
@@ -38,6 +38,25 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 _FOLDER, _NAME = re.compile(FOLDER), re.compile(SEGMENT)
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What a shard holds; `total_steps` counts those evicted since, too.
+
+    `degraded` says in one sentence why what comes in is not made durable, where it is not; `owner`
+    names the process.
+    """
+
+    num_steps: int
+    total_steps: int
+    durable_steps: int
+    dropped_steps: int
+    nbytes: int
+    duplicates: int
+    ready: bool
+    degraded: str
+    owner: str
 
 
 class ReplayShard:
@@ -92,47 +111,23 @@ class ReplayShard:
         """
         return self._store(chunk, self.buffer.add)
 
-    def sample(self, batch_size: int | None = None, out: Batch | None = None) -> Batch:
-        """As ReplayBuffer.sample."""
-        return self.buffer.sample(batch_size, out)
-
-    def sample_with_ids(
-        self, batch_size: int | None = None, out: Batch | None = None, online: bool = True
-    ) -> tuple[Batch, np.ndarray]:
-        """As ReplayBuffer.sample_with_ids."""
-        return self.buffer.sample_with_ids(batch_size, out, online)
-
-    def prioritize(self, ids: np.ndarray, values: np.ndarray) -> None:
-        """As ReplayBuffer.prioritize."""
-        self.buffer.prioritize(ids, values)
-
-    @property
-    def ready(self) -> bool:
-        """Whether at least one window can be sampled."""
-        return self.buffer.ready
-
-    @property
-    def degraded(self) -> str:
-        """Why what comes in is not made durable, in one sentence; empty while it is."""
-        return self._journal.degraded
-
     def durable(self, key: tuple[str, str, int]) -> bool:
         """Whether a chunk is on disk, so that no crash of the process can lose it."""
         return key in self._journal.durable
 
-    def report(self) -> dict[str, Any]:
-        """Sizes, counters and health, as JSON."""
-        return {
-            "num_steps": self.buffer.num_steps,
-            "total_steps": self.buffer.total_steps,
-            "durable_steps": self._journal.durable_steps,
-            "dropped_steps": self._journal.dropped_steps,
-            "nbytes": self.buffer.nbytes,
-            "duplicates": self.buffer.duplicates,
-            "ready": self.ready,
-            "degraded": self.degraded,
-            "owner": self._owner,
-        }
+    def report(self) -> ShardReport:
+        """Sizes, counters and health."""
+        return ShardReport(
+            num_steps=self.buffer.num_steps,
+            total_steps=self.buffer.total_steps,
+            durable_steps=self._journal.durable_steps,
+            dropped_steps=self._journal.dropped_steps,
+            nbytes=self.buffer.nbytes,
+            duplicates=self.buffer.duplicates,
+            ready=self.buffer.ready,
+            degraded=self._journal.degraded,
+            owner=self._owner,
+        )
 
     def _store(self, chunk: Chunk, store: Callable[[Chunk], int]) -> int:
         self._journal.reserve(chunk.nbytes)
@@ -227,7 +222,13 @@ class ReplayShard:
                 f"not at {state['end']}: resume from an older checkpoint"
             )
         self.buffer.marks.merge(state["seen"])
-        self.buffer.load_state(state)
+        try:
+            self.buffer.load_state(state)
+        except ValueError as error:
+            raise CheckpointError(
+                f"the state of replay shard {self._index} cannot be used ({error}): resume from an "
+                "older checkpoint"
+            ) from error
         self._inherited = self.buffer.marks.state()
         self._start(known)
 

@@ -16,7 +16,6 @@ MAX_SEGMENT = 1 << 31  # bytes of a segment file
 
 Mark = Annotated[int, Ge(-1), Le(2**62)]
 Seen = Annotated[tuple[Text, Text, Mark, Annotated[list[Whole], FailFast()]], Strict(False)]
-Numbers = Annotated[list[Whole], FailFast()]
 _Large = Annotated[int, Ge(0), Lt(2**128)]
 
 
@@ -54,6 +53,16 @@ class _Priorities(TypedDict, total=False):
     ]
 
 
+def _packed(value: Any) -> Any:
+    """Text of `pack_numbers`, or the numbers themselves, as an earlier release wrote them."""
+    numbers = value if isinstance(value, list) else []
+    if not (
+        isinstance(value, str | list) and all(type(n) is int and n >> 62 == 0 for n in numbers)
+    ):
+        raise ValueError("numbers are expected")
+    return value
+
+
 def _both(value: Any) -> Any:
     if len(value) == 1:
         raise ValueError("largest and weights belong together")
@@ -73,7 +82,7 @@ class ShardState(TypedDict):
     segments: Annotated[list[Segment], FailFast()]
     seen: Annotated[list[Seen], FailFast()]
     rng: _Random
-    online: Numbers
+    online: Annotated[Any, AfterValidator(_packed)]
     online_dropped: Whole
     duplicates: Whole
     priorities: Annotated[_Priorities, AfterValidator(_both)]
