@@ -290,16 +290,16 @@ def local_ray(num_cpus: int, object_store: int) -> Iterator[None]:
                 f"RAY_TMPDIR is too long for the sockets that Ray keeps there ({kept}): choose a "
                 f"path of at most {LONGEST_PATH - len('/ray')} characters"
             )
-        with _variable("TMPDIR", folder), _loopback():
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                num_cpus=num_cpus,
-                object_store_memory=object_store,
-                _temp_dir=files,
-                **QUIET,
-            )
         try:
+            with _variable("TMPDIR", folder), _loopback():
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    num_cpus=num_cpus,
+                    object_store_memory=object_store,
+                    _temp_dir=files,
+                    **QUIET,
+                )
             yield
         finally:
             ray.shutdown()
