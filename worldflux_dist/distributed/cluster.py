@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import ray
 import torch
-from ray._private import ray_constants
+from ray._private import ray_constants, worker
 
 from worldflux_dist.config import Config, ConfigError
 from worldflux_dist.distributed.roles import MB, ROLES, Sizes
@@ -335,13 +335,23 @@ def _variable(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-@contextmanager
-def _loopback() -> Iterator[None]:
+def quiet() -> AbstractContextManager[None]:
+    """Ray meanwhile prints nothing on the terminal of processes that died: the run says it. Without
+    `log_to_driver`, such errors are all that still comes this way."""
+    return _replaced(worker, "print_to_stdstream", lambda *_, **__: None)
+
+
+def _loopback() -> AbstractContextManager[None]:
     """Ray that is started meanwhile listens on loopback alone, as it does by itself on systems for
     which it has no clusters: `_node_ip_address` does not help, it takes loopback for a mistake."""
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
+    return _replaced(ray_constants, "ENABLE_RAY_CLUSTER", False)
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(module, name)  # fails where another Ray has it no more
+    setattr(module, name, value)
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
+        setattr(module, name, before)

@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 
 from worldflux_dist.config import Config
 from worldflux_dist.distributed.auth import check_auth, explained
-from worldflux_dist.distributed.cluster import Plan, join_cluster, make_plan, ray_for
+from worldflux_dist.distributed.cluster import Plan, join_cluster, make_plan, quiet, ray_for
 from worldflux_dist.distributed.ending import RoleLostError, StopSignals, is_loss
 from worldflux_dist.distributed.group import GroupLostError
 from worldflux_dist.distributed.placement import place
@@ -48,6 +48,7 @@ def opened(config: Config, run_dir: Path, plain: bool | None = None) -> Iterator
     try:
         plan = _plan(config, task)
         with (
+            quiet(),
             RunDirectory(run_dir, config) as run,
             Progress(config.train.env_steps, plain) as progress,
         ):
