@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from gymnasium import spaces
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from rllib_runs import agent_of, small
+
+from worldflux_dist import runner
 
 pytestmark = pytest.mark.ray
 
@@ -284,6 +287,25 @@ def test_an_episode_without_an_end_is_one_sentence(
     algo.train()
     assert algo.limiter.env_steps > steps
     check_windows(algo)
+
+
+def test_an_episode_without_an_end_is_one_sentence_from_a_process_of_its_own(built: Any) -> None:
+    algo = built(clock(10**9).evaluation(evaluation_duration=2, evaluation_num_env_runners=1))
+    algo.eval_env_runner_group.foreach_env_runner(limit_episodes, local_env_runner=False)
+    with pytest.raises(RuntimeError, match=r"more than 200 steps: give the environment an end"):
+        algo.evaluate()
+    (pid,) = algo.eval_env_runner_group.foreach_env_runner(pid_of, local_env_runner=False)
+    with pytest.raises(RuntimeError, match=r"more than 200 steps: give the environment an end"):
+        algo.evaluate()  # by the same process
+    assert algo.eval_env_runner_group.foreach_env_runner(pid_of, local_env_runner=False) == [pid]
+
+
+def limit_episodes(_: Any) -> None:
+    runner.EPISODE_LIMIT = 200
+
+
+def pid_of(_: Any) -> int:
+    return os.getpid()
 
 
 def test_the_mean_return_stays_known(built: Any) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
-import secrets
 import shutil
 import sys
 from collections.abc import Callable
@@ -210,19 +208,10 @@ def _check_env(env_id: str) -> Callable[[], str]:
 def _check_ray() -> str:
     import ray
 
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    ray.init(
-        address="local",
-        num_cpus=1,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=100 * 2**20,
-    )
-    try:
+    from worldflux_dist.distributed.cluster import local_ray
+
+    with local_ray(num_cpus=1, object_store=100 * 2**20):
         answer = ray.get(ray.remote(lambda: "a worker answers").remote())
-    finally:
-        ray.shutdown()
     return f"{ray.__version__}, {answer}"
 
 

@@ -10,13 +10,19 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Mapping
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
 import torch
+from ray._private import ray_constants, worker
 
 from worldflux_dist.config import Config, ConfigError
 from worldflux_dist.distributed.roles import MB, ROLES, Sizes
@@ -25,6 +31,8 @@ from worldflux_dist.spaces import Spaces
 
 BATCHES_IN_FLIGHT = 4
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+LONGEST_PATH = 42  # of Ray's folder: the path of a socket in it has 107 characters at most
+TIDY_S = 5.0
 Node = Mapping[str, float]  # its resources as Ray names them: CPU, GPU, memory in bytes
 
 
@@ -245,7 +253,7 @@ def shard_config(config: Config) -> ReplayConfig:
 def join_cluster() -> tuple[Node, ...]:
     """The living nodes of the cluster that RAY_ADDRESS names, joined first where it is not yet.
 
-    Nothing where there is none: then Ray is started on this machine, by `start_ray`.
+    Nothing where there is none: then Ray is started on this machine, by `ray_for`.
     """
     if not ray.is_initialized():
         if "RAY_ADDRESS" not in os.environ:
@@ -254,20 +262,96 @@ def join_cluster() -> tuple[Node, ...]:
     return tuple(node["Resources"] for node in ray.nodes() if node["Alive"])
 
 
-def start_ray(plan: Plan) -> None:
-    """Start Ray on this machine, unless a cluster has been joined.
-
-    Ray listens to the network even then, so it gets a token of its own unless there is one. CPUs
-    are counted such that every process finds its share.
-    """
+@contextmanager
+def ray_for(plan: Plan) -> Iterator[None]:
+    """Ray for a run: the cluster that has been joined, or one of its own on this machine, with so
+    many CPUs that every process finds its share."""
     if ray.is_initialized():
+        yield
         return
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    options: dict[str, Any] = {
-        "address": "local",
-        "include_dashboard": False,
-        "num_cpus": math.ceil(max(plan.cores, plan.asked("CPU"))),
-        "object_store_memory": plan.object_store,
-    }
-    ray.init(**options, **QUIET)
+    with local_ray(math.ceil(max(plan.cores, plan.asked("CPU"))), plan.object_store):
+        yield
+
+
+@contextmanager
+def local_ray(num_cpus: int, object_store: int) -> Iterator[None]:
+    """Ray on this machine alone, with a token of its own unless there is one.
+
+    It listens on loopback only. Its files, and the temporary ones of its processes, are in a
+    private folder that is gone afterwards; where RAY_TMPDIR is set, Ray's stay there.
+    """
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    kept = os.environ.get("RAY_TMPDIR")
+    with _private_folder() as folder:
+        files = str(Path(kept or folder) / "ray")
+        if len(files) > LONGEST_PATH:
+            raise ConfigError(
+                f"RAY_TMPDIR is too long for the sockets that Ray keeps there ({kept}): choose a "
+                f"path of at most {LONGEST_PATH - len('/ray')} characters"
+            )
+        try:
+            with _variable("TMPDIR", folder), _loopback():
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    num_cpus=num_cpus,
+                    object_store_memory=object_store,
+                    _temp_dir=files,
+                    **QUIET,
+                )
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _private_folder() -> Iterator[str]:
+    """A folder of this user alone, below TMPDIR, or /tmp where Ray's sockets would not fit."""
+    below = tempfile.gettempdir()
+    if len(below) + len("/wf-12345678/ray") > LONGEST_PATH:
+        below = "/tmp"
+    folder = tempfile.mkdtemp(prefix="wf-", dir=below)
+    try:
+        yield folder
+    finally:
+        deadline = time.monotonic() + TIDY_S
+        while os.path.exists(folder) and time.monotonic() < deadline:
+            shutil.rmtree(folder, ignore_errors=True)  # processes that are ending write there, too
+            time.sleep(0.05)
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Processes that are started meanwhile see `value`, later ones what was there before."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def quiet() -> AbstractContextManager[None]:
+    """Ray meanwhile prints nothing on the terminal of processes that died: the run says it. Without
+    `log_to_driver`, such errors are all that still comes this way."""
+    return _replaced(worker, "print_to_stdstream", lambda *_, **__: None)
+
+
+def _loopback() -> AbstractContextManager[None]:
+    """Ray that is started meanwhile listens on loopback alone, as it does by itself on systems for
+    which it has no clusters: `_node_ip_address` does not help, it takes loopback for a mistake."""
+    return _replaced(ray_constants, "ENABLE_RAY_CLUSTER", False)
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(module, name)  # fails where another Ray has it no more
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)

@@ -9,6 +9,9 @@ ranks are told, so that they can be taken again.
 from __future__ import annotations
 
 import math
+import os
+import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -16,11 +19,12 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import ray
 import torch
 from ray import ObjectRef
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
-from torch.distributed import TCPStore
+from torch.distributed import FileStore, Store, TCPStore
 
 from worldflux_dist.behaviors.base import Imagined
 from worldflux_dist.config import Config
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
     from upath import UPath
 
 
+Meeting = tuple[str, int]  # a host and its port, or a file and 0
 RETRY_S = 1.0  # after a publication that failed
 
 
@@ -111,6 +116,17 @@ def stall(means: Mapping[str, float]) -> float:
     return means.get("time/learner_wait", 1.0) / means.get("time/learner_wall", 1.0)
 
 
+def interface_of(address: str) -> str:
+    """The network interface that has an address. Raises RuntimeError where this node has none."""
+    for name, found in psutil.net_if_addrs().items():
+        if address in (each.address for each in found):
+            return name
+    raise RuntimeError(
+        f"this node has no network interface with the address {address}, by which Ray knows it: "
+        "start Ray with --node-ip-address and an address of its own"
+    )
+
+
 def trains_on_rows(config: Config, part: str) -> bool:
     """Whether shards want to know the losses of the windows that `part` is trained on."""
     return config.replay.prioritized > 0 and part != "behavior"
@@ -131,16 +147,36 @@ class LearnerActor(Rank):
         self.rank = rank
         self.learner.rank = rank  # each has its own random state, in a checkpoint too
 
-    def open(self) -> tuple[str, int]:
-        """Where the ranks meet: a store that rank 0 keeps on a free port of its node."""
-        host = ray.util.get_node_ip_address()
-        self._meeting = TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        return host, self._meeting.port
+    def node(self) -> str:
+        return ray.get_runtime_context().get_node_id()
 
-    def join(self, meeting: tuple[str, int], num_ranks: int, timeout_s: float) -> None:
+    def open(self, one_node: bool) -> Meeting:
+        """Where the ranks meet: a file that only this user can open, or a free port of this node's
+        address where they are on several nodes."""
+        if one_node:
+            ray_files = ray.get_runtime_context().get_temp_dir()
+            return os.path.join(tempfile.mkdtemp(prefix="ranks-", dir=ray_files), "store"), 0
+        host = ray.util.get_node_ip_address()
+        listening = socket.create_server((host, 0))
+        port = listening.getsockname()[1]
+        fd = listening.detach()  # TCPStore's own socket would listen on all addresses
+        self._meeting = TCPStore(
+            host, port, is_master=True, wait_for_workers=False, master_listen_fd=fd
+        )
+        return host, port
+
+    def join(self, meeting: Meeting, num_ranks: int, timeout_s: float) -> None:
         """Meet the other ranks; afterwards all have rank 0's weights. They wait for each other for
         `timeout_s` at most, and longer where one of them may compile."""
-        store = self._meeting if self.rank == 0 else TCPStore(*meeting, is_master=False)
+        where, port = meeting
+        store: Store
+        if not port:
+            store = FileStore(where, num_ranks)
+        else:
+            store = self._meeting if self.rank == 0 else TCPStore(where, port, is_master=False)
+        own = ray.util.get_node_ip_address() if port else "127.0.0.1"
+        for library in ("GLOO", "NCCL"):  # would listen on the address of the host's name, or all
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface_of(own))
         store.set_timeout(timedelta(seconds=timeout_s))
         if self.learner.config.compile:
             timeout_s = max(timeout_s, COMPILE_S)
@@ -217,7 +253,9 @@ class LearnerGroup:
         """
         self._wait(self._loading, stopping)
         if len(self.ranks) > 1:
-            (meeting,) = self._wait([self.ranks[0].open.remote()], stopping)
+            places = self._wait([rank.node.remote() for rank in self.ranks], stopping)
+            one_node = len(set(places)) == 1
+            (meeting,) = self._wait([self.ranks[0].open.remote(one_node)], stopping)
             # The driver loses its patience first, and then says so.
             given = (meeting, len(self.ranks), 2 * self.patience)
             joining = [rank.join.remote(*given) for rank in self.ranks]

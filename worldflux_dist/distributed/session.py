@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 
 from worldflux_dist.config import Config
 from worldflux_dist.distributed.auth import check_auth, explained
-from worldflux_dist.distributed.cluster import Plan, join_cluster, make_plan, start_ray
+from worldflux_dist.distributed.cluster import Plan, join_cluster, make_plan, quiet, ray_for
 from worldflux_dist.distributed.ending import RoleLostError, StopSignals, is_loss
 from worldflux_dist.distributed.group import GroupLostError
 from worldflux_dist.distributed.placement import place
@@ -48,13 +48,14 @@ def opened(config: Config, run_dir: Path, plain: bool | None = None) -> Iterator
     try:
         plan = _plan(config, task)
         with (
+            quiet(),
             RunDirectory(run_dir, config) as run,
             Progress(config.train.env_steps, plain) as progress,
         ):
             progress.phase("start")
-            start_ray(plan)
             try:
                 with (
+                    ray_for(plan),
                     StopSignals(progress.print) as stop,  # Ray's start sets handlers of its own
                     closing(place(plan, stopping=lambda: stop.stopping)) as placement,
                 ):

@@ -42,7 +42,7 @@ from worldflux_dist.distributed.weights import WeightStore
 from worldflux_dist.metrics import find
 from worldflux_dist.replay.limiter import Limiter
 from worldflux_dist.rllib.config import WorldFluxConfig
-from worldflux_dist.rllib.env_runner import why_no_runner_starts
+from worldflux_dist.rllib.env_runner import raise_endless, why_no_runner_starts
 from worldflux_dist.rllib.episodes import read_episodes, to_chunk
 from worldflux_dist.rllib.places import Places, bundles
 from worldflux_dist.rllib.ports import Learners, RLlibPorts
@@ -122,11 +122,14 @@ class WorldFlux(Algorithm):
 
         Where there are no evaluation workers, no more is read of `evaluation_config` than that:
         set `evaluation_interval` or `evaluation_num_env_runners` for environments of their own.
+        Raises EndlessEpisodeError.
         """
         self._merge()
         shared = self.env_runner if self.eval_env_runner_group is None else None
         if shared is None:
-            return super().evaluate(*args, **kwargs)
+            result = super().evaluate(*args, **kwargs)
+            raise_endless(self.eval_env_runner_group, self.config.evaluation_sample_timeout_s)
+            return result
         if shared.env is None:
             shared.make_env()
         shared.evaluation = self.evaluation_config

@@ -23,6 +23,7 @@ from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.callbacks.utils import make_callback
 from ray.rllib.env.env_context import EnvContext
+from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.tune.registry import ENV_CREATOR, _global_registry
 
@@ -34,7 +35,7 @@ from worldflux_dist.envs import Envs, make_envs
 from worldflux_dist.envs.acting import random_act
 from worldflux_dist.nn.memory import keep_freed_memory
 from worldflux_dist.rllib.episodes import CallbackEpisodes
-from worldflux_dist.runner import EnvRunner, Episode
+from worldflux_dist.runner import EndlessEpisodeError, EnvRunner, Episode
 
 EPISODE_CALLBACKS = ("on_episode_created", "on_episode_start", "on_episode_step", "on_episode_end")
 
@@ -62,6 +63,7 @@ class WorldFluxEnvRunner(SingleAgentEnvRunner):
         self._runner: EnvRunner | None = None
         self._reader: WeightReader | None = None
         self.evaluation: AlgorithmConfig | None = None  # of a runner that also collects, for now
+        self.endless: EndlessEpisodeError | None = None
         if kwargs.get("worker_index"):  # in a process of its own
             keep_freed_memory()
         if kwargs.get("worker_index") or config.num_learners:  # else as the learner here has it
@@ -153,12 +155,24 @@ class WorldFluxEnvRunner(SingleAgentEnvRunner):
             chunk = runner.collect(max(1, math.ceil(num_timesteps / self.num_envs)))
             sample, episodes = Sample(_actions(chunk), chunk), runner.take_episodes()
         else:
-            episodes = runner.whole_episodes(math.ceil(num_episodes))
+            episodes = self._whole_episodes(runner, math.ceil(num_episodes))
             sample = Sample(runner.num_actions)
         if apart:
             self._runner = None  # nothing goes on from here
         self._log(episodes, sample.steps, time.monotonic() - start)
         return [sample]
+
+    def _whole_episodes(self, runner: EnvRunner, num: int) -> list[Episode]:
+        """`num` episodes. In a process of its own, one without an end is kept in `endless` for the
+        algorithm to raise: RLlib would start a runner that raises again, and say little."""
+        try:
+            return runner.whole_episodes(num)
+        except EndlessEpisodeError as error:
+            if not self.worker_index:
+                raise
+            self.endless = error
+            self._increase_sampled_metrics(0, num)  # or RLlib asks for them again and again
+            return []
 
     def _nothing_newer(self) -> None:
         """One policy to the end."""
@@ -208,6 +222,22 @@ class WorldFluxEnvRunner(SingleAgentEnvRunner):
         plain = [getattr(RLlibCallback, n) for _ in self._callbacks for n in EPISODE_CALLBACKS]
         given = any(getattr(self.config, f"callbacks_{name}") for name in EPISODE_CALLBACKS)
         return given or own != plain
+
+
+def raise_endless(workers: EnvRunnerGroup | None, patience: float) -> None:
+    """Raise what episodes of remote evaluation workers did not end with, if anything; a worker that
+    is still at it gets `patience` more seconds."""
+    if workers is not None and workers.num_remote_env_runners():
+        found = workers.foreach_env_runner(
+            _take_endless, local_env_runner=False, timeout_seconds=patience
+        )
+        for error in filter(None, found):
+            raise error
+
+
+def _take_endless(runner: WorldFluxEnvRunner) -> EndlessEpisodeError | None:
+    taken, runner.endless = runner.endless, None
+    return taken
 
 
 def _actions(chunk: Chunk) -> int:
