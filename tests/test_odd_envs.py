@@ -4,6 +4,7 @@ sentence by `envs check` and by the run alike."""
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -176,9 +177,10 @@ def test_environments_with_other_spaces_are_refused() -> None:
 
 @pytest.mark.ray
 def test_drawing_that_kills_its_process_costs_no_score(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And an environment that does not close, in a whole run."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     settings = config_of_run.from_dict(
         FAMILIES["tdmpc2"]
         | {

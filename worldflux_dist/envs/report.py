@@ -2,9 +2,9 @@
 
 All conversions are read from Spaces and the vector environment is that of `make_envs`, so that
 the report cannot disagree with a run; and the check does what a run does: it makes one environment
-and closes it, steps several, and asks for pictures. What must stay true: whatever would cost a run
-its episodes (an error, a value that is not finite, a wrong shape) makes an environment not usable;
-everything else is a warning. What is usable trains, evaluates and draws to the end.
+and closes it, steps several, and asks for pictures. What must stay true: the run is the judge. What
+ends a run makes an environment not usable, what costs it episodes only is a warning, and what is
+usable trains, evaluates and draws to the end.
 
 Gymnasium's checker (`check_env`) cannot say this: it raises at float64 observations, at values
 outside their bounds and at factories without a spec, which a run takes, stops at the first, and
@@ -36,6 +36,7 @@ from worldflux_dist.spaces import ActionPart, ObsSpec, Spaces
 
 LOOK_STEPS, LOOK_SECONDS = 300, 1.0  # of the bare environment, every value looked at
 RUN_STEPS, RUN_SECONDS = 1000, 2.0  # as a run steps it, timed
+SETTLE_SECONDS = 30.0  # in which one that failed fails too often or shows that it goes on
 DRAW_STEPS = 20  # that are drawn, besides the last one of each episode
 LARGE_OBS = 2**20  # bytes
 
@@ -166,17 +167,35 @@ def check(config: EnvConfig, seed: int = 0) -> Report:
     """
     report = Report(config.id)
     with warned() as texts:
+        seen, ran = None, None
         try:
             if not is_atari(config.id):
                 _look(config, seed, report)
-            if _run(config, seed, report):
-                failure = next(text for text in texts if FAILED in text)
-                raise ValueError(f"{failure}; repair the environment")
         except FAULTS as error:  # whatever is wrong with the environment is the result
-            text = _one_line(error) if isinstance(error, ValueError | RuntimeError) else what(error)
-            report.problem = text.removeprefix(f"env {config.id}: ") or what(error)
-    report.warnings |= {text: text for text in texts if text not in report.problem}
+            seen = error
+        try:
+            _run(config, seed, report)
+        except FAULTS as error:
+            ran = error
+    # Where the environment failed too often, the look says better why.
+    cause = seen or ran if isinstance(ran, RuntimeError) else ran
+    report.problem = _sentence(cause, config.id) if cause else ""
+    failures = [text for text in texts if FAILED in text]
+    if failures and not cause:
+        report.warnings["failures"] = (
+            f"{failures[0]}; {len(failures)} in {2 * report.steps:,} steps, each costs a run an "
+            "episode: repair the environment"
+        )
+    if seen and not cause:
+        report.warnings["seen"] = _sentence(seen, config.id)
+    others = [text for text in texts if FAILED not in text and text not in report.problem]
+    report.warnings |= {text: text for text in others}
     return report
+
+
+def _sentence(error: BaseException, env_id: str) -> str:
+    text = _one_line(error) if isinstance(error, ValueError | RuntimeError) else what(error)
+    return text.removeprefix(f"env {env_id}: ") or what(error)
 
 
 def _look(config: EnvConfig, seed: int, report: Report) -> None:
@@ -244,10 +263,10 @@ def _call(name: str, method: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _run(config: EnvConfig, seed: int, report: Report) -> int:
-    """Step environments as a run does, drawing the first, and take the time; how often they failed.
+def _run(config: EnvConfig, seed: int, report: Report) -> None:
+    """Step environments as a run does, drawing the first, and take the time.
 
-    Rewards and episodes are those of the first.
+    Rewards and episodes are those of the first. Raises RuntimeError for those that keep failing.
     """
     with closing(make_envs(config, seed, num_envs=2, render=True)) as envs:
         if report.spaces is None:
@@ -260,7 +279,9 @@ def _run(config: EnvConfig, seed: int, report: Report) -> int:
         rng = np.random.default_rng(seed)
         envs.step(envs.spaces.random_action(rng, 2))
         rewards, length, seconds, terminal = [0.0], 0, 0.0, False
-        while report.steps < RUN_STEPS and seconds < RUN_SECONDS:
+        while (report.steps < RUN_STEPS and seconds < RUN_SECONDS) or (
+            envs.failing and seconds < SETTLE_SECONDS
+        ):
             begun = time.perf_counter()
             step = envs.step(envs.spaces.random_action(rng, 2))
             seconds += time.perf_counter() - begun
@@ -289,7 +310,8 @@ def _run(config: EnvConfig, seed: int, report: Report) -> int:
                 f"env.max_episode_steps={config.max_episode_steps} does nothing: a limit of its "
                 f"own, {stays} steps, comes first"
             )
-        return envs.take_failures()
+        if envs.failing:
+            raise RuntimeError("it failed, and did not show that it goes on afterwards: repair it")
 
 
 def _is_number(reward: Any) -> bool:
