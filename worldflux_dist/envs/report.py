@@ -75,7 +75,7 @@ class Report:
         observation, action = (_one_line(space) for space in self.declared)
         seen, done = [], []
         if self.spaces is not None:
-            seen = [(f"  {name}", _obs_text(leaf, spec)) for name, leaf, spec in self._obs_leaves()]
+            seen = [(f"  {name}", _obs_text(spec)) for name, spec in self.spaces.obs.items()]
             done = [
                 (f"  {'/'.join(map(str, path)) or 'action'}", _action_text(leaf, parts))
                 for path, leaf, parts in self.spaces.action_leaves
@@ -101,15 +101,12 @@ class Report:
             ("action repeat", str(self.action_repeat)),
         ]
 
-    def _obs_leaves(self) -> list[tuple[str, Any, ObsSpec]]:
-        assert self.spaces is not None
-        named = self.spaces.obs.items()
-        return [(name, _part(self.spaces.observation, spec), spec) for name, spec in named]
-
     def check_spaces(self) -> None:
         """Warn of what is carried, and perhaps not as was meant."""
         size = 0
-        for name, leaf, spec in self._obs_leaves():
+        assert self.spaces is not None
+        for name, spec in self.spaces.obs.items():
+            leaf = spec.space
             size += int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize
             if spec.kind == "vector" and _like_image(leaf):
                 self.warnings[f"image {name}"] = (
@@ -128,9 +125,12 @@ class Report:
 
         Raises ValueError where a run would fail.
         """
-        for name, leaf, spec in self._obs_leaves():
+        assert self.spaces is not None
+        for name, spec in self.spaces.obs.items():
+            leaf, value = spec.space, raw
             try:
-                value = _part(raw, spec)
+                for key in spec.path:
+                    value = value[key]
             except (KeyError, IndexError, TypeError):
                 raise ValueError(f"the observation lacks {name}: return all its parts") from None
             array = np.asarray(value)
@@ -325,17 +325,11 @@ def _one_line(value: Any) -> str:
     return " ".join(str(value).split())
 
 
-def _part(nested: Any, spec: ObsSpec) -> Any:
-    for key in spec.path:
-        nested = nested[key]
-    return nested
-
-
-def _obs_text(leaf: Any, spec: ObsSpec) -> str:
+def _obs_text(spec: ObsSpec) -> str:
     shape = " x ".join(map(str, spec.shape))
     kind, reader = ("image", "image encoder") if spec.kind == "image" else ("vector of", "MLP")
     inside = f"{kind} {shape} {np.dtype(spec.dtype).name}"
-    return f"{inside}; conversion: {_conversion(leaf, spec)}; read by the {reader}"
+    return f"{inside}; conversion: {_conversion(spec.space, spec)}; read by the {reader}"
 
 
 def _conversion(leaf: Any, spec: ObsSpec) -> str:
@@ -381,9 +375,6 @@ def _like_image(leaf: Any) -> bool:
 def _outside(array: np.ndarray, leaf: gym_spaces.Box) -> float | None:
     """A value beyond its bounds by more than a rounding."""
     value, low, high = (np.asarray(part, np.float64) for part in (array, leaf.low, leaf.high))
-    below, above = (
-        (value < low) & ~np.isclose(value, low),
-        (value > high) & ~np.isclose(value, high),
-    )
-    found = value[below | above]
-    return float(found[0]) if found.size else None
+    rounded = np.isclose(value, low) | np.isclose(value, high)
+    beyond = value[((value < low) | (value > high)) & ~rounded]
+    return float(beyond[0]) if beyond.size else None
