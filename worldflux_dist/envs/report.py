@@ -167,18 +167,11 @@ def check(config: EnvConfig, seed: int = 0) -> Report:
     """
     report = Report(config.id)
     with warned() as texts:
-        seen, ran = None, None
-        try:
-            if not is_atari(config.id):
-                _look(config, seed, report)
-        except FAULTS as error:  # whatever is wrong with the environment is the result
-            seen = error
-        try:
-            _run(config, seed, report)
-        except FAULTS as error:
-            ran = error
+        seen = None if is_atari(config.id) else _fault(lambda: _look(config, seed, report))
+        unmade = seen and not report.declared
+        ran = seen if unmade else _fault(lambda: _run(config, seed, report))
     # Where the environment failed too often, the look says better why.
-    cause = seen or ran if isinstance(ran, RuntimeError) else ran
+    cause = seen if seen and isinstance(ran, RuntimeError) else ran
     report.problem = _sentence(cause, config.id) if cause else ""
     failures = [text for text in texts if FAILED in text]
     if failures and not cause:
@@ -191,6 +184,15 @@ def check(config: EnvConfig, seed: int = 0) -> Report:
     others = [text for text in texts if FAILED not in text and text not in report.problem]
     report.warnings |= {text: text for text in others}
     return report
+
+
+def _fault(look: Callable[[], None]) -> BaseException | None:
+    """Whatever is wrong with the environment is a result."""
+    try:
+        look()
+    except FAULTS as error:
+        return error
+    return None
 
 
 def _sentence(error: BaseException, env_id: str) -> str:
@@ -273,6 +275,7 @@ def _run(config: EnvConfig, seed: int, report: Report) -> None:
             report.spaces = envs.spaces
             report.declared = envs.spaces.observation, envs.spaces.action
             report.check_spaces()
+        if is_atari(config.id):
             report.time_limit = config.max_episode_frames // config.frame_skip
             report.time_limit = min(report.time_limit, config.max_episode_steps or 10**9)
         report.action_repeat = envs.action_repeat
