@@ -4,7 +4,7 @@ sentence by `envs check` and by the run alike."""
 from __future__ import annotations
 
 import logging
-import subprocess
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from gymnasium import spaces
 from odd_envs import FRAMES, GOOD_FRAMES, LENGTH
 from test_spaces_train import FAMILIES
 
+from worldflux_dist import cli
 from worldflux_dist import config as config_of_run
 from worldflux_dist.distributed import trainer
 from worldflux_dist.envs import EnvConfig, make_envs, report
@@ -114,20 +115,25 @@ def test_exit_at_other_moments(code: Any, caplog: pytest.LogCaptureFixture) -> N
     "line", ["import sys; sys.exit(0)", "import argparse; argparse.ArgumentParser().parse_args()"]
 )
 @pytest.mark.parametrize("command", ["check", "train"])
-def test_a_module_that_is_a_program_is_named(line: str, command: str, tmp_path: Path) -> None:
+def test_a_module_that_is_a_program_is_named(
+    line: str,
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     (tmp_path / "program.py").write_text(line)
     words = (
         ["envs", "check", "program:make"] if command == "check" else ["train", "env.id=program:x"]
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "worldflux_dist.cli", *words],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": ""},
-    )
-    assert done.returncode == (1 if command == "check" else 2)
-    last = (done.stdout if command == "check" else done.stderr).splitlines()[-1]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["worldflux-dist", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == (1 if command == "check" else 2)
+    said = capfd.readouterr()
+    last = (said.out if command == "check" else said.err).splitlines()[-1]
     assert "importing program ended with sys.exit(" in last
     assert last.endswith('belongs below `if __name__ == "__main__":`')
 
@@ -176,9 +182,13 @@ def test_environments_with_other_spaces_are_refused() -> None:
 
 @pytest.mark.ray
 def test_drawing_that_kills_its_process_costs_no_score(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And an environment that does not close, in a whole run."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     settings = config_of_run.from_dict(
         FAMILIES["tdmpc2"]
         | {
@@ -195,7 +205,7 @@ def test_drawing_that_kills_its_process_costs_no_score(
     assert "tdmpc2:tiny" in (tmp_path / "run" / "scores.jsonl").read_text()
     said = "".join(capfd.readouterr())
     assert "warning: no video: the process that draws was lost" in said
-    assert "did not close: RuntimeError: it is gone already" in said
+    assert "did not close: RuntimeError: it is gone already" in caplog.text
 
 
 # ------------------------------------------------------------------------------------ time limits

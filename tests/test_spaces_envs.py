@@ -279,20 +279,36 @@ def test_no_warning_of_what_does_no_harm(name: str) -> None:
         ("HalfBounded", "action space Box([ 0. -1.], [inf 1.], (2,), float32) has no finite boun"),
         ("Unsupported", "observation space Text("),
         ("Raises", "step raised ZeroDivisionError: division by zero (" + trouble_envs.__file__),
-        (
-            "RaisesLate",
-            f"env {TROUBLES}:RaisesLate lane 0 failed (1 of at most 5 in a row): ZeroDivisionErr",
-        ),
         ("FourThings", "step must return five things"),
         ("OnlyObs", "reset must return two things"),
         ("NotThere", f"unknown env {TROUBLES}:NotThere"),
     ],
 )
 def test_what_cannot_be_used_says_why(name: str, words: str) -> None:
-    trouble_envs.RaisesLate.lives = 0
     found = check(name)
     assert not found.usable
     assert text(found).splitlines()[-1].startswith(f"not usable: {words}")
+
+
+def test_what_a_run_makes_anew_is_a_warning() -> None:
+    """Here in the look, and in the run that is the judge."""
+    for life, warning in (
+        (4, f"env {TROUBLES}:RaisesLate lane 0 failed (1 of at most 5 in a row): ZeroDivisionErr"),
+        (3, "step raised ZeroDivisionError: division by zero (" + trouble_envs.__file__),
+    ):
+        trouble_envs.RaisesLate.lives, trouble_envs.RaisesLate.broken_life = 0, life
+        found = check("RaisesLate")
+        assert found.lines()[-1] == "usable"
+        (said,) = found.warnings.values()
+        assert said.startswith(warning)
+
+
+def test_one_that_fails_slowly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too slow to fail max_failures times while it is looked at: nothing shows that it goes on."""
+    monkeypatch.setattr(report, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(report, "RUN_STEPS", 10)
+    found = check("Raises", max_failures=1000)
+    assert found.lines()[-1].startswith("not usable: step raised ZeroDivisionError")
 
 
 def test_an_unsupported_space_is_still_shown() -> None:

@@ -133,13 +133,13 @@ class Raises(Odd):
 
 
 class RaisesLate(Odd):
-    """Only where it is stepped as in a run: in its fourth life."""
+    """In one of its lives; the fourth is the first that is stepped as in a run."""
 
-    lives = 0
+    lives, broken_life = 0, 4
 
     def __init__(self) -> None:
         RaisesLate.lives += 1
-        self.broken = RaisesLate.lives == 4
+        self.broken = RaisesLate.lives == RaisesLate.broken_life
 
     def reward(self) -> Any:
         return 1 / 0 if self.broken else 1.0

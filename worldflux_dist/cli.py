@@ -117,7 +117,7 @@ def evaluate_run(
     torch.manual_seed(seed)
     agent = Agent.load(storage_of(settings, run_dir))
     print(f"agent:  {evaluate.evaluate(agent, settings.env, episodes, seed)}")
-    print(f"random: {evaluate.evaluate_random(settings.env, episodes, seed)}")
+    print(f"random: {evaluate.evaluate(None, settings.env, episodes, seed)}")
     if video is not None:
         figures.video(evaluate.episode_frames(agent, settings.env, seed), video, fps=30)
         print(f"video:  {video}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ import torch
 
 from worldflux_dist.agent import Agent
 from worldflux_dist.data import Step
-from worldflux_dist.envs import EnvConfig, Envs, make_envs
+from worldflux_dist.envs import EnvConfig, make_envs
 from worldflux_dist.envs.acting import Act, random_act
 from worldflux_dist.models.base import State
 from worldflux_dist.runner import EnvRunner
@@ -44,21 +44,11 @@ def greedy(agent: Agent) -> Act:
     return lambda obs, is_first, carry: agent.act_batch(obs, is_first, carry, greedy=True)
 
 
-def evaluate(agent: Agent, config: EnvConfig, episodes: int, seed: int) -> Evaluation:
-    """Returns of the greedy policy in fresh environments. Raises EndlessEpisodeError."""
-    return _evaluate(lambda envs: greedy(agent), config, episodes, seed)
-
-
-def evaluate_random(config: EnvConfig, episodes: int, seed: int) -> Evaluation:
-    """Returns of uniformly random actions: the baseline of the same protocol."""
-    return _evaluate(lambda envs: random_act(envs.spaces, seed), config, episodes, seed)
-
-
-def _evaluate(
-    policy: Callable[[Envs], Act], config: EnvConfig, episodes: int, seed: int
-) -> Evaluation:
+def evaluate(agent: Agent | None, config: EnvConfig, episodes: int, seed: int) -> Evaluation:
+    """Returns of the greedy policy in fresh environments; without an agent those of uniformly
+    random actions, the baseline of the same protocol. Raises EndlessEpisodeError."""
     with closing(make_envs(config, seed, num_envs=min(episodes, 10))) as envs:
-        runner = EnvRunner(envs, policy(envs))
+        runner = EnvRunner(envs, greedy(agent) if agent else random_act(envs.spaces, seed))
         return Evaluation(tuple(e.total_reward for e in runner.whole_episodes(episodes)))
 
 

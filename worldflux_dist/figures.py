@@ -52,15 +52,8 @@ def learning_curve(
     for value, name, color in ((threshold, "threshold", CLOSED), (random, "random policy", FAINT)):
         if value is not None:
             axes.axhline(value, color=color, linestyle=(0, (5, 4)), linewidth=1.5, zorder=1)
-            axes.annotate(
-                f"{name} {value:,.4g}",
-                (1, value),
-                xycoords=("axes fraction", "data"),
-                xytext=(-4, 4),
-                textcoords="offset points",
-                ha="right",
-                color=color,
-            )
+            place = {"ha": "right", "va": "bottom", "transform": axes.get_yaxis_transform()}
+            axes.text(0.99, value, f"{name} {value:,.4g}", color=color, **place)
     axes.set_xlabel("env steps", color=INK)
     axes.set_ylabel("evaluation return", color=INK)
     axes.set_title(title, loc="left", color=INK, fontweight="bold")
@@ -182,19 +175,11 @@ def _vector_pictures(
     figure = Figure(figsize=(9.6 if wide else 7, 4.6), dpi=100)
     canvas = FigureCanvasAgg(figure)
     left = 0.025 if wide else 0.13
-    sides = figure.add_gridspec(
-        1,
-        2 if wide else 1,
-        width_ratios=(1, 1.35) if wide else (1,),
-        left=left,
-        right=0.985,
-        top=0.86,
-        bottom=0.1,
-        wspace=0.28,
-    )
-    tracks = _Tracks(figure, sides[0, -1], truth, dream, labels[:MAX_DIMS], context)
+    around = {"left": left, "right": 0.985, "top": 0.86, "bottom": 0.1, "wspace": 0.28}
+    sides = figure.add_gridspec(1, 1 + wide, width_ratios=(1, 1.35)[: 1 + wide], **around)
+    tracks = _tracks(figure, sides[0, -1], truth, dream, labels[:MAX_DIMS], context)
     caption = figure.text(left, 0.93, "", fontsize=13, fontweight="bold", va="center")
-    moving = [*tracks.lines, caption]
+    moving = [*(line for line, _ in tracks), caption]
     if frames is not None:
         axes = figure.add_subplot(sides[0, 0])
         axes.axis("off")
@@ -209,7 +194,8 @@ def _vector_pictures(
     for t in range(len(truth)):
         color = OPEN if t < context else CLOSED
         canvas.restore_region(background)
-        tracks.show(t)
+        for line, values in tracks:
+            line.set_data(np.arange(t + 1), values[: t + 1])
         caption.set(text=_phase(t, context), color=color)
         if frames is not None:
             image.set_data(frames[t])
@@ -220,62 +206,45 @@ def _vector_pictures(
     return pictures
 
 
-class _Tracks:
-    """Dims in stacked small axes, truth over dream; below, the mean absolute error of all dims."""
-
-    def __init__(
-        self,
-        figure: Any,
-        place: Any,
-        truth: np.ndarray,
-        dream: np.ndarray,
-        labels: list[str],
-        context: int,
-    ) -> None:
-        error = np.abs(truth - dream).mean(1)
-        self.lines: list[Any] = []
-        self._values: list[np.ndarray] = []
-        rows = place.subgridspec(len(labels) + 1, 1, hspace=0.25)
-        for row, label in enumerate([*labels, "error"]):
-            axes = figure.add_subplot(rows[row, 0])
-            curves = (
-                [(error, ERROR, "error")]
-                if row == len(labels)
-                else [(dream[:, row], DREAM, "dream"), (truth[:, row], TRUTH, "truth")]
-            )
-            _plain(axes)
-            axes.axvspan(0, context - 0.5, color=OPEN, alpha=0.12, linewidth=0)
-            axes.set_xlim(0, max(len(truth) - 1, 1))
-            axes.set_ylim(*_limits([values for values, _, _ in curves], from_zero=label == "error"))
-            axes.set_ylabel(
-                label.replace(" ", "\n"), rotation=0, ha="right", va="center", fontsize=9, color=INK
-            )
-            axes.set_yticks([])
-            axes.grid(visible=False)
-            if row < len(labels):
-                axes.tick_params(labelbottom=False, length=0)
-            for values, color, name in curves:
-                width = 3.2 if name == "dream" else 1.5
-                (line,) = axes.plot([], [], color=color, linewidth=width, label=name)
-                self.lines.append(line)
-                self._values.append(values)
-            if row == 0:
-                self._legend(axes)
-        axes.set_xlabel("step", fontsize=9, color=INK, labelpad=1)
-
-    def _legend(self, axes: Any) -> None:
-        axes.legend(
-            handles=self.lines[1::-1],
-            loc="lower right",
-            bbox_to_anchor=(1, 1.05),
-            ncols=2,
-            frameon=False,
-            borderaxespad=0,
+def _tracks(
+    figure: Any,
+    place: Any,
+    truth: np.ndarray,
+    dream: np.ndarray,
+    labels: list[str],
+    context: int,
+) -> list[tuple[Any, np.ndarray]]:
+    """Dims in stacked small axes, truth over dream; below, the mean absolute error of all dims.
+    Each line, still empty, with the values that it is to show."""
+    tracks: list[tuple[Any, np.ndarray]] = []
+    rows = place.subgridspec(len(labels) + 1, 1, hspace=0.25)
+    for row, label in enumerate([*labels, "error"]):
+        axes = figure.add_subplot(rows[row, 0])
+        curves = (
+            [(np.abs(truth - dream).mean(1), ERROR, "error")]
+            if row == len(labels)
+            else [(dream[:, row], DREAM, "dream"), (truth[:, row], TRUTH, "truth")]
         )
-
-    def show(self, t: int) -> None:
-        for line, values in zip(self.lines, self._values, strict=True):
-            line.set_data(np.arange(t + 1), values[: t + 1])
+        _plain(axes)
+        axes.axvspan(0, context - 0.5, color=OPEN, alpha=0.12, linewidth=0)
+        axes.set_xlim(0, max(len(truth) - 1, 1))
+        axes.set_ylim(*_limits([values for values, _, _ in curves], from_zero=label == "error"))
+        name = label.replace(" ", "\n")
+        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, color=INK)
+        axes.set_yticks([])
+        axes.grid(visible=False)
+        if row < len(labels):
+            axes.tick_params(labelbottom=False, length=0)
+        for values, color, name in curves:
+            width = 3.2 if name == "dream" else 1.5
+            (line,) = axes.plot([], [], color=color, linewidth=width, label=name)
+            tracks.append((line, values))
+        if row == 0:
+            lines, above = [line for line, _ in tracks[::-1]], (1, 1.05)
+            style = {"ncols": 2, "frameon": False, "borderaxespad": 0}
+            axes.legend(handles=lines, loc="lower right", bbox_to_anchor=above, **style)
+    axes.set_xlabel("step", fontsize=9, color=INK, labelpad=1)
+    return tracks
 
 
 def _limits(curves: list[np.ndarray], from_zero: bool) -> tuple[float, float]:
@@ -287,10 +256,8 @@ def _limits(curves: list[np.ndarray], from_zero: bool) -> tuple[float, float]:
 
 
 def _plain(axes: Any) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color("#c4c8cf")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#c4c8cf")
     axes.tick_params(colors="#5a6069", labelsize=9, length=3)
     axes.grid(color="#e9ebee", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -15,7 +15,7 @@ from worldflux_dist.agent import Agent
 from worldflux_dist.config import Config
 from worldflux_dist.envs import make_envs
 from worldflux_dist.envs.acting import random_act
-from worldflux_dist.evaluate import Evaluation, evaluate, evaluate_random
+from worldflux_dist.evaluate import Evaluation, evaluate
 from worldflux_dist.learner import Learner
 from worldflux_dist.replay.buffer import ReplayBuffer
 from worldflux_dist.replay.limiter import Limiter
@@ -61,5 +61,5 @@ def train(
         agent,
         limiter,
         evaluate(agent, config.env, episodes, seed),
-        evaluate_random(config.env, episodes, seed),
+        evaluate(None, config.env, episodes, seed),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,14 @@ NO_STACKS = (
 
 @dataclass(frozen=True)
 class ObsSpec:
-    """One observation inside the system: `kind` is image (H, W, C uint8) or vector (n float32)."""
+    """One observation inside the system: `kind` is image (H, W, C uint8) or vector (n float32).
+    `space` is the environment's own, `path` where it is in that of all observations."""
 
     kind: str
     shape: tuple[int, ...]
+    convert: Callable[[np.ndarray], np.ndarray] = field(compare=False)
     path: tuple[Any, ...] = ()
-    convert: Callable[[np.ndarray], np.ndarray] = field(default=lambda x: x, compare=False)
+    space: Any = field(default=None, compare=False)
 
     @property
     def dtype(self) -> Any:
@@ -61,7 +63,7 @@ class Spaces:
             name = "/".join(map(str, path)) or "obs"
             if name in self.obs:
                 raise ValueError(f"two observations are named {name!r} inside: rename one of them")
-            self.obs[name] = _obs_spec(leaf, path)
+            self.obs[name] = replace(_obs_spec(leaf), path=path, space=leaf)
         self.action_leaves = [(path, leaf, _action_parts(leaf)) for path, leaf in _leaves(action)]
         self.action_parts = tuple(part for _, _, parts in self.action_leaves for part in parts)
         self.action_dim = sum(part.size for part in self.action_parts)
@@ -150,51 +152,45 @@ def _one_hot(index: np.ndarray, size: int) -> np.ndarray:
     return (index[..., None] == np.arange(size)).astype(np.float32)
 
 
-def _obs_spec(space: gym_spaces.Space, path: tuple) -> ObsSpec:
+def _obs_spec(space: gym_spaces.Space) -> ObsSpec:
     if isinstance(space, gym_spaces.Box):
-        return _image_spec(space, path) or _vector_spec(space, path)
+        return _image_spec(space) or _vector_spec(space)
     if isinstance(space, gym_spaces.Discrete):
         n, start = int(space.n), int(space.start)
-        return ObsSpec("vector", (n,), path, lambda x: _one_hot(x - start, n))
+        return ObsSpec("vector", (n,), lambda x: _one_hot(x - start, n))
     if isinstance(space, gym_spaces.MultiDiscrete):
         nvec, low = space.nvec.reshape(-1), space.start.reshape(-1)
-        return ObsSpec(
-            "vector",
-            (int(nvec.sum()),),
-            path,
-            lambda x: np.concatenate(
-                [
-                    _one_hot(column - first, n)
-                    for n, first, column in zip(nvec, low, x.reshape(len(x), -1).T, strict=True)
-                ],
-                -1,
-            ),
-        )
+
+        def one_hots(x: np.ndarray) -> np.ndarray:
+            columns = zip(nvec, low, x.reshape(len(x), -1).T, strict=True)
+            return np.concatenate([_one_hot(column - first, n) for n, first, column in columns], -1)
+
+        return ObsSpec("vector", (int(nvec.sum()),), one_hots)
     if isinstance(space, gym_spaces.MultiBinary):
-        return _vector_spec(space, path)
+        return _vector_spec(space)
     raise ValueError(
         f"observation space {space} is not supported: use Box, Discrete, MultiDiscrete, "
         "MultiBinary, or Dict and Tuple of these (wrap the environment to convert it)"
     )
 
 
-def _vector_spec(space: Any, path: tuple) -> ObsSpec:
+def _vector_spec(space: Any) -> ObsSpec:
     size = int(np.prod(space.shape))
-    return ObsSpec("vector", (size,), path, lambda x: x.reshape(len(x), size).astype(np.float32))
+    return ObsSpec("vector", (size,), lambda x: x.reshape(len(x), size).astype(np.float32))
 
 
-def _image_spec(space: gym_spaces.Box, path: tuple) -> ObsSpec | None:
+def _image_spec(space: gym_spaces.Box) -> ObsSpec | None:
     """An image is H x W, H x W x C or C x H x W with values in 0..255 (or floats in 0..1)."""
     shape, low, high = space.shape, float(space.low.min()), float(space.high.max())
     if low != 0 or high not in (1.0, 255.0) or len(shape) < 2:
         return None
     if high == 1.0 and not np.issubdtype(space.dtype, np.floating):
         return None
-    if len(shape) > 3 and sorted(shape)[-2] >= 8:
+    if len(shape) > 3:
+        if sorted(shape)[-2] < 8:
+            return None
         what = f"has {len(shape)} axes; images have 2 or 3"
         raise ValueError(f"image observation of shape {shape} {what} {NO_STACKS}")
-    if len(shape) > 3:
-        return None
     if len(shape) == 2:
         height, width, channels, first = *shape, 1, False
     elif shape[2] <= 4:
@@ -212,7 +208,7 @@ def _image_spec(space: gym_spaces.Box, path: tuple) -> ObsSpec | None:
         x = x if x.dtype == np.uint8 else np.clip(np.rint(x * scale), 0, 255).astype(np.uint8)
         return x.transpose(0, 2, 3, 1) if first else x.reshape(len(x), height, width, channels)
 
-    return ObsSpec("image", (height, width, channels), path, convert)
+    return ObsSpec("image", (height, width, channels), convert)
 
 
 def _action_parts(space: gym_spaces.Space) -> tuple[ActionPart, ...]:

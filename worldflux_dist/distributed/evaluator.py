@@ -25,7 +25,6 @@ from worldflux_dist.evaluate import (
     NoPicturesError,
     episode_frames,
     evaluate,
-    evaluate_random,
     open_loop,
 )
 from worldflux_dist.nn.memory import keep_freed_memory
@@ -161,7 +160,7 @@ def _evaluate(
     agent = _agent(config, spaces, seed, arrays)
     scores = {"agent": evaluate(agent, config.env, episodes, seed)}
     if random:
-        scores["random"] = evaluate_random(config.env, episodes, seed)
+        scores["random"] = evaluate(None, config.env, episodes, seed)
     return scores
 
 

@@ -7,8 +7,9 @@ no array handed out is ever written to again.
 
 from __future__ import annotations
 
+import difflib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 # What the code of an environment may raise: a program written to run alone ends with sys.exit.
 FAULTS = (Exception, SystemExit)
 FAILED = " failed ("  # in the warning of a failure that cost an episode
+SET_GL = "without a display set MUJOCO_GL=egl or MUJOCO_GL=osmesa and install that library"
 LONGEST_SIDE = 1024  # pixels of a frame; larger ones are thinned out
 
 
@@ -36,16 +38,19 @@ def what(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
+def unknown(env_id: str, name: str, known: Iterable[str], remedy: str) -> ValueError:
+    """The error of an id that there is none of, with the nearest ones."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f", did you mean {' or '.join(near)}" if near else ""
+    return ValueError(f"unknown env {env_id}{hint}? {remedy}")
+
+
 @contextmanager
 def warned() -> Iterator[list[str]]:
     """What this package warns of meanwhile, as text instead of in the log."""
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            texts.append(record.getMessage())
-
     texts: list[str] = []
-    package, listener = logging.getLogger(__package__), Listener(logging.WARNING)
+    package, listener = logging.getLogger(__package__), logging.Handler(logging.WARNING)
+    listener.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
     package.addHandler(listener)
     propagated, package.propagate = package.propagate, False
     try:
@@ -114,6 +119,7 @@ class Envs:
     ) -> None:
         self.spaces, self.num_envs, self.action_repeat = spaces, vector.num_envs, action_repeat
         self.vector, self._draw = vector, draw
+        self._guards: Any = getattr(vector, "envs", ())  # Atari's has none
         self.last: tuple[Any, Any] = (None, {})
         self._shape: tuple[int, ...] = ()  # of frames
         self._failures = 0
@@ -143,8 +149,7 @@ class Envs:
             raw, reward, terminated, truncated, infos = self.vector.step(
                 self.spaces.decode_action(action)
             )
-        envs = getattr(self.vector, "envs", ())
-        self.last = raw, [env.info for env in envs] if envs else infos
+        self.last = raw, [guard.info for guard in self._guards] or infos
         self._obs = self.spaces.encode_obs(raw)
         self._done = terminated | truncated
         return Step(
@@ -168,9 +173,14 @@ class Envs:
 
     def take_failures(self) -> int:
         """How often an environment raised and was rebuilt since the last call."""
-        total = sum(getattr(env, "num_failures", 0) for env in getattr(self.vector, "envs", ()))
+        total = sum(guard.num_failures for guard in self._guards)
         new, self._failures = total - self._failures, total
         return new
+
+    @property
+    def failing(self) -> bool:
+        """Whether an environment raised and has not shown since that it goes on."""
+        return any(guard.failures for guard in self._guards)
 
     def render(self) -> np.ndarray | None:
         """An RGB frame (H, W, 3) uint8 of environment 0 for a video.
@@ -188,9 +198,8 @@ class Envs:
             except FAULTS as error:  # what cannot be drawn must not end a training run
                 self._draw = None
                 logger.warning(
-                    "no video frames, the environment cannot draw: %s (without a display set "
-                    "MUJOCO_GL=egl or MUJOCO_GL=osmesa and install that library)",
-                    what(error),
+                    "no video frames, the environment cannot draw: %s (%s)",
+                    *(what(error), SET_GL),
                 )
         for key, spec in self.spaces.obs.items():
             if spec.kind == "image" and self._obs is not None:

@@ -7,7 +7,6 @@ and sums their rewards, and a time limit is a truncation.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import warnings
@@ -20,12 +19,11 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from worldflux_dist.envs.base import EnvConfig
+from worldflux_dist.envs.base import SET_GL, EnvConfig, unknown, what
 
 logger = logging.getLogger(__name__)
 
 VIDEO_SIZE = 256
-SET_GL = "without a display set MUJOCO_GL=egl or MUJOCO_GL=osmesa and install that library"
 
 
 class DMControl(gymnasium.Env):
@@ -65,8 +63,7 @@ class DMControl(gymnasium.Env):
         try:  # pixels need OpenGL, and so does the terrain of quadruped-escape
             self._obs(self._env.reset())
         except Exception as error:
-            what = f"{type(error).__name__}: {error}"
-            raise RuntimeError(f"its first reset failed ({what}); {SET_GL}") from error
+            raise RuntimeError(f"its first reset failed ({what(error)}); {SET_GL}") from error
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -121,9 +118,7 @@ def dmc_task(config: EnvConfig) -> Callable[..., DMControl]:
     suite = _suite(config.id)
     ids = {f"dmc/{domain}-{task}": (domain, task) for domain, task in suite.ALL_TASKS}
     if config.id not in ids:
-        near = difflib.get_close_matches(config.id, ids, n=3, cutoff=0.5)
-        hint = f", did you mean {' or '.join(near)}" if near else ""
-        raise ValueError(f"unknown env {config.id}{hint}? Tasks are named dmc/<domain>-<task>")
+        raise unknown(config.id, config.id, ids, "Tasks are named dmc/<domain>-<task>")
     domain, task = ids[config.id]
     return partial(
         DMControl,
@@ -148,7 +143,7 @@ def _suite(env_id: str) -> ModuleType:
     except Exception as error:
         raise ValueError(
             f"env {env_id}: MUJOCO_GL={os.environ.get('MUJOCO_GL', '')} cannot be used here "
-            f"({type(error).__name__}: {error}); {SET_GL}, or unset it where nothing is drawn"
+            f"({what(error)}); {SET_GL}, or unset it where nothing is drawn"
         ) from error
     # Left alone, dm_control writes every warning of the simulator to stderr.
     mujoco.set_mju_user_warning(logger.info)

@@ -2,9 +2,9 @@
 
 All conversions are read from Spaces and the vector environment is that of `make_envs`, so that
 the report cannot disagree with a run; and the check does what a run does: it makes one environment
-and closes it, steps several, and asks for pictures. What must stay true: whatever would cost a run
-its episodes (an error, a value that is not finite, a wrong shape) makes an environment not usable;
-everything else is a warning. What is usable trains, evaluates and draws to the end.
+and closes it, steps several, and asks for pictures. What must stay true: the run is the judge. What
+ends a run makes an environment not usable, what costs it episodes only is a warning, and what is
+usable trains, evaluates and draws to the end.
 
 Gymnasium's checker (`check_env`) cannot say this: it raises at float64 observations, at values
 outside their bounds and at factories without a spec, which a run takes, stops at the first, and
@@ -36,6 +36,7 @@ from worldflux_dist.spaces import ActionPart, ObsSpec, Spaces
 
 LOOK_STEPS, LOOK_SECONDS = 300, 1.0  # of the bare environment, every value looked at
 RUN_STEPS, RUN_SECONDS = 1000, 2.0  # as a run steps it, timed
+SETTLE_SECONDS = 30.0  # in which one that failed fails too often or shows that it goes on
 DRAW_STEPS = 20  # that are drawn, besides the last one of each episode
 LARGE_OBS = 2**20  # bytes
 
@@ -74,7 +75,7 @@ class Report:
         observation, action = (_one_line(space) for space in self.declared)
         seen, done = [], []
         if self.spaces is not None:
-            seen = [(f"  {name}", _obs_text(leaf, spec)) for name, leaf, spec in self._obs_leaves()]
+            seen = [(f"  {name}", _obs_text(spec)) for name, spec in self.spaces.obs.items()]
             done = [
                 (f"  {'/'.join(map(str, path)) or 'action'}", _action_text(leaf, parts))
                 for path, leaf, parts in self.spaces.action_leaves
@@ -100,15 +101,12 @@ class Report:
             ("action repeat", str(self.action_repeat)),
         ]
 
-    def _obs_leaves(self) -> list[tuple[str, Any, ObsSpec]]:
-        assert self.spaces is not None
-        named = self.spaces.obs.items()
-        return [(name, _part(self.spaces.observation, spec), spec) for name, spec in named]
-
     def check_spaces(self) -> None:
         """Warn of what is carried, and perhaps not as was meant."""
         size = 0
-        for name, leaf, spec in self._obs_leaves():
+        assert self.spaces is not None
+        for name, spec in self.spaces.obs.items():
+            leaf = spec.space
             size += int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize
             if spec.kind == "vector" and _like_image(leaf):
                 self.warnings[f"image {name}"] = (
@@ -127,9 +125,12 @@ class Report:
 
         Raises ValueError where a run would fail.
         """
-        for name, leaf, spec in self._obs_leaves():
+        assert self.spaces is not None
+        for name, spec in self.spaces.obs.items():
+            leaf, value = spec.space, raw
             try:
-                value = _part(raw, spec)
+                for key in spec.path:
+                    value = value[key]
             except (KeyError, IndexError, TypeError):
                 raise ValueError(f"the observation lacks {name}: return all its parts") from None
             array = np.asarray(value)
@@ -166,17 +167,37 @@ def check(config: EnvConfig, seed: int = 0) -> Report:
     """
     report = Report(config.id)
     with warned() as texts:
-        try:
-            if not is_atari(config.id):
-                _look(config, seed, report)
-            if _run(config, seed, report):
-                failure = next(text for text in texts if FAILED in text)
-                raise ValueError(f"{failure}; repair the environment")
-        except FAULTS as error:  # whatever is wrong with the environment is the result
-            text = _one_line(error) if isinstance(error, ValueError | RuntimeError) else what(error)
-            report.problem = text.removeprefix(f"env {config.id}: ") or what(error)
-    report.warnings |= {text: text for text in texts if text not in report.problem}
+        seen = None if is_atari(config.id) else _fault(lambda: _look(config, seed, report))
+        unmade = seen and not report.declared
+        ran = seen if unmade else _fault(lambda: _run(config, seed, report))
+    # Where the environment failed too often, the look says better why.
+    cause = seen if seen and isinstance(ran, RuntimeError) else ran
+    report.problem = _sentence(cause, config.id) if cause else ""
+    failures = [text for text in texts if FAILED in text]
+    if failures and not cause:
+        report.warnings["failures"] = (
+            f"{failures[0]}; {len(failures)} in {2 * report.steps:,} steps, each costs a run an "
+            "episode: repair the environment"
+        )
+    if seen and not cause:
+        report.warnings["seen"] = _sentence(seen, config.id)
+    others = [text for text in texts if FAILED not in text and text not in report.problem]
+    report.warnings |= {text: text for text in others}
     return report
+
+
+def _fault(look: Callable[[], None]) -> BaseException | None:
+    """Whatever is wrong with the environment is a result."""
+    try:
+        look()
+    except FAULTS as error:
+        return error
+    return None
+
+
+def _sentence(error: BaseException, env_id: str) -> str:
+    text = _one_line(error) if isinstance(error, ValueError | RuntimeError) else what(error)
+    return text.removeprefix(f"env {env_id}: ") or what(error)
 
 
 def _look(config: EnvConfig, seed: int, report: Report) -> None:
@@ -244,23 +265,26 @@ def _call(name: str, method: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _run(config: EnvConfig, seed: int, report: Report) -> int:
-    """Step environments as a run does, drawing the first, and take the time; how often they failed.
+def _run(config: EnvConfig, seed: int, report: Report) -> None:
+    """Step environments as a run does, drawing the first, and take the time.
 
-    Rewards and episodes are those of the first.
+    Rewards and episodes are those of the first. Raises RuntimeError for those that keep failing.
     """
     with closing(make_envs(config, seed, num_envs=2, render=True)) as envs:
         if report.spaces is None:
             report.spaces = envs.spaces
             report.declared = envs.spaces.observation, envs.spaces.action
             report.check_spaces()
+        if is_atari(config.id):
             report.time_limit = config.max_episode_frames // config.frame_skip
             report.time_limit = min(report.time_limit, config.max_episode_steps or 10**9)
         report.action_repeat = envs.action_repeat
         rng = np.random.default_rng(seed)
         envs.step(envs.spaces.random_action(rng, 2))
         rewards, length, seconds, terminal = [0.0], 0, 0.0, False
-        while report.steps < RUN_STEPS and seconds < RUN_SECONDS:
+        while (report.steps < RUN_STEPS and seconds < RUN_SECONDS) or (
+            envs.failing and seconds < SETTLE_SECONDS
+        ):
             begun = time.perf_counter()
             step = envs.step(envs.spaces.random_action(rng, 2))
             seconds += time.perf_counter() - begun
@@ -289,7 +313,8 @@ def _run(config: EnvConfig, seed: int, report: Report) -> int:
                 f"env.max_episode_steps={config.max_episode_steps} does nothing: a limit of its "
                 f"own, {stays} steps, comes first"
             )
-        return envs.take_failures()
+        if envs.failing:
+            raise RuntimeError("it failed, and did not show that it goes on afterwards: repair it")
 
 
 def _is_number(reward: Any) -> bool:
@@ -303,17 +328,11 @@ def _one_line(value: Any) -> str:
     return " ".join(str(value).split())
 
 
-def _part(nested: Any, spec: ObsSpec) -> Any:
-    for key in spec.path:
-        nested = nested[key]
-    return nested
-
-
-def _obs_text(leaf: Any, spec: ObsSpec) -> str:
+def _obs_text(spec: ObsSpec) -> str:
     shape = " x ".join(map(str, spec.shape))
     kind, reader = ("image", "image encoder") if spec.kind == "image" else ("vector of", "MLP")
     inside = f"{kind} {shape} {np.dtype(spec.dtype).name}"
-    return f"{inside}; conversion: {_conversion(leaf, spec)}; read by the {reader}"
+    return f"{inside}; conversion: {_conversion(spec.space, spec)}; read by the {reader}"
 
 
 def _conversion(leaf: Any, spec: ObsSpec) -> str:
@@ -359,9 +378,6 @@ def _like_image(leaf: Any) -> bool:
 def _outside(array: np.ndarray, leaf: gym_spaces.Box) -> float | None:
     """A value beyond its bounds by more than a rounding."""
     value, low, high = (np.asarray(part, np.float64) for part in (array, leaf.low, leaf.high))
-    below, above = (
-        (value < low) & ~np.isclose(value, low),
-        (value > high) & ~np.isclose(value, high),
-    )
-    found = value[below | above]
-    return float(found[0]) if found.size else None
+    rounded = np.isclose(value, low) | np.isclose(value, high)
+    beyond = value[((value < low) | (value > high)) & ~rounded]
+    return float(beyond[0]) if beyond.size else None

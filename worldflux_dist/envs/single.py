@@ -7,7 +7,6 @@ stops the run with its name and the error.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import logging
@@ -28,7 +27,7 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from worldflux_dist.envs.base import FAILED, FAULTS, EnvConfig, Envs, what
+from worldflux_dist.envs.base import FAILED, FAULTS, EnvConfig, Envs, unknown, what
 from worldflux_dist.envs.dmc import dmc_task, is_dmc
 from worldflux_dist.spaces import Spaces
 
@@ -47,8 +46,9 @@ class Guard(gymnasium.Wrapper):
     environment. `max_failures` in a row, with no run of GOOD_RUN steps between them, raise
     RuntimeError. One that does not close is warned of.
 
-    `info` is the newest. It is not handed to the vector environment, which can merge infos of one
-    shape only, while nothing that is trained depends on them.
+    `failures` are those in a row, `num_failures` all. `info` is the newest; it is not handed to the
+    vector environment, which can merge infos of one shape only, and nothing that is trained reads
+    them.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Guard(gymnasium.Wrapper):
         self.info: dict[str, Any] = {}
         self._patience = patience if _can_interrupt() else 0.0
         self._build, self._name, self._lane = build, name, lane
-        self._max_failures, self._failures, self._good = max_failures, 0, 0
+        self._max_failures, self.failures, self._good = max_failures, 0, 0
         self.num_failures, self._broken = 0, False
         self._rng = np.random.default_rng()
         self._last: Any = None
@@ -110,7 +110,7 @@ class Guard(gymnasium.Wrapper):
             return self._last, 0.0, False, True, {}
         self._good += 1
         if self._good >= GOOD_RUN:
-            self._failures = 0
+            self.failures = 0
         # A copy: an environment may write its next observation into the same array, then raise.
         self._last = deepcopy(obs)
         return self._last, reward, terminated, truncated, {}
@@ -143,18 +143,18 @@ class Guard(gymnasium.Wrapper):
 
     def _failed(self, error: BaseException) -> None:
         self._alarm(0)
-        self._failures += 1
+        self.failures += 1
         self.num_failures += 1
         self._good, self._broken = 0, True
         logger.warning(
             f"env %s lane %d{FAILED}%d of at most %d in a row): %s",
-            *(self._name, self._lane, self._failures, self._max_failures, what(error)),
+            *(self._name, self._lane, self.failures, self._max_failures, what(error)),
         )
         with suppress(*FAULTS):  # what is broken may not close either
             self.env.close()
-        if self._failures >= self._max_failures:
+        if self.failures >= self._max_failures:
             raise RuntimeError(
-                f"env {self._name} lane {self._lane} failed {self._failures} times in a row, "
+                f"env {self._name} lane {self._lane} failed {self.failures} times in a row, "
                 f"last with {what(error)}; repair the environment or raise env.max_failures"
             ) from error
 
@@ -250,7 +250,8 @@ def builder(config: EnvConfig, render: bool) -> Callable[[], gymnasium.Env]:
     elif module_name:
         own = getattr(_import(module_name, config.id), name, None)
     if own is None and name not in gymnasium.registry:
-        raise ValueError(_unknown(config.id, name))
+        mine = "An environment of your own is named module:factory"
+        raise unknown(config.id, name, gymnasium.registry, mine)
     make = partial(_make_registered, name) if own is None else partial(_make_own, own, config.id)
     if render:
         os.environ.setdefault("SDL_AUDIODRIVER", "dummy")  # pygame would open the sound card
@@ -350,12 +351,6 @@ def _import(module_name: str, env_id: str) -> ModuleType:
             "does as a program, such as reading the command line, belongs below `if __name__ == "
             '"__main__":`'
         ) from error
-
-
-def _unknown(env_id: str, name: str) -> str:
-    near = difflib.get_close_matches(name, gymnasium.registry, n=3, cutoff=0.5)
-    hint = f", did you mean {' or '.join(near)}" if near else ""
-    return f"unknown env {env_id}{hint}? An environment of your own is named module:factory"
 
 
 def _missing(env_id: str, error: Exception) -> str:
