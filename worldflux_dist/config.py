@@ -219,7 +219,7 @@ def _read(path: Path) -> dict[str, Any]:
             text = file.read(MAX_BYTES + 1)
         if len(text) > MAX_BYTES:
             raise ConfigError(f"{path} has more than {MAX_BYTES} bytes, which is no config")
-        values = yaml.safe_load(text.decode())
+        values = yaml.load(text.decode(), _Loader)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -233,6 +233,20 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} must hold a mapping of keys, not a {type(values).__name__}")
     _check_values(path, values)
     return values
+
+
+class _Loader(yaml.SafeLoader):
+    """Stops where a file is nested too deep: reading on takes seconds, and ends in a stack."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"it is nested more than {MAX_DEPTH} deep")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def _check_values(path: Path, values: Any) -> None:

@@ -52,8 +52,9 @@ def learning_curve(
     for value, name, color in ((threshold, "threshold", CLOSED), (random, "random policy", FAINT)):
         if value is not None:
             axes.axhline(value, color=color, linestyle=(0, (5, 4)), linewidth=1.5, zorder=1)
-            place = {"ha": "right", "va": "bottom", "transform": axes.get_yaxis_transform()}
-            axes.text(0.99, value, f"{name} {value:,.4g}", color=color, **place)
+            across: Any = axes.get_yaxis_transform()
+            text, above = f"{name} {value:,.4g}", {"ha": "right", "va": "bottom"}
+            axes.text(0.99, value, text, color=color, transform=across, **above)
     axes.set_xlabel("env steps", color=INK)
     axes.set_ylabel("evaluation return", color=INK)
     axes.set_title(title, loc="left", color=INK, fontweight="bold")
