@@ -53,8 +53,8 @@ def learning_curve(
         if value is not None:
             axes.axhline(value, color=color, linestyle=(0, (5, 4)), linewidth=1.5, zorder=1)
             across: Any = axes.get_yaxis_transform()
-            text, above = f"{name} {value:,.4g}", {"ha": "right", "va": "bottom"}
-            axes.text(0.99, value, text, color=color, transform=across, **above)
+            text = axes.text(0.99, value, f"{name} {value:,.4g}", color=color, transform=across)
+            text.set(ha="right", va="bottom")
     axes.set_xlabel("env steps", color=INK)
     axes.set_ylabel("evaluation return", color=INK)
     axes.set_title(title, loc="left", color=INK, fontweight="bold")
