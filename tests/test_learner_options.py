@@ -183,6 +183,20 @@ def test_what_a_machine_does_not_have_is_left_out_with_one_line(
     ]
 
 
+def test_what_cannot_be_compiled_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise ValueError("no code for this processor")
+
+    real = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: real(function, backend=fails, **options)
+    )
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    learner = make_learner("tdmpc2", compile=True)
+    with pytest.raises(RuntimeError, match=r"^learner.compile: torch.compile failed .*=false$"):
+        learner.step(family_batch(learner.agent))
+
+
 SHORT: dict[str, Any] = {"dreamerv3": {}, "tdmpc2": {"horizon": 2, "termination": "none"}}
 
 

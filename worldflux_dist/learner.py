@@ -14,6 +14,7 @@ import operator
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NotRequired
@@ -173,7 +174,7 @@ class Learner:
         for part in given:
             more = len(logged) + 1 < len(given)
             with shared.no_sync() if shared and more else contextlib.nullcontext():
-                with self._autocast():
+                with self._autocast(), _compiled():
                     loss, metrics, path = (shared or stage)(part)
                 (loss / len(given)).backward(inputs=list(stage.params))
             if "row_losses" in metrics:
@@ -323,6 +324,20 @@ def _moments(
             )
         state.setdefault(index, {})[match[2]] = torch.from_numpy(value.copy())
     return state
+
+
+@contextlib.contextmanager
+def _compiled() -> Iterator[None]:
+    """Says in one sentence that a stage could not be compiled."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            what = next(iter(str(error).splitlines()), type(error).__name__)
+            raise RuntimeError(
+                f"learner.compile: torch.compile failed ({what}): set learner.compile=false"
+            ) from error
+        raise
 
 
 def _possible(config: LearnerConfig, device: torch.device) -> LearnerConfig:
