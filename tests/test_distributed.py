@@ -151,13 +151,13 @@ def test_a_runner_that_cannot_start_ends_the_run(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     sentence = ended_with(
         tmp_path,
-        "model_options.learning_rate=1e30",
+        "model_options.learning_rate=1e9",
         "train.prefill=64",
         "train.train_ratio=0.3",  # a gradient step every ten rounds, and checkpoints in between
         "train.checkpoint_every=0",
         error=NonFiniteLossError,
     )
-    assert sentence.startswith("loss/")
+    assert sentence.startswith(("loss/", "grad_norm/"))
     assert "the last checkpoint is kept" in sentence
     found = checkpoint.newest(tmp_path / "run" / "checkpoints")
     assert found is not None
