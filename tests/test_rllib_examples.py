@@ -16,6 +16,8 @@ import pytest
 from conftest import REPOSITORY
 from rllib_runs import PATIENCE_S
 
+from worldflux_dist.spaces import Spaces
+
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 NUMBER = r"(-?\d+(?:\.\d+)?)"
@@ -104,6 +106,8 @@ def test_a_trial_ends_with_one_sentence(
     ray_local: None, shared: Path, tmp_path: Path, monkeypatch: Any, trial: str, words: str
 ) -> None:
     monkeypatch.setattr("worldflux_dist.runner.EPISODE_LIMIT", 200)
+    # The trials look for it where it was when they were written.
+    monkeypatch.setattr("worldflux_dist.data.Spaces", Spaces, raising=False)
     monkeypatch.syspath_prepend(shared / "trials")
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, RuntimeError), match=words):
