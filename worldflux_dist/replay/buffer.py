@@ -16,9 +16,7 @@ behind them; a window never spans missing steps; a chunk counts once, however of
 
 from __future__ import annotations
 
-import base64
 import math
-import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +30,7 @@ from worldflux_dist.replay.config import ReplayConfig
 from worldflux_dist.replay.marks import Key, Marks
 from worldflux_dist.replay.sampling import Sampler
 from worldflux_dist.replay.segment import Numbering
+from worldflux_dist.replay.state import pack_numbers, unpack_numbers
 
 Spec = dict[str, tuple[np.dtype, tuple[int, ...]]]  # dtype and shape of a step's columns
 
@@ -382,24 +381,6 @@ class ReplayBuffer:
             self._sampler.load_state(state.get("priorities", {}))
         if "rng" in state:
             self._rng.bit_generator.state = state["rng"]
-
-
-def pack_numbers(numbers: list[int]) -> str:
-    """Whole numbers as text: a few bits for each where they follow each other."""
-    differences = np.diff(np.array(numbers, "<i8"), prepend=0)
-    return base64.b64encode(zlib.compress(differences.tobytes())).decode()
-
-
-def unpack_numbers(text: str, most: int) -> list[int]:
-    """The first `most` numbers of `pack_numbers`. Raises ValueError for any other text."""
-    try:
-        data = zlib.decompressobj().decompress(
-            base64.b64decode(text, validate=True), max(8 * most, 1)
-        )
-    except zlib.error as error:
-        raise ValueError(f"numbers cannot be unpacked: {error}") from error
-    numbers: list[int] = np.frombuffer(data, "<i8", len(data) // 8).cumsum().tolist()
-    return numbers
 
 
 def _step_bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:

@@ -1,9 +1,12 @@
-"""The forms of what a shard leaves in checkpoints and in its folder, with limits."""
+"""The forms of what a shard leaves on disk, with limits, and its packed numbers."""
 
 from __future__ import annotations
 
+import base64
+import zlib
 from typing import Annotated, Any, Literal, NotRequired
 
+import numpy as np
 from annotated_types import Ge, Le, Lt, MaxLen
 from pydantic import AfterValidator, FailFast, Strict, StringConstraints, TypeAdapter
 from typing_extensions import TypedDict
@@ -100,3 +103,21 @@ class Index(TypedDict):
 
 INDEX_FORM: TypeAdapter[Any] = TypeAdapter(Index)
 STATES: TypeAdapter[Any] = TypeAdapter(list[ShardState])
+
+
+def pack_numbers(numbers: list[int]) -> str:
+    """Whole numbers as text: a few bits for each where they follow each other."""
+    differences = np.diff(np.array(numbers, "<i8"), prepend=0)
+    return base64.b64encode(zlib.compress(differences.tobytes())).decode()
+
+
+def unpack_numbers(text: str, most: int) -> list[int]:
+    """The first `most` numbers of `pack_numbers`. Raises ValueError for any other text."""
+    try:
+        data = zlib.decompressobj().decompress(
+            base64.b64decode(text, validate=True), max(8 * most, 1)
+        )
+    except zlib.error as error:
+        raise ValueError(f"numbers cannot be unpacked: {error}") from error
+    numbers: list[int] = np.frombuffer(data, "<i8", len(data) // 8).cumsum().tolist()
+    return numbers
