@@ -47,7 +47,7 @@ class Fixed:
     def waiting(self) -> list[ObjectRef]:
         return []
 
-    def unstick(self) -> None:
+    def restart_stuck(self) -> None:
         pass
 
 

@@ -67,7 +67,7 @@ class RoleLostError(RuntimeError):
         text = str(getattr(error, "cause", None) or error).strip()
         found = re.search(r"class_name: (\w+)", text) or re.search(r"ray::(\w+)", text)
         role = found[1] if found else "a process"
-        why = f"it was killed, perhaps for want of memory, or crashed ({type(error).__name__})"
+        why = f"it was killed, perhaps out of memory, or crashed ({type(error).__name__})"
         if "creation task" in text:
             why = f"it could not start: {text.splitlines()[-1].strip()}"
         super().__init__(f"{role} is lost, {why}; run the same command again to go on")

@@ -38,7 +38,7 @@ class Source(Protocol):
     def waiting(self) -> list[ObjectRef]:
         """What the source is waiting for."""
 
-    def unstick(self) -> None:
+    def restart_stuck(self) -> None:
         """Have the processes that it waits for started again."""
 
 
@@ -90,7 +90,7 @@ class ReplaySource:
     def waiting(self) -> list[ObjectRef]:
         return list(self._asked)
 
-    def unstick(self) -> None:
+    def restart_stuck(self) -> None:
         for shard in {shard for shard, _ in self._asked.values()}:
             ray.kill(self.shards[shard], no_restart=False)
 
@@ -164,10 +164,10 @@ class ImaginedSource:
     def waiting(self) -> list[ObjectRef]:
         return [*self._asked, *self.replay.waiting()]
 
-    def unstick(self) -> None:
+    def restart_stuck(self) -> None:
         for index in {index for index, _ in self._asked.values()}:
             ray.kill(self.imaginers[index], no_restart=False)
-        self.replay.unstick()
+        self.replay.restart_stuck()
 
     def _staleness(self, report: ImaginedReport) -> int:
         model, policy = self.steps()
@@ -221,12 +221,12 @@ class Stepper:
             self._stepping.append(self.group.step(shards, refs))
             begun += 1
 
-    def unstick(self) -> None:
+    def restart_stuck(self) -> None:
         """Nothing has come for too long: have whoever is waited for started again.
 
         Raises GroupLostError where that is the group.
         """
-        self.source.unstick()
+        self.source.restart_stuck()
         if self._stepping:
             self._stepping.clear()
             raise GroupLostError("no step was finished for scale.patience seconds")

@@ -251,7 +251,7 @@ class RayPorts:
             if waiting:
                 done, _ = ray.wait(waiting, num_returns=1, timeout=WAIT_S, fetch_local=False)
                 self.check_stop()  # steps may wait for learners that wait for a storage
-                self._unstick(bool(done))
+                self._restart_stuck(bool(done))
         if any(stepper.taken for stepper in self.steppers):
             self.budgets["learner"].brought(0)
         return self._join([stepper.taken for stepper in self.steppers])
@@ -305,7 +305,7 @@ class RayPorts:
                 model[number] |= own
         return model
 
-    def _unstick(self, moved: bool) -> None:
+    def _restart_stuck(self, moved: bool) -> None:
         """Start again whoever has brought nothing for too long, unless it compiles."""
         if moved:
             self._moved = time.monotonic()
@@ -317,7 +317,7 @@ class RayPorts:
         self._lose_patience("learner", "learners, or what feeds them,")
         for stepper in self.steppers:
             try:
-                stepper.unstick()
+                stepper.restart_stuck()
             except GroupLostError as error:
                 self._restart(stepper, error)
 
