@@ -12,7 +12,7 @@ import ray
 from test_replay import make_chunk
 
 from worldflux_dist.data import Chunk
-from worldflux_dist.distributed import actors
+from worldflux_dist.distributed import env_runner
 from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.shard import ReplayShardActor, ShardPlace, shard_name
 from worldflux_dist.replay import ReplayConfig
@@ -47,7 +47,7 @@ def start_shard(
     return shard
 
 
-class Writer(actors.EnvRunnerActor):
+class Writer(env_runner.EnvRunnerActor):
     """A runner with numbered chunks instead of environments; `wait_s` as shard_wait_s."""
 
     def __init__(self, wait_s: float = 60.0) -> None:
@@ -57,7 +57,7 @@ class Writer(actors.EnvRunnerActor):
     def write(self, start: int, stop: int) -> int:
         """Send the chunks of a range, one after the other; how many shards answered in the end."""
         return sum(
-            len(actors.send(numbered(seq), self.shards, self.shard_wait_s))
+            len(env_runner.send(numbered(seq), self.shards, self.shard_wait_s))
             for seq in range(start, stop)
         )
 

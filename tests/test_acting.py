@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError
 from toy_run import PATIENCE_S, ToyRun, read_metrics
 
 from worldflux_dist import config
-from worldflux_dist.distributed.acting import ActingActor
+from worldflux_dist.distributed.model_actor import ModelActor
 from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.weights import WEIGHTS, WeightStore
 from worldflux_dist.envs import make_envs
@@ -58,7 +58,7 @@ def test_calls_that_wait_share_a_batch_and_get_their_own_rows(store: Any) -> Non
     envs = make_envs(SETTINGS.env, 0)
     learned = SETTINGS.make_agent(envs.spaces)
     ray.get(store.publish.remote("agent", (1, 7), learned.inference_state()))
-    acting = ActingActor(SETTINGS, envs.spaces, 0)
+    acting = ModelActor(SETTINGS, envs.spaces, 0)
     sizes: list[int] = []
     act_batch = acting.agent.act_batch
 
@@ -88,7 +88,7 @@ def test_calls_that_wait_share_a_batch_and_get_their_own_rows(store: Any) -> Non
 
 
 def test_callers_that_are_out_of_step_come_to_share_batches(store: Any) -> None:
-    acting = ActingActor(SETTINGS, make_envs(SETTINGS.env, 0).spaces, 0)
+    acting = ModelActor(SETTINGS, make_envs(SETTINGS.env, 0).spaces, 0)
     sizes: list[int] = []
 
     def slow(obs: Any, is_first: Any, carry: Any) -> Any:
@@ -112,7 +112,7 @@ def test_callers_that_are_out_of_step_come_to_share_batches(store: Any) -> None:
 
 
 def test_an_error_reaches_everybody_who_waits(store: Any) -> None:
-    acting = ActingActor(SETTINGS, make_envs(SETTINGS.env, 0).spaces, 0)
+    acting = ModelActor(SETTINGS, make_envs(SETTINGS.env, 0).spaces, 0)
 
     async def ask() -> list[Any]:
         bad = {"obs": np.zeros((1, 5), np.float32)}
@@ -127,7 +127,7 @@ def test_who_comes_without_a_carry_sees_no_frames_of_before(store: Any) -> None:
     all three are the one it sees, and not black ones."""
     space = gymnasium.spaces.Box(0, 255, (64, 64, 3), np.uint8)
     spaces = Spaces(space, gymnasium.spaces.Box(-1, 1, (1,)))
-    acting = ActingActor(PIXELS, spaces, 0)
+    acting = ModelActor(PIXELS, spaces, 0)
     frame = {"obs": np.full((2, 64, 64, 3), 200, np.uint8)}
     middle = np.zeros(2, bool)
     _, carry, _ = asyncio.run(acting.act(frame, middle, None))
@@ -139,7 +139,7 @@ def test_who_comes_without_a_carry_sees_no_frames_of_before(store: Any) -> None:
 
 def test_a_process_that_acts_draws_other_numbers_in_its_next_life(store: Any) -> None:
     spaces = make_envs(SETTINGS.env, 0).spaces
-    started = actor(ActingActor).options(num_cpus=0).remote(SETTINGS, spaces, 0)
+    started = actor(ModelActor).options(num_cpus=0).remote(SETTINGS, spaces, 0)
 
     def drawn() -> tuple[int, list[float]]:
         look = started.__ray_call__.remote(lambda _: (os.getpid(), torch.rand(4).tolist()))
@@ -164,7 +164,7 @@ def test_a_run_goes_on_after_the_process_that_acts_was_killed(tmp_path: Path) ->
     settings = ("scale.acting=actor", "train.threshold=null", "train.prefill=100")
     with ToyRun(tmp_path, *settings) as run:
         run.wait_for("evaluation at")  # by now it acts, and the run has far to go
-        (process,) = run.processes("ray::ActingActor")
+        (process,) = run.processes("ray::ModelActor")
         process.kill()
         assert run.wait() == 0, run.output
     lines = read_metrics(run.run_dir)

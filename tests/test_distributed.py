@@ -15,7 +15,7 @@ from toy_run import ToyRun, read_metrics, replay_in
 
 from worldflux_dist import checkpoint, cli, config, storage
 from worldflux_dist.distributed import ending, trainer
-from worldflux_dist.distributed.flow import UPDATES_PER_ROUND
+from worldflux_dist.distributed.learners import UPDATES_PER_ROUND
 from worldflux_dist.distributed.run import RunDirectory
 from worldflux_dist.learner import NonFiniteLossError
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from worldflux_dist.distributed.flow import UPDATES_PER_ROUND, Flow
+from worldflux_dist.distributed.flow import Flow
+from worldflux_dist.distributed.learners import UPDATES_PER_ROUND
 from worldflux_dist.replay.limiter import Limiter
 
 
@@ -15,17 +16,17 @@ class Collected:
 
 
 class OneRunner:
-    """Ports of a system with one runner, whose replay can be sampled after `ready_at` steps."""
+    """Collector and learners with one runner; replay can be sampled after `ready_at` steps."""
 
     def __init__(self, chunk: int, ready_at: int = 0) -> None:
         self.chunk, self.ready_at = chunk, ready_at
         self.stored = self.published = self.most = 0
         self.under_way = False
 
-    def start_collect(self) -> None:
+    def start(self) -> None:
         self.under_way = True
 
-    def finished_collects(self, wait: bool) -> Sequence[Collected]:
+    def finished(self, wait: bool) -> Sequence[Collected]:
         if not self.under_way:
             return []
         self.under_way = False
@@ -41,23 +42,23 @@ class OneRunner:
 
 
 def test_rounds_keep_the_ratio_exact_and_short() -> None:
-    ports = OneRunner(chunk=100)
+    system = OneRunner(chunk=100)
     limiter = Limiter(train_ratio=7, batch_steps=32, prefill=250)
-    flow = Flow(limiter, ports, collect_steps=100)
+    flow = Flow(limiter, system, system, collect_steps=100)
     while limiter.env_steps < 2000:
         flow.round()
     while limiter.owed:
         flow.round(collect=False)
     assert limiter.gradient_steps == limiter.env_steps * 7 // 32
-    assert ports.most <= UPDATES_PER_ROUND
-    assert ports.published > 0
+    assert system.most <= UPDATES_PER_ROUND
+    assert system.published > 0
 
 
 def test_collecting_goes_on_while_replay_has_no_window() -> None:
     """More is owed than a round works off, but no stream is long enough to be sampled yet."""
-    ports = OneRunner(chunk=100, ready_at=1000)
+    system = OneRunner(chunk=100, ready_at=1000)
     limiter = Limiter(train_ratio=100, batch_steps=100, prefill=100)
-    flow = Flow(limiter, ports, collect_steps=100)
+    flow = Flow(limiter, system, system, collect_steps=100)
     for _ in range(20):
         flow.round()
     assert limiter.env_steps >= 1000

@@ -23,11 +23,14 @@ from ray.exceptions import ObjectLostError, RayError, RayTaskError
 from small import random_batch
 from toy_run import PATIENCE_S
 
-from worldflux_dist.distributed.group import GroupLostError, LearnerActor, LearnerGroup
-from worldflux_dist.distributed.ports import RayPorts, Roles
+from worldflux_dist.distributed.feed import Fed, Shards
+from worldflux_dist.distributed.group import ActorGroup, GroupLostError
+from worldflux_dist.distributed.learners import Learners
+from worldflux_dist.distributed.rank import LearnerActor
 from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.saving import Saver
 from worldflux_dist.distributed.shard import shard_name
+from worldflux_dist.distributed.supervision import Driver
 from worldflux_dist.distributed.weights import (
     WEIGHTS,
     StaleGenerationError,
@@ -41,14 +44,14 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def group(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LearnerGroup]:
+def group(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActorGroup]:
     """Two ranks that have met, and a store to publish to."""
     settings = toy_task.make_config(
         tmp_path_factory.mktemp("group"), "scale.num_learners=2", "learner.device=cpu"
     )
     store = actor(WeightStore).options(name=WEIGHTS, num_cpus=0).remote()
     spaces = make_envs(settings.env, 0, num_envs=1).spaces
-    found = LearnerGroup(settings, spaces, "agent", [{"num_cpus": 1}] * 2)
+    found = ActorGroup(settings, spaces, "agent", [{"num_cpus": 1}] * 2)
     found.start(None, 0)
     found.meet()
     yield found
@@ -60,12 +63,36 @@ def process_of(handle: Any) -> psutil.Process:
     return psutil.Process(ray.get(handle.__ray_call__.remote(lambda self: os.getpid())))
 
 
-def train(group: LearnerGroup, batches: list[list[Any]]) -> list[dict[str, float]]:
-    history = [group.result(group.step([0, 0], batch)) for batch in batches]
-    return [{n: v for n, v in step.items() if not n.startswith("time/")} for step in history]
+class Given:
+    """A source of batches that are there, one for each rank and step."""
+
+    def __init__(self, batches: list[list[Any]]) -> None:
+        self.batches = list(batches)
+
+    def pump(self, needed: int) -> None:
+        pass
+
+    def take(self, num: int) -> list[Fed] | None:
+        return [(0, ref) for ref in self.batches.pop(0)]
+
+    def waiting(self) -> list[Any]:
+        return []
+
+    def restart_stuck(self) -> None:
+        pass
 
 
-def test_a_group_goes_on_as_if_nothing_had_happened(group: LearnerGroup, tmp_path: Path) -> None:
+def train(group: ActorGroup, batches: list[list[Any]]) -> list[dict[str, float]]:
+    group.source = Given(batches)
+    group.begin(len(batches))
+    while not group.done:
+        group.pump()
+        if waiting := group.waiting():
+            ray.wait(waiting, num_returns=1, timeout=1.0)
+    return [{n: v for n, v in step.items() if not n.startswith("time/")} for step in group.taken]
+
+
+def test_a_group_goes_on_as_if_nothing_had_happened(group: ActorGroup, tmp_path: Path) -> None:
     """Weights, optimizers and random state of every rank come back: the same batches then give the
     same losses, to the last bit."""
     batches = [
@@ -77,9 +104,8 @@ def test_a_group_goes_on_as_if_nothing_had_happened(group: LearnerGroup, tmp_pat
     want = train(group, batches[5:])
     pids = [process_of(rank).pid for rank in group.ranks]
     os.kill(pids[1], 9)
-    refs = group.step([0, 0], batches[0])
     with pytest.raises(GroupLostError):
-        group.result(refs)
+        train(group, batches[:1])
     taken = group.gradient_steps
     group.start(tmp_path, taken)
     group.meet()
@@ -91,7 +117,7 @@ def test_a_group_goes_on_as_if_nothing_had_happened(group: LearnerGroup, tmp_pat
         np.testing.assert_array_equal(value, second[name], err_msg=name)
 
 
-def test_learners_that_were_replaced_cannot_publish(group: LearnerGroup) -> None:
+def test_learners_that_were_replaced_cannot_publish(group: ActorGroup) -> None:
     reader = WeightReader()
     ray.get(group.ranks[0].publish.remote())
     assert reader.pull(None)
@@ -107,7 +133,7 @@ def test_learners_that_were_replaced_cannot_publish(group: LearnerGroup) -> None
     assert reader.versions == had
 
 
-def _stale(group: LearnerGroup) -> Any:
+def _stale(group: ActorGroup) -> Any:
     make: Any = ray.remote(LearnerActor)
     where = {"num_cpus": 0}
     return make.options(**where).remote(group.config, group.spaces, "agent", 0, 0)
@@ -142,7 +168,7 @@ def _there(ref: Any) -> bool:
     return True
 
 
-def test_readers_survive_the_owner_of_their_weights(group: LearnerGroup) -> None:
+def test_readers_survive_the_owner_of_their_weights(group: ActorGroup) -> None:
     """The store is the owner. Readers keep what they have, also when it dies between naming the
     weights and handing them out, and the next publication brings them up to date."""
     agent = group.config.make_agent(group.spaces)
@@ -173,14 +199,15 @@ def test_readers_survive_the_owner_of_their_weights(group: LearnerGroup) -> None
 
 
 def test_a_checkpoint_that_all_have_written_is_what_learners_go_on_from(
-    group: LearnerGroup, tmp_path: Path
+    group: ActorGroup, tmp_path: Path
 ) -> None:
     """Not the one before it: they would be behind what is newest when one dies again."""
     started: list[Any] = []
     shard = start_shard(started, tmp_path / "replay", name=shard_name(0))
-    roles = Roles(group, None, [], [shard], [], tmp_path / "checkpoints", [])
-    ports = RayPorts(group.config, roles, lambda: False)
-    saver = Saver(ports, Limiter(1, 1, 0))
+    root, driver = tmp_path / "checkpoints", Driver()
+    shards = Shards([shard])
+    learners = Learners(group.config, [group], shards, [], root, driver)
+    saver = Saver([group], shards, Limiter(1, 1, 0), root, driver)
     taken, lost = group.gradient_steps, group.lost_steps
     saver.begin(episodes=0)
     assert saver.writing is not None
@@ -189,10 +216,10 @@ def test_a_checkpoint_that_all_have_written_is_what_learners_go_on_from(
     batch = [ray.put(random_batch(group.spaces, 16, 6, rank)) for rank in range(2)]
     train(group, [batch, batch])
     process_of(group.ranks[1]).kill()
-    ports._restart(ports.steppers[0], GroupLostError("a rank was killed"))
+    learners._restart(group, GroupLostError("a rank was killed"))
     _, saved = f.newest(tmp_path)
     assert saved["step"] == taken
-    assert ports.take_redo() == 2
+    assert learners.take_redo() == 2
     assert (group.gradient_steps, group.lost_steps) == (taken + 2, lost + 2)
     assert saver.finish(wait=False)  # nothing is being written any more
     for handle in started:

@@ -13,7 +13,7 @@ from fault_runs import FaultRun, kill
 
 from worldflux_dist.config import ConfigError
 from worldflux_dist.distributed.cluster import LONGEST_PATH, local_ray
-from worldflux_dist.distributed.group import interface_of
+from worldflux_dist.distributed.rank import interface_of
 
 TORCHS_OWN = re.compile("torchinductor_.*")  # torch's cache of compiled code, which stays
 FOREIGN = re.compile(r'Traceback|File "|ray::|raylet|Ray\w*Error|\[\d{4}-\d\d-\d\d|\w+\.cc:\d')

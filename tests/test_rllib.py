@@ -90,7 +90,7 @@ def test_the_policy_learns_apart(built: Any, tmp_path: Path) -> None:
     path = algo.learner_group.save_to_path(tmp_path / "learners")
     steps = algo.limiter.gradient_steps
     until(lambda r: r["gradient_steps"] > steps, algo)
-    algo.ports.start_collect()
+    algo.collector.start()
     algo.restore_from_path(path, component="learner_group")
     assert all(same(merged, each, "behavior") for each in weights(algo, algo.policy.group))
     algo.save_to_path(tmp_path / "all")
@@ -199,7 +199,7 @@ def test_a_running_algorithm_goes_back(built: Any, tmp_path: Path) -> None:
     assert all(np.array_equal(value, then[name]) for name, value in found.items())
     check_ratio(algo.train())
     assert not mark.exists()
-    algo.ports.start_collect()
+    algo.collector.start()
     algo.stop()  # in the middle of the runner's chunk
     deadline = time.monotonic() + PATIENCE_S
     while not mark.exists():

@@ -30,7 +30,7 @@ WORK = {
     "EnvRunnerActor": ".collect",
     "ReplayShardActor": "",
     "LearnerActor": ".step",
-    "ImaginerActor": ".imagine",
+    "ModelActor": ".imagine",
     "WeightStore": "",
 }
 ROLES = [*WORK, "LearnerActor"]

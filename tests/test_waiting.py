@@ -34,14 +34,16 @@ from ray._private.internal_api import get_memory_info_reply, get_state_from_addr
 
 from worldflux_dist import config
 from worldflux_dist.data import Batch
-from worldflux_dist.distributed import actors, supervision
+from worldflux_dist.distributed import env_runner, supervision
 from worldflux_dist.distributed.cluster import shard_config
-from worldflux_dist.distributed.flow import UPDATES_PER_ROUND, Flow
+from worldflux_dist.distributed.collect import RayCollector
+from worldflux_dist.distributed.feed import Shards
+from worldflux_dist.distributed.flow import Flow
 from worldflux_dist.distributed.group import LearnerGroup
-from worldflux_dist.distributed.ports import RayPorts, Roles
+from worldflux_dist.distributed.learners import UPDATES_PER_ROUND, Learners
 from worldflux_dist.distributed.roles import ROLES, actor
 from worldflux_dist.distributed.shard import ReplayShardActor, ShardPlace, shard_name
-from worldflux_dist.distributed.start import probe
+from worldflux_dist.distributed.supervision import Driver, Patience
 from worldflux_dist.distributed.weights import WEIGHTS, WeightStore
 from worldflux_dist.replay.limiter import Limiter
 
@@ -100,30 +102,39 @@ class NobodyLearns(LearnerGroup):
         pass
 
 
-def start_collecting(started: list[Any], folder: Path, env: dict[str, Any]) -> RayPorts:
-    """Ports of a system with one runner and one shard."""
+def start_collecting(started: list[Any], folder: Path, env: dict[str, Any]) -> RayCollector:
+    """The collector of a system with one runner and one shard."""
     settings = config.from_dict(
         {"model": "dreamerv3:tiny", "env": {"num_envs": 2} | env, "replay": {"batch_length": 4}}
         | {"scale": {"num_runners": 1, "num_shards": 1, "chunk_length": 8}}
     )
     store = actor(WeightStore).options(name=WEIGHTS, num_cpus=0).remote()
     shard = start_shard(started, folder, name=shard_name(0))
-    runner = actor(actors.EnvRunnerActor).options(num_cpus=0).remote(settings, 0, 0)
+    runner = actor(env_runner.EnvRunnerActor).options(num_cpus=0).remote(settings, 0, 0)
     started += [store, runner]
-    nobody = NobodyLearns(settings, probe(settings).spaces, "agent", [])
-    roles = Roles(nobody, None, [], [shard], [runner], folder, [store])
-    return RayPorts(settings, roles, lambda: False)
+    return make_collector(settings, NobodyLearns("agent", store), [shard], [runner])
 
 
-def collected(ports: RayPorts) -> int:
+def make_collector(
+    settings: config.Config, group: LearnerGroup, shards: list[Any], runners: list[Any]
+) -> RayCollector:
+    """A collector, with learners that are never restarted."""
+    driver, replay = Driver(), Shards(shards)
+    learners = Learners(settings, [group], replay, [], None, driver)
+    return RayCollector(settings, runners, replay, learners, driver)
+
+
+def collected(collector: RayCollector) -> int:
     """Env steps that have come in by now; the runner goes on."""
-    ports.start_collect()
+    collector.start()
     time.sleep(0.05)
-    return sum(report.env_steps for report in ports.finished_collects(wait=False))
+    return sum(report.env_steps for report in collector.finished(wait=False))
 
 
-def set_patience(ports: RayPorts, seconds: float) -> None:
-    ports.config = replace(ports.config, scale=replace(ports.config.scale, patience=seconds))
+def set_patience(collector: RayCollector, seconds: float) -> None:
+    say = collector.driver.say
+    collector.patience = Patience(seconds, say)
+    collector.learners.patience = Patience(seconds, say)
 
 
 @pytest.mark.ray
@@ -132,21 +143,21 @@ def test_a_runner_that_hangs_in_c_is_killed_and_comes_back(
 ) -> None:
     hung = tmp_path / "hung"
     env = {"id": "test_waiting:HangingEnv", "kwargs": {"hung": str(hung)}}
-    ports = start_collecting(started, tmp_path / "replay", env)
+    collector = start_collecting(started, tmp_path / "replay", env)
     steps = 0
     while not hung.exists():
-        steps += collected(ports)
+        steps += collected(collector)
     began = time.monotonic()
-    set_patience(ports, 1)
-    while not ports.restarts["runner"]:
-        steps += collected(ports)
+    set_patience(collector, 1)
+    while not collector.restarts["runner"]:
+        steps += collected(collector)
         assert time.monotonic() - began < PATIENCE_S
-    set_patience(ports, PATIENCE_S)  # it must be able to start
-    while not (after := collected(ports)):
+    set_patience(collector, PATIENCE_S)  # it must be able to start
+    while not (after := collected(collector)):
         assert time.monotonic() - began < PATIENCE_S
     note_recovery("runner that hung in C, since its patience ended", time.monotonic() - began)
     assert not psutil.pid_exists(int(hung.read_text()))
-    assert ray.get(ports.roles.shards[0].report.remote()).total_steps >= steps + after
+    assert ray.get(collector.shards.handles[0].report.remote()).total_steps >= steps + after
 
 
 @pytest.mark.ray
@@ -157,17 +168,17 @@ def test_a_runner_that_crashes_at_every_start_ends_the_run(
     monkeypatch.setattr(supervision, "RETURN_S", 2.0)
     monkeypatch.setattr(supervision, "RETURN_S", 3)
     env = {"id": "test_waiting:CrashingEnv", "kwargs": {"driver": os.getpid()}}
-    ports = start_collecting(started, tmp_path, env)
-    set_patience(ports, 3)
+    collector = start_collecting(started, tmp_path, env)
+    set_patience(collector, 3)
     began = time.monotonic()
 
     def collect_for_ever() -> None:
         while time.monotonic() - began < PATIENCE_S:
-            assert collected(ports) == 0
+            assert collected(collector) == 0
 
     with pytest.raises(supervision.BudgetError, match="runner 0 died 2 times without"):
         collect_for_ever()
-    assert ports.restarts["runner"] == 3
+    assert collector.restarts["runner"] == 3
 
 
 # ------------------------------------------------------------------------------- whoever is slow
@@ -206,7 +217,7 @@ BATCH_STEPS = 16 * 64  # 12.6 MB, of which four may be under way
 
 
 @pytest.fixture(scope="module")
-def images(small_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayPorts]:
+def images(small_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCollector]:
     """A system that moves large chunks and batches through an object store of 80 MB."""
     settings = config.from_dict(IMAGES)
     folder = tmp_path_factory.mktemp("images")
@@ -217,12 +228,11 @@ def images(small_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         make.options(name=shard_name(index)).remote(shard_config(settings), 0, place[index], [])
         for index in range(2)
     ]
-    runner = actor(actors.EnvRunnerActor, num_cpus=0)
+    runner = actor(env_runner.EnvRunnerActor, num_cpus=0)
     runners = [runner.remote(settings, index, 0) for index in range(2)]
-    group = LearnerGroup(settings, probe(settings).spaces, "agent", [])
+    group = LearnerGroup("agent", store)
     group.ranks = [actor(Idler, num_cpus=0).remote()]
-    roles = Roles(group, None, [], shards, runners, folder, [store])
-    yield RayPorts(settings, roles, lambda: False)
+    yield make_collector(settings, group, shards, runners)
     for handle in [*runners, *shards, store, *group.ranks]:
         ray.kill(handle)
 
@@ -236,12 +246,14 @@ def spilled_bytes() -> int:
 
 @pytest.mark.ray
 @pytest.mark.parametrize("ratio", [40, 1], ids=["slow learner", "slow runners"])
-def test_whoever_is_ahead_waits_and_memory_stays_bounded(images: RayPorts, ratio: float) -> None:
+def test_whoever_is_ahead_waits_and_memory_stays_bounded(
+    images: RayCollector, ratio: float
+) -> None:
     """As many gradient steps are earned by a chunk of each runner as the ratio."""
     limiter = Limiter(ratio, BATCH_STEPS, prefill=COLLECT_STEPS, max_owed=0)
-    flow = Flow(limiter, images, COLLECT_STEPS)
+    flow = Flow(limiter, images, images.learners, COLLECT_STEPS)
     earned = COLLECT_STEPS * ratio / BATCH_STEPS
-    shards = images.roles.shards
+    shards = images.shards.handles
     before = sum(ray.get(shard.report.remote()).total_steps for shard in shards)
     processes = [*(psutil.Process(pid_of(shard)) for shard in shards), psutil.Process()]
     sizes = [process.memory_full_info().uss for process in processes]
@@ -252,7 +264,7 @@ def test_whoever_is_ahead_waits_and_memory_stays_bounded(images: RayPorts, ratio
         assert len(found.updates) == min(owed, UPDATES_PER_ROUND)  # 0 where nothing is owed
         # A runner has one chunk of work, and gets the next one when what it brings can be used.
         assert limiter.owed <= 2 * earned
-        assert images.num_collects <= 2
+        assert images.num_under_way <= 2
     limiter.inserted(sum(report.env_steps for report in images.drain(60)))
     while limiter.owed:
         flow.round(collect=False)
@@ -285,11 +297,11 @@ class Simulated:
     stored: int = 0
     under_way: dict[int, float] = field(default_factory=dict)
 
-    def start_collect(self) -> None:
+    def start(self) -> None:
         for index, seconds in enumerate(self.durations):
             self.under_way.setdefault(index, self.now + seconds)
 
-    def finished_collects(self, wait: bool) -> list[Collected]:
+    def finished(self, wait: bool) -> list[Collected]:
         if wait and self.under_way:
             self.now = max(self.now, min(self.under_way.values()))
         done = [index for index, at in self.under_way.items() if at <= self.now]
@@ -328,10 +340,10 @@ def test_nobody_waits_for_ever_and_debt_is_bounded(
     max_owed: int,
     window: int,
 ) -> None:
-    ports = Simulated(chunk, durations, step_s, window)
+    system = Simulated(chunk, durations, step_s, window)
     collect_steps = chunk * len(durations)
     limiter = Limiter(ratio, batch_steps, prefill, max_owed)
-    flow: Flow[Collected] = Flow(limiter, ports, collect_steps)
+    flow = Flow(limiter, system, system, collect_steps)
     earned = collect_steps * ratio / batch_steps
     allowed = 0.0
     for _ in range(60):
@@ -341,8 +353,8 @@ def test_nobody_waits_for_ever_and_debt_is_bounded(
         if limiter.gradient_steps == 0:
             allowed = max(limiter.owed, max_owed, earned)  # also before replay can be sampled
         assert limiter.owed <= allowed + earned
-    ports.under_way.clear()
-    while limiter.owed and ports.stored >= window:
+    system.under_way.clear()
+    while limiter.owed and system.stored >= window:
         flow.round(collect=False)
-    if ports.stored >= window and limiter.env_steps >= prefill:
+    if system.stored >= window and limiter.env_steps >= prefill:
         assert limiter.gradient_steps == limiter.env_steps * Fraction(str(ratio)) // batch_steps

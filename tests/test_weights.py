@@ -18,13 +18,18 @@ from injected import PATIENCE_S, pid_of, start_shard
 from test_waiting import CountEnv, set_patience
 
 from worldflux_dist import config
-from worldflux_dist.distributed.actors import EnvRunnerActor
+from worldflux_dist.distributed.collect import RayCollector
+from worldflux_dist.distributed.env_runner import EnvRunnerActor
+from worldflux_dist.distributed.feed import Shards
 from worldflux_dist.distributed.flow import Flow
-from worldflux_dist.distributed.group import LearnerActor, LearnerGroup, stall
-from worldflux_dist.distributed.ports import RayPorts, Roles
+from worldflux_dist.distributed.group import ActorGroup
+from worldflux_dist.distributed.learners import Learners
+from worldflux_dist.distributed.rank import LearnerActor
+from worldflux_dist.distributed.recording import stall
 from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.shard import ReplayShardActor, shard_name
 from worldflux_dist.distributed.start import probe
+from worldflux_dist.distributed.supervision import Driver
 from worldflux_dist.distributed.weights import WEIGHTS, WeightReader, WeightStore
 from worldflux_dist.replay.limiter import Limiter
 
@@ -89,7 +94,7 @@ class PatientLearner(LearnerActor):
 
 
 SILENT = "learners, or what feeds them, gave no answer"
-System = Callable[..., RayPorts]
+System = Callable[..., RayCollector]
 
 
 @pytest.fixture
@@ -103,7 +108,7 @@ def system(started: list[Any], tmp_path: Path) -> System:
         ranks: int = 1,
         scale: dict[str, Any] | None = None,
         options: dict[str, Any] | None = None,
-    ) -> RayPorts:
+    ) -> RayCollector:
         settings = config.from_dict(
             {
                 "model": "tdmpc2:tiny",
@@ -120,12 +125,11 @@ def system(started: list[Any], tmp_path: Path) -> System:
         place = start_shard(started, tmp_path / "replay", kind=shard, name=shard_name(0))
         runner = actor(EnvRunnerActor).options(num_cpus=0).remote(settings, 0, 0)
         spaces = probe(settings).spaces
-        group = LearnerGroup(settings, spaces, "agent", [{"num_cpus": 0}] * ranks)
+        group = ActorGroup(settings, spaces, "agent", [{"num_cpus": 0}] * ranks)
         group.kind = learner
         group.start(None, 0)
         group.meet()
         started.extend([store, runner, *group.ranks])
-        roles = Roles(group, None, [], [place], [runner], tmp_path, [store])
         said = tmp_path / "said"
         said.touch()
 
@@ -133,32 +137,34 @@ def system(started: list[Any], tmp_path: Path) -> System:
             with said.open("a") as file:
                 file.write(f"{text}\n")
 
-        return RayPorts(settings, roles, lambda: False, say)
+        driver, shards = Driver(say), Shards([place])
+        learners = Learners(settings, [group], shards, [], tmp_path, driver)
+        return RayCollector(settings, [runner], shards, learners, driver)
 
     return build
 
 
-def rounds(ports: RayPorts, ratio: float, steps: int) -> list[dict[str, float]]:
+def rounds(collector: RayCollector, ratio: float, steps: int) -> list[dict[str, float]]:
     """Metrics of so many gradient steps, at `ratio` of them for an env step, once it was run in."""
     limiter = Limiter(ratio * BATCH_STEPS, BATCH_STEPS, prefill=64)
-    flow = Flow(limiter, ports, ports.config.scale.chunk_length)
+    flow = Flow(limiter, collector, collector.learners, collector.config.scale.chunk_length)
     while limiter.gradient_steps < 1:
         flow.round()
-    ports.take_lags()
+    collector.learners.staleness.take()
     taken: list[dict[str, float]] = []
     while len(taken) < steps:
         taken += flow.round().updates
     return taken
 
 
-def fill(ports: RayPorts) -> None:
+def fill(collector: RayCollector) -> None:
     """Collect until there is something to learn from; with patience, for processes must start."""
-    asked = ports.config.scale.patience
-    set_patience(ports, PATIENCE_S)
-    while not ports.replay.ready:
-        ports.start_collect()
-        ports.finished_collects(wait=True)
-    set_patience(ports, asked)
+    asked = collector.config.scale.patience
+    set_patience(collector, PATIENCE_S)
+    while not collector.shards.ready:
+        collector.start()
+        collector.finished(wait=True)
+    set_patience(collector, asked)
 
 
 def means(steps: list[dict[str, float]]) -> dict[str, float]:
@@ -167,9 +173,9 @@ def means(steps: list[dict[str, float]]) -> dict[str, float]:
 
 def test_runners_take_newer_weights_within_a_chunk(system: System) -> None:
     """A chunk takes as long as dozens of gradient steps."""
-    ports = system(learner=SlowLearner, pause=0.05)
-    rounds(ports, 1, 130)
-    lags = ports.take_lags()
+    collector = system(learner=SlowLearner, pause=0.05)
+    rounds(collector, 1, 130)
+    lags = collector.learners.staleness.take()
     assert len(lags) >= 64
     assert 0 < np.percentile(lags, 95) <= MAX_STALENESS, lags
 
@@ -195,20 +201,20 @@ def test_a_publication_that_fails_is_counted_said_and_tried_again(
     system: System, tmp_path: Path
 ) -> None:
     """No further gradient step is needed for it."""
-    ports = system()
-    rounds(ports, 1, 4)
-    (group,), reader = ports.roles.groups, WeightReader()
+    collector = system()
+    rounds(collector, 1, 4)
+    (group,), reader = collector.learners.groups, WeightReader()
     ray.get(group.published)
     group.gradient_steps += 1  # as if it had taken one more
     ray.get(group.ranks[0].count_from.remote(group.gradient_steps))
     psutil.Process(pid_of(reader.store)).kill()
-    ports.publish()
+    collector.learners.publish()
     deadline = time.monotonic() + PATIENCE_S
     while not (reader.pull(None) and reader.oldest == group.gradient_steps):
-        assert ports.update(0) == []
+        assert collector.learners.update(0) == []
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert ports.failed_publications >= 1
+    assert collector.learners.failed_publications >= 1
     assert "the newest weights of agent are not published, trying again" in (
         (tmp_path / "said").read_text()
     )
@@ -216,24 +222,24 @@ def test_a_publication_that_fails_is_counted_said_and_tried_again(
 
 def test_ranks_that_compile_are_not_silent(system: System, tmp_path: Path) -> None:
     """Neither the driver nor the rank that waits for the one that compiles loses its patience."""
-    ports = system(
+    collector = system(
         learner=CompilingLearner, ranks=2, options={"compile": True}, scale={"patience": 1}
     )
-    fill(ports)
-    assert len(rounds(ports, 1, 1)) >= 1
-    assert ports.roles.model.generation == 1
+    fill(collector)
+    assert len(rounds(collector, 1, 1)) >= 1
+    assert collector.learners.model.generation == 1
     assert SILENT not in (tmp_path / "said").read_text()
 
 
 def test_patience_grows_with_each_restart(system: System, tmp_path: Path) -> None:
     """Learners that are slow but alive get there: their third life has time enough."""
-    ports = system(learner=PatientLearner, scale={"patience": 1})
-    fill(ports)
-    assert len(rounds(ports, 1, 1)) >= 1
+    collector = system(learner=PatientLearner, scale={"patience": 1})
+    fill(collector)
+    assert len(rounds(collector, 1, 1)) >= 1
     said = (tmp_path / "said").read_text()
     lost = said.count(SILENT)
     assert 1 <= lost <= 3
-    assert ports.restarts["learner"] == lost == ports.roles.model.generation - 1
+    assert collector.learners.restarts["learner"] == lost == collector.learners.model.generation - 1
     for number in range(lost):
         assert (
             f"{SILENT} for {2**number} s, see scale.patience; from now on it may take "

@@ -1,6 +1,6 @@
 """What the driver's rounds cost: how long a learner waits for its batches, and runners for work.
 
-Stall: Flow, RayPorts and a shard as in training, with runners that wait for a slow environment and
+Stall: the rounds of a training, with runners that wait for a slow environment and
 a learner whose step copies its batch of images [16, 64] and then sleeps for what is left of a fixed
 time; the ratio is set such that runners bring 1.2 times what the learner can take. Scaling: env
 steps/s of 1, 8 and 32 runners, each with environments that sleep, so that cores are not the limit.
@@ -28,17 +28,20 @@ from gymnasium import spaces
 from setting.local_ray import MB, ONCE, local_ray, machine
 from worldflux_dist.config import Config, ScaleConfig
 from worldflux_dist.data import Batch
-from worldflux_dist.distributed.actors import EnvRunnerActor, RunnerReport
+from worldflux_dist.distributed.collect import RayCollector
+from worldflux_dist.distributed.env_runner import EnvRunnerActor, RunnerReport
+from worldflux_dist.distributed.feed import Shards
 from worldflux_dist.distributed.flow import Flow
-from worldflux_dist.distributed.group import LearnerActor, LearnerGroup
-from worldflux_dist.distributed.ports import RayPorts, Roles
+from worldflux_dist.distributed.group import LearnerGroup
+from worldflux_dist.distributed.learners import Learners
+from worldflux_dist.distributed.rank import LearnerActor
 from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.shard import ReplayShardActor, ShardPlace, shard_name
+from worldflux_dist.distributed.supervision import Driver
 from worldflux_dist.distributed.weights import WEIGHTS, WeightStore
 from worldflux_dist.envs import EnvConfig
 from worldflux_dist.replay import ReplayConfig
 from worldflux_dist.replay.limiter import Limiter
-from worldflux_dist.spaces import Spaces
 
 OBS = {
     "image": spaces.Box(0, 255, (64, 64, 3), np.uint8),
@@ -95,8 +98,8 @@ class SleepingRank(LearnerActor):
 class SleepingGroup(LearnerGroup):
     """Given its ranks instead of starting them; there may be none."""
 
-    def __init__(self, config: Config, ranks: list[Any]) -> None:
-        super().__init__(config, Spaces(OBS["image"], ACTION), "agent", [])
+    def __init__(self, store: Any, ranks: list[Any]) -> None:
+        super().__init__("agent", store)
         self.ranks = ranks
 
     def publish(self) -> None:
@@ -115,8 +118,8 @@ def slow_config(kind: str, num_runners: int, num_envs: int) -> Config:
 
 
 @contextmanager
-def system(config: Config, ranks: list[Any]) -> Iterator[RayPorts]:
-    """The processes of a run but for its learners, with the real ports; ends them."""
+def system(config: Config, ranks: list[Any]) -> Iterator[RayCollector]:
+    """The processes of a run but for its learners, tied together as in training; ends them."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         store = actor(WeightStore, **ONCE).options(name=WEIGHTS).remote()
         make = actor(ReplayShardActor, concurrency_groups={"disk": 1}, **ONCE)
@@ -124,24 +127,24 @@ def system(config: Config, ranks: list[Any]) -> Iterator[RayPorts]:
         shard = make.options(name=shard_name(0)).remote(config.replay, 0, place, [])
         make = actor(EnvRunnerActor, **ONCE)
         runners = [make.remote(config, i, 0) for i in range(config.scale.num_runners)]
-        group = SleepingGroup(config, ranks)
+        group = SleepingGroup(store, ranks)
         try:
-            yield RayPorts(
-                config, Roles(group, None, [], [shard], runners, None, [store]), lambda: False
-            )
+            driver, shards = Driver(), Shards([shard])
+            learners = Learners(config, [group], shards, [], None, driver)
+            yield RayCollector(config, runners, shards, learners, driver)
         finally:
             for handle in (*runners, *ranks, shard, store):
                 ray.kill(handle)
             time.sleep(1.0)  # names are free again
 
 
-def collect(ports: RayPorts, seconds: float) -> list[tuple[float, RunnerReport]]:
+def collect(collector: RayCollector, seconds: float) -> list[tuple[float, RunnerReport]]:
     """Reports with the time each came in, all runners being given work again at once."""
     found = []
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        ports.start_collect()
-        reports = ports.finished_collects(wait=True)
+        collector.start()
+        reports = collector.finished(wait=True)
         found += [(time.monotonic(), report) for report in reports]
     return found
 
@@ -157,14 +160,14 @@ def stall(step_seconds: float, seconds: float) -> None:
     """Share of a learner's time that it waits, within the rounds and at their beginnings."""
     config = slow_config("image", num_runners=1, num_envs=8)
     rank = actor(SleepingRank, **ONCE).remote(step_seconds)
-    with system(config, [rank]) as ports:
-        collect(ports, 0.1)  # until the runner has started
-        supply = rate_of(collect(ports, 5 * 64 * VECTOR_STEP_S), 1)
+    with system(config, [rank]) as collector:
+        collect(collector, 0.1)  # until the runner has started
+        supply = rate_of(collect(collector, 5 * 64 * VECTOR_STEP_S), 1)
         batch_steps = config.replay.batch_size * config.replay.batch_length
         ratio = round(SUPPLY * batch_steps / step_seconds / supply, 3)
         limiter = Limiter(ratio, batch_steps, prefill=0)
-        ports.drain(60)
-        flow: Flow[RunnerReport] = Flow(limiter, ports, 64 * config.env.num_envs)
+        collector.drain(60)
+        flow = Flow(limiter, collector, collector.learners, 64 * config.env.num_envs)
         begin: list[float] = []
         within: list[float] = []
         unpaid, short = 0, False  # where nothing is owed, it is runners that the learner waits for
@@ -182,7 +185,7 @@ def stall(step_seconds: float, seconds: float) -> None:
                 within += waits[1:]
             short = not waits
             unpaid += counts and short
-        ports.drain(60)
+        collector.drain(60)
     steps = len(within) + len(begin)
     share = sum(within + begin) / (sum(within + begin) + steps * step_seconds)
     verdict = "met" if share <= STALL_GOAL else "MISSED"
@@ -202,14 +205,14 @@ def scaling(nums: list[int], seconds: float) -> None:
     for num in nums:
         config = slow_config("vector", num, num_envs=2)
         started = time.monotonic()
-        with system(config, []) as ports:
-            ports.start_collect()
-            ports.drain(60)
+        with system(config, []) as collector:
+            collector.start()
+            collector.drain(60)
             started = time.monotonic() - started
             psutil.cpu_percent()
-            found = collect(ports, seconds)
+            found = collect(collector, seconds)
             busy, free = psutil.cpu_percent() / 100, psutil.virtual_memory().available
-            ports.drain(60)
+            collector.drain(60)
         rate = rate_of(found, num)
         base = base or rate / num
         efficiency = rate / (num * base)

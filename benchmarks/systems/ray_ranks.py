@@ -21,8 +21,8 @@ from ray import ObjectRef
 from learner_step import random_batch
 from setting.local_ray import MB, ONCE, local_ray, machine
 from worldflux_dist.config import Config, ScaleConfig
-from worldflux_dist.distributed.feeding import Fed, Stepper
-from worldflux_dist.distributed.group import LearnerGroup
+from worldflux_dist.distributed.feed import Fed
+from worldflux_dist.distributed.group import ActorGroup
 from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.weights import WEIGHTS, WeightStore
 from worldflux_dist.replay import ReplayConfig
@@ -58,18 +58,18 @@ def ranks(nums: list[int], runs: int, steps: int) -> None:
     for num in nums:
         config = Config(model="dreamerv3:size1m", replay=ReplayConfig(16, 64))
         config = replace(config, scale=ScaleConfig(num_learners=num))
-        group = LearnerGroup(config, Spaces(OBSERVATION, ACTION), "agent", [{"num_cpus": 0}] * num)
+        group = ActorGroup(config, Spaces(OBSERVATION, ACTION), "agent", [{"num_cpus": 0}] * num)
         group.start(None, 0)
         group.meet()
         batch = random_batch(OBSERVATION, ACTION, shape=(16 // num, 64))
-        stepper = Stepper(group, Fixed(ray.put((batch, np.zeros(0, np.int64)))))
+        group.source = Fixed(ray.put((batch, np.zeros(0, np.int64))))
         rates = []
         for _ in range(1 + runs):  # the first one warms up
             start = time.monotonic()
-            stepper.begin(steps)
-            while not stepper.done:
-                stepper.pump(stopping=False)
-                if waiting := stepper.waiting():
+            group.begin(steps)
+            while not group.done:
+                group.pump()
+                if waiting := group.waiting():
                     ray.wait(waiting, num_returns=1, timeout=1.0)
             rates.append(steps / (time.monotonic() - start))
         group.kill()

@@ -23,7 +23,7 @@ from gymnasium import spaces
 from peers.rllib_weights import RllibRunners
 from setting.local_ray import MB, copy_seconds, local_ray, machine, percentiles, put_seconds
 from worldflux_dist.config import Config
-from worldflux_dist.distributed.group import LearnerActor
+from worldflux_dist.distributed.rank import LearnerActor
 from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.weights import WEIGHTS, WeightReader, WeightStore
 from worldflux_dist.nn.memory import keep_freed_memory

@@ -170,7 +170,7 @@ class Ours(Side):
         while steps < task.batch_steps:
             report, _ = self.algo.env_runner.collect(self.algo.store, self.algo.replay.shards)
             steps += report.env_steps
-        self.algo.ports.ask_sizes()
+        self.algo.learners.shards.ask()
 
     def set_ratio(self, ratio: float) -> None:
         """Go on at another ratio, as a run does that is resumed with one."""

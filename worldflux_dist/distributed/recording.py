@@ -6,11 +6,10 @@ How each number is aggregated is told in metrics.METRICS.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from worldflux_dist.distributed.actors import RunnerReport
-from worldflux_dist.distributed.group import stall
-from worldflux_dist.distributed.ports import RayPorts
+from worldflux_dist.distributed.collect import RayCollector
+from worldflux_dist.distributed.env_runner import RunnerReport
 from worldflux_dist.distributed.roles import BUSY, ROLES
 from worldflux_dist.distributed.session import Session
 from worldflux_dist.distributed.telemetry import Telemetry
@@ -24,13 +23,20 @@ ALWAYS = ["rate/env_steps", "rate/gradient_steps", "rate/imagined_steps"]
 ALWAYS += [f"busy/{name}" for name in BUSY]
 
 
+def stall(means: Mapping[str, float]) -> float:
+    """The share of the learner's wall-clock in which it had no batch, from the means of its steps'
+    metrics; 1 where there was no step."""
+    return means.get("time/learner_wait", 1.0) / means.get("time/learner_wall", 1.0)
+
+
 class Record:
     """Owns the counts of one run that nobody else keeps, and when it was last logged."""
 
     def __init__(
-        self, session: Session, limiter: Limiter, ports: RayPorts, episodes: int = 0
+        self, session: Session, limiter: Limiter, collector: RayCollector, episodes: int = 0
     ) -> None:
-        self.session, self.limiter, self.ports = session, limiter, ports
+        self.session, self.limiter, self.collector = session, limiter, collector
+        self.learners, self.shards = collector.learners, collector.shards
         self.episodes, self.env_failures = episodes, 0
         self.recorder = Recorder()
         self.telemetry = Telemetry(session.run.path.name)
@@ -52,9 +58,9 @@ class Record:
             for episode in report.episodes:
                 add("episode/return", episode.total_reward)
                 add("episode/length", episode.length)
-        for lag in self.ports.take_lags():
+        for lag in self.learners.staleness.take():
             add("staleness", lag)
-        for imagined in self.ports.take_imagined():
+        for imagined in self.learners.take_imagined():
             add("busy/imaginer", imagined.seconds / config.imagination.num_imaginers)
             add("rate/imagined_steps", imagined.num_steps)
         add("rate/gradient_steps", len(updates))
@@ -98,19 +104,23 @@ class Record:
             "gradient_steps/forgiven": self.limiter.forgiven,
             "episodes": self.episodes,
             "env_failures": self.env_failures,
-            "weights_version": self.ports.version,
-            "weights/failed_publications": self.ports.failed_publications,
+            "weights_version": self.learners.version,
+            "weights/failed_publications": self.learners.failed_publications,
             "replay/not_durable": float(bool(self._degraded)),
         }
-        counters |= {f"restarts/{role}": num for role, num in self.ports.restarts.items()}
-        for index, report in self.ports.sizes.items():
+        counters |= {f"restarts/{role}": num for role, num in self._restarts().items()}
+        for index, report in self.shards.sizes.items():
             counters[f"replay/shard{index}_steps"] = report.num_steps
             counters[f"replay/shard{index}_bytes"] = report.nbytes
             counters[f"replay/shard{index}_duplicates"] = report.duplicates
             counters[f"replay/shard{index}_dropped_steps"] = report.dropped_steps
-        if self.ports.imagined is not None:
-            counters["imagination/stale"] = self.ports.imagined.stale
+        if self.learners.imagined is not None:
+            counters["imagination/stale"] = self.learners.imagined.stale
         return counters
+
+    def _restarts(self) -> dict[str, int]:
+        """Processes that died, by role."""
+        return self.collector.restarts | self.learners.restarts
 
     def _show(self) -> None:
         recent = self.recorder.recent()
@@ -121,14 +131,14 @@ class Record:
         self.session.progress.update(steps | shown | self._progressed())
 
     def _say_deaths(self) -> None:
-        for role, num in self.ports.restarts.items():
+        for role, num in self._restarts().items():
             if num > self._said[role] and ROLES[role].death:
                 self.session.progress.print(f"{ROLES[role].death} died; it is started again")
             self._said[role] = num
 
     def _say_degraded(self) -> None:
         """Say once when replay is no longer kept on disk, and once when it is again."""
-        reports = self.ports.sizes.values()
+        reports = self.shards.sizes.values()
         why = next((report.degraded for report in reports if report.degraded), "")
         if bool(why) != bool(self._degraded):
             self.session.progress.print(

@@ -25,7 +25,9 @@ from ray import ObjectRef
 
 from worldflux_dist import checkpoint
 from worldflux_dist.distributed.ending import StoppedError, background, sentence
-from worldflux_dist.distributed.ports import RayPorts
+from worldflux_dist.distributed.feed import Shards
+from worldflux_dist.distributed.group import ActorGroup
+from worldflux_dist.distributed.supervision import Driver
 from worldflux_dist.replay.limiter import Limiter
 
 if TYPE_CHECKING:
@@ -61,19 +63,23 @@ class Saver:
 
     def __init__(
         self,
-        ports: RayPorts,
+        groups: Sequence[ActorGroup],
+        shards: Shards,
         limiter: Limiter,
+        root: UPath,
+        driver: Driver,
         last: UPath | None = None,
         stopped: Callable[[], float] = lambda: 0.0,
         keep: int = 2,
     ) -> None:
-        self.ports, self.limiter, self.keep = ports, limiter, keep
+        self.groups, self.shards, self.limiter = groups, shards, limiter
+        self.root, self.driver, self.keep = root, driver, keep
         self.last, self.stopped = last, stopped
         self.writing: Writing | None = None
         self._since = math.inf  # when a checkpoint was begun, until one is in place
         # Steps that runners have not reported yet are counted by the shards.
         self._before = limiter.env_steps - self._total_steps()
-        ports.settle, ports.check_stop = self.settle, self.check_stop
+        driver.settle, driver.check_stop = self.settle, self.check_stop
 
     def begin(self, episodes: int) -> None:
         """Between two rounds: have everyone note or write what belongs to this moment.
@@ -82,11 +88,11 @@ class Saver:
         """
         assert self.writing is None
         self._since = min(self._since, time.monotonic())
-        roles = self.ports.roles
-        step = roles.model.gradient_steps
-        folder = self._result(background(checkpoint.begin, roles.root, step))
+        groups, shards = self.groups, self.shards.handles
+        step = groups[0].gradient_steps
+        folder = self._result(background(checkpoint.begin, self.root, step))
         try:
-            stored = sum(self._all([shard.seal.remote() for shard in roles.shards]))
+            stored = sum(self._all([shard.seal.remote() for shard in shards]))
         except BaseException:
             self._abandon(folder)
             raise
@@ -95,13 +101,13 @@ class Saver:
         counters = {
             "limiter": limiter.state_dict(),
             "episodes": episodes,
-            "gradient_steps": {group.part: group.gradient_steps for group in roles.groups},
-            "effective_steps": {group.part: group.effective_steps for group in roles.groups},
-            "lost_steps": {group.part: group.lost_steps for group in roles.groups},
+            "gradient_steps": {group.part: group.gradient_steps for group in groups},
+            "effective_steps": {group.part: group.effective_steps for group in groups},
+            "lost_steps": {group.part: group.lost_steps for group in groups},
         }
-        learners = [ref for group in roles.groups for ref in group.save(folder)]
-        shards = [shard.sealed.remote() for shard in roles.shards]
-        self.writing = Writing(folder, step, counters, learners, shards)
+        learners = [ref for group in groups for ref in group.save(folder)]
+        sealed = [shard.sealed.remote() for shard in shards]
+        self.writing = Writing(folder, step, counters, learners, sealed)
 
     def finish(self, wait: bool) -> bool:
         """Put the checkpoint in place if all have written (with `wait`, wait for them).
@@ -126,7 +132,7 @@ class Saver:
             self.give_up()
             raise
         self.writing, self._since = None, math.inf
-        for shard in self.ports.roles.shards:
+        for shard in self.shards.handles:
             shard.retain.remote(segments)
         return True
 
@@ -145,7 +151,7 @@ class Saver:
     def fail(self, error: Exception) -> None:
         """Give up the checkpoint that is being written, and say why."""
         self.give_up()
-        self.ports.say(f"no checkpoint this time: {sentence(error)}")
+        self.driver.say(f"no checkpoint this time: {sentence(error)}")
 
     def give_up(self) -> None:
         """Forget the checkpoint that is being written."""
@@ -160,7 +166,7 @@ class Saver:
         waited_for = self._since < time.monotonic() - stopped  # already when the signal came
         if stopped <= (STOP_S if waited_for else LAST_SAVE_S):
             return
-        why = sentence(error) if error else f"{self.ports.roles.root} was not written in time"
+        why = sentence(error) if error else f"{self.root} was not written in time"
         good = f"the last good one is {self.last}" if self.last else "there is no earlier one"
         raise StoppedError(
             f"stopped without a last checkpoint, since {why}; {good}: the same command goes on"
@@ -180,7 +186,7 @@ class Saver:
 
     def _place(self, writing: Writing, counters: dict[str, Any]) -> tuple[UPath, set[str]]:
         """Commit; gives the checkpoint, and the segments of replay that those in place need."""
-        root = self.ports.roles.root
+        root = self.root
         final = checkpoint.commit(root, writing.folder, writing.step, self.keep, counters)
         return final, segments_of(checkpoint.kept(root))
 
@@ -189,10 +195,10 @@ class Saver:
             self._result(background(checkpoint.abandon, folder))
 
     def _total_steps(self) -> int:
-        while len(self.ports.sizes) < len(self.ports.roles.shards):  # one died at once
+        while len(self.shards.sizes) < len(self.shards.handles):  # one died at once
             time.sleep(0.5)
-            self.ports.ask_sizes()
-        return sum(report.total_steps for report in self.ports.sizes.values())
+            self.shards.ask()
+        return sum(report.total_steps for report in self.shards.sizes.values())
 
 
 def _all_done(refs: Sequence[ObjectRef], timeout: float) -> bool:

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from worldflux_dist.config import Config
-from worldflux_dist.distributed.acting import ACTING, ActingActor
-from worldflux_dist.distributed.actors import EnvRunnerActor, ImaginerActor
 from worldflux_dist.distributed.cluster import shard_config
-from worldflux_dist.distributed.group import GroupLostError, LearnerGroup
-from worldflux_dist.distributed.ports import Roles
+from worldflux_dist.distributed.env_runner import EnvRunnerActor
+from worldflux_dist.distributed.group import ActorGroup, GroupLostError
+from worldflux_dist.distributed.model_actor import ACTING, ModelActor
 from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.shard import ReplayShardActor, ShardPlace, shard_name
 from worldflux_dist.distributed.weights import WEIGHTS, WeightStore
@@ -37,65 +36,66 @@ def probe(config: Config) -> Task:
     return task
 
 
-def start_roles(
+@dataclass(frozen=True)
+class Processes:
+    """Handles of a run's processes. The last of `groups` is the policy's, where it learns apart;
+    `named` ones are looked up by their names and kept alive by these handles."""
+
+    groups: list[ActorGroup]
+    imaginers: list[Any]
+    shards: list[Any]
+    runners: list[Any]
+    named: list[Any]
+
+
+def start_processes(
     config: Config,
-    task: Task,
+    spaces: Spaces,
     storage: UPath,
-    found: tuple[UPath, dict[str, Any]] | None,
+    newest: tuple[UPath, dict[str, Any]] | None,
     options: dict[str, list[dict[str, Any]]],
-) -> Roles:
-    """Start every role's processes; `found` is the checkpoint to go on from and its counters,
+) -> Processes:
+    """Start every role's processes; `newest` is the checkpoint to go on from and its counters,
     `options` how Ray shall place the processes of each role.
 
     Names come first: runners and learners look the others up.
     """
-    folder: UPath | None = None
-    counters: dict[str, Any] = {}
-    if found:
-        folder, counters = found
-    env_steps = counters["limiter"]["env_steps"] if found else 0
-    store = actor(WeightStore).options(name=WEIGHTS, **options["store"][0]).remote()
+    folder, counters = newest or (None, {})
+    env_steps = counters["limiter"]["env_steps"] if newest else 0
+    named = [actor(WeightStore).options(name=WEIGHTS, **options["store"][0]).remote()]
     shards = _start_shards(config, storage / "replay", counters, options["shard"])
-    acting = None
+    model, runner = actor(ModelActor), actor(EnvRunnerActor)
     if config.scale.acting == "actor":
-        acting = (
-            actor(ActingActor)
-            .options(name=ACTING, **options["acting"][0])
-            .remote(config, task.spaces, env_steps)
-        )
-    apart = config.imagination.mode == "actors"
-    model = LearnerGroup(
-        config, task.spaces, "world_model" if apart else "agent", options["learner"]
-    )
-    policy = None
-    if apart:
-        policy = LearnerGroup(config, task.spaces, "behavior", options["policy"])
-    runner, imaginer = actor(EnvRunnerActor), actor(ImaginerActor)
-    roles = Roles(
-        model,
-        policy,
+        make = model.options(name=ACTING, **options["acting"][0])
+        named.append(make.remote(config, spaces, 0, env_steps))
+    if config.imagination.mode == "actors":
+        parts = {"world_model": options["learner"], "behavior": options["policy"]}
+        placed = options["imaginer"]
+    else:
+        parts, placed = {"agent": options["learner"]}, []
+    processes = Processes(
+        [ActorGroup(config, spaces, part, where) for part, where in parts.items()],
         [
-            imaginer.options(**where).remote(config, task.spaces, index)
-            for index, where in enumerate(options["imaginer"] if apart else [])
+            model.options(**where).remote(config, spaces, 1 + index, env_steps)
+            for index, where in enumerate(placed)
         ],
         shards,
         [
             runner.options(**where).remote(config, index, env_steps)
             for index, where in enumerate(options["runner"])
         ],
-        storage / "checkpoints",
-        [store, acting],
+        named,
     )
-    for group in roles.groups:
-        if found:
+    for group in processes.groups:
+        if newest:
             group.lost_steps = counters["lost_steps"][group.part]
-        group.start(folder, counters["gradient_steps"][group.part] if found else 0)
-    for group in roles.groups:
+        group.start(folder, counters["gradient_steps"][group.part] if newest else 0)
+    for group in processes.groups:
         _meet(group, folder)
-    return roles
+    return processes
 
 
-def _meet(group: LearnerGroup, folder: UPath | None) -> None:
+def _meet(group: ActorGroup, folder: UPath | None) -> None:
     """Wait for a group to start; one that dies on the way is started once more."""
     try:
         group.meet()

@@ -1,4 +1,5 @@
-"""How often processes may die before a run gives up, and how long each of them rests in between.
+"""How often processes may die before a run gives up, how long each of them rests in between, and
+how long they may be silent.
 
 Ray restarts runners, shards, imaginers and the weight store by itself, and the driver restarts
 learners; this counts, so that a process which dies at once each time ends the run with a sentence
@@ -9,7 +10,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,35 @@ from ray.exceptions import ActorDiedError, RayError
 from worldflux_dist.distributed.roles import ROLES
 
 LONGEST_REST_S = 30.0
+LONGEST_PATIENCE_S = 600.0  # to which patience grows, unless scale.patience is more
 RETURN_S = 60.0  # a process that is not back by then is taken to have died again
+
+
+@dataclass
+class Driver:
+    """What the parts of a run ask of the process that drives them: `stopping` is whether the run is
+    to end, `settle` ends the checkpoint that is being written, and `check_stop` raises where a stop
+    has waited for too long."""
+
+    say: Callable[[str], None] = print
+    stopping: Callable[[], bool] = lambda: False
+    settle: Callable[[], None] = lambda: None
+    check_stop: Callable[[], None] = lambda: None
+
+
+class Patience:
+    """How long processes of one role may be silent: `seconds`, scale.patience at first, and twice
+    as long after each time. On a busy machine they may only be slow, and would never get further.
+    """
+
+    def __init__(self, asked: float, say: Callable[[str], None] = print) -> None:
+        self.seconds, self._most, self._say = asked, max(asked, LONGEST_PATIENCE_S), say
+
+    def lose(self, who: str) -> None:
+        """Say that somebody was silent for too long, and be more patient from now on."""
+        silent, self.seconds = self.seconds, min(2 * self.seconds, self._most)
+        more = f"; from now on it may take {self.seconds:g} s" if self.seconds > silent else ""
+        self._say(f"{who} gave no answer for {silent:g} s, see scale.patience{more}")
 
 
 def life_seed(*parts: int) -> int:
@@ -81,8 +111,8 @@ class Budget:
             self._returning[index] = self.actors[index].ready.remote(), time.monotonic()
         return rest
 
-    def brought(self, index: int) -> None:
-        """Process `index` has done something."""
+    def finished(self, index: int) -> None:
+        """Process `index` has finished something."""
         self._in_a_row.pop(index, None)
         self._resting.pop(index, None)
 

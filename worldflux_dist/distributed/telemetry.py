@@ -11,9 +11,7 @@ from collections.abc import Mapping
 
 from ray.util.metrics import Gauge
 
-from worldflux_dist.metrics import METRICS, find
-
-GAUGES = {row.gauge: row.meaning for row in METRICS if row.gauge}
+from worldflux_dist.metrics import find
 
 
 class Telemetry:

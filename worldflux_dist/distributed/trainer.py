@@ -10,16 +10,17 @@ import time
 from pathlib import Path
 
 from worldflux_dist.config import Config
-from worldflux_dist.distributed.actors import RunnerReport
+from worldflux_dist.distributed.collect import RayCollector
 from worldflux_dist.distributed.ending import Outcome, StoppedError
 from worldflux_dist.distributed.evaluator import Evaluator
+from worldflux_dist.distributed.feed import Shards
 from worldflux_dist.distributed.flow import Flow, Round
-from worldflux_dist.distributed.ports import RayPorts
+from worldflux_dist.distributed.learners import Learners
 from worldflux_dist.distributed.recording import Record
 from worldflux_dist.distributed.saving import LAST_SAVE_S, Saver
 from worldflux_dist.distributed.session import Session, opened
-from worldflux_dist.distributed.start import start_roles
-from worldflux_dist.distributed.supervision import is_gone
+from worldflux_dist.distributed.start import start_processes
+from worldflux_dist.distributed.supervision import Driver, is_gone
 from worldflux_dist.learner import NonFiniteLossError
 from worldflux_dist.replay.limiter import Limiter
 
@@ -64,25 +65,39 @@ class Trainer:
         steps = config.scale.num_runners * self._per_call
         batch_steps = config.replay.batch_size * config.replay.batch_length
         self.limiter = Limiter(config.train.train_ratio, batch_steps, config.train.prefill)
-        found = session.run.resume(self.limiter, 2 * steps)
-        if found:
+        newest = session.run.resume(self.limiter, 2 * steps)
+        if newest:
             say(
-                f"resumed from {found[0]}: {self.limiter.env_steps:,} env steps, "
+                f"resumed from {newest[0]}: {self.limiter.env_steps:,} env steps, "
                 f"{self.limiter.gradient_steps:,} gradient steps"
             )
-        roles = start_roles(config, session.task, session.run.storage, found, session.options)
-        self.ports = RayPorts(config, roles, lambda: session.stop.stopping, say)
-        last = found[0] if found else None
-        self.saver = Saver(self.ports, self.limiter, last, lambda: session.stop.seconds)
-        self.flow: Flow[RunnerReport] = Flow(self.limiter, self.ports, steps)
-        episodes = found[1]["episodes"] if found else 0
-        self.record = Record(session, self.limiter, self.ports, episodes)
+        run, spaces = session.run, session.task.spaces
+        started = start_processes(config, spaces, run.storage, newest, session.options)
+        self.processes = started  # until the run ends: handles keep actors alive
+        driver = Driver(say, lambda: session.stop.stopping)
+        self.shards = Shards(started.shards)
+        self.learners = Learners(
+            config, started.groups, self.shards, started.imaginers, run.checkpoints, driver
+        )
+        self.collector = RayCollector(config, started.runners, self.shards, self.learners, driver)
+        self.flow = Flow(self.limiter, self.collector, self.learners, steps)
+        last, episodes = (newest[0], newest[1]["episodes"]) if newest else (None, 0)
+        self.saver = Saver(
+            started.groups,
+            self.shards,
+            self.limiter,
+            run.checkpoints,
+            driver,
+            last,
+            lambda: session.stop.seconds,
+        )
+        self.record = Record(session, self.limiter, self.collector, episodes)
         self.evaluator = Evaluator(
             config,
-            session.run,
+            run,
             session.progress,
             session.task,
-            roles.groups,
+            started.groups,
             session.options["evaluator"][0],
         )
         self._saved = time.monotonic()
@@ -90,20 +105,22 @@ class Trainer:
     def going(self) -> bool:
         """Whether there is another round: until all is collected and learned, or until stopped.
         `collects` then says whether the round begins to collect more."""
-        train, under_way = self.config.train, self.ports.num_collects
+        train, under_way = self.config.train, self.collector.num_under_way
         self.collects = self.limiter.env_steps + under_way * self._per_call < train.env_steps
-        busy = under_way or self.limiter.owed or self.ports.policy_behind
+        busy = under_way or self.limiter.owed or self.learners.policy_behind
         if self.session.stop.stopping or not (self.collects or busy):
             return False
         filling = self.limiter.env_steps < train.prefill
         self.session.progress.phase("prefill" if filling else "train")
         return True
 
-    def take_in(self, done: Round[RunnerReport]) -> None:
+    def take_in(self, done: Round) -> None:
         """Count and record what a round brought. Raises RuntimeError where replay was lost."""
-        self.limiter.redo(self.ports.take_redo())
+        self.limiter.redo(self.learners.take_redo())
         self.record.take_in(done.reports, done.updates)
-        if not (self.collects or self.ports.num_collects or self.ports.find_replay()):
+        if self.collects or self.collector.num_under_way:
+            return
+        if not self.shards.wait_ready(lambda: self.session.stop.stopping):
             raise RuntimeError("replay was lost: run the same command again to go on")
 
     def evaluate_when_due(self) -> None:
@@ -133,10 +150,10 @@ class Trainer:
     def save_everything(self) -> None:
         """The last checkpoint, taken while nothing moves; tried again where a shard dies."""
         self.session.progress.phase("save")
-        reports = self.ports.drain(DRAIN_S)
+        reports = self.collector.drain(DRAIN_S)
         self.limiter.inserted(sum(report.env_steps for report in reports))
         self.record.take_in(reports, [])
-        self.ports.ask_sizes()
+        self.shards.ask()
         self.record.log()
         deadline = time.monotonic() + LAST_SAVE_S
         self.saver.settle()  # of an earlier moment: this one is to be saved

@@ -10,18 +10,23 @@ no membership, and that readers go on with what they have while the store itself
 from __future__ import annotations
 
 import asyncio
+import bisect
 import math
 import time
+from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import ray
 from ray import ObjectRef
-from ray.exceptions import ObjectLostError, RayActorError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
 from worldflux_dist.agent import Agent
+from worldflux_dist.distributed.ending import sentence
 from worldflux_dist.distributed.supervision import raise_if_gone
 
+RETRY_S = 1.0  # after a publication that failed
 COMPILE_S = 3600.0  # compiling for longer is taken for a process that hangs
 WEIGHTS = "weights"  # the store's name in the namespace of its run
 Version = tuple[int, int]
@@ -68,7 +73,8 @@ class WeightStore:
                 f"{self._fences[part]} had replaced them"
             )
         if part not in self._held or self._held[part][0] < version:
-            # Put again, although it came through the object store: the learner owns that one.
+            # Put again, although it came through the object store: the learner owns that one, and
+            # since 2.56 Ray lets nobody put an object for another owner.
             self._held[part] = version, [ray.put(weights)]
             self._news.set()
             self._news = asyncio.Event()
@@ -164,3 +170,79 @@ class WeightReader:
                 continue
             self.versions[part] = version
         return bool(found)
+
+
+class Publications:
+    """What became of a group's publications. `steps` are the gradient steps behind the one that was
+    last asked for, `failures` counts those that the store did not get."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Those who were asked are gone."""
+        self.steps, self._retry_at, self._failing = -1, math.inf, False
+        self._under_way: list[ObjectRef] = []
+
+    def begun(self, ref: ObjectRef, steps: int) -> None:
+        self.steps, self._retry_at = steps, math.inf
+        self._under_way.append(ref)
+
+    def look(self) -> str:
+        """Take in those that have ended; why one failed, where those before it had not."""
+        why = ""
+        while self._under_way and ray.wait(self._under_way[:1], timeout=0)[0]:
+            error = error_of(self._under_way.pop(0))
+            if error is None:
+                self._failing, self._retry_at = False, math.inf
+            elif isinstance(error, RayTaskError):  # else the rank is dead, as its steps will show
+                why = self.failed(error) or why
+        return why
+
+    def failed(self, error: Exception) -> str:
+        """One failed; why, where the one before it had not."""
+        known, self._failing = self._failing, True
+        self.failures += 1
+        self._retry_at = time.monotonic() + RETRY_S
+        return "" if known else sentence(error)
+
+    def due(self, gradient_steps: int, every: int) -> bool:
+        """Whether the next one is due after so many gradient steps."""
+        if time.monotonic() > self._retry_at:
+            return True
+        return self.steps >= 0 and gradient_steps - self.steps >= every
+
+
+class Staleness:
+    """By how many gradient steps learners were ahead of the weights that chose each action."""
+
+    def __init__(self) -> None:
+        self._history: deque[tuple[float, int]] = deque(maxlen=10_000)  # when, gradient steps
+        self._lags: list[int] = []
+
+    def learned(self, gradient_steps: int) -> None:
+        """So many gradient steps have been taken by now."""
+        self._history.append((time.time(), gradient_steps))
+
+    def note(self, acted: Sequence[tuple[float, int]]) -> None:
+        """Take in when actions were chosen (seconds since the epoch), with which versions."""
+        for when, version in acted:
+            if version:  # else actions were random
+                index = bisect.bisect_right(self._history, (when, math.inf))
+                steps = self._history[index - 1][1] if index else version
+                self._lags.append(max(0, steps - version))
+
+    def take(self) -> list[int]:
+        """The lags, in gradient steps, of the actions noted since the last call."""
+        taken, self._lags = self._lags, []
+        return taken
+
+
+def error_of(ref: ObjectRef) -> Exception | None:
+    """What a call ended with, where that was an error."""
+    try:
+        ray.get(ref)
+    except RayError as error:
+        return error
+    return None

@@ -34,18 +34,23 @@ from ray.tune.execution.placement_groups import PlacementGroupFactory
 from ray.util.placement_group import get_current_placement_group
 
 from worldflux_dist.config import Config
-from worldflux_dist.distributed.actors import ImaginerActor, RunnerReport, send
+from worldflux_dist.distributed.env_runner import send
+from worldflux_dist.distributed.feed import Shards
 from worldflux_dist.distributed.flow import Flow, Round
-from worldflux_dist.distributed.ports import Roles
+from worldflux_dist.distributed.group import GroupLostError
+from worldflux_dist.distributed.learners import Learners
+from worldflux_dist.distributed.model_actor import ModelActor
 from worldflux_dist.distributed.roles import actor
+from worldflux_dist.distributed.supervision import Driver
 from worldflux_dist.distributed.weights import WeightStore
 from worldflux_dist.metrics import find
 from worldflux_dist.replay.limiter import Limiter
+from worldflux_dist.rllib.collect import RLlibCollector
 from worldflux_dist.rllib.config import WorldFluxConfig
 from worldflux_dist.rllib.env_runner import raise_endless, why_no_runner_starts
 from worldflux_dist.rllib.episodes import read_episodes, to_chunk
+from worldflux_dist.rllib.learner import RLlibGroup
 from worldflux_dist.rllib.places import Places, bundles
-from worldflux_dist.rllib.ports import Learners, RLlibPorts
 from worldflux_dist.rllib.replay import Replay
 from worldflux_dist.spaces import Spaces
 from worldflux_dist.storage import as_path, delete
@@ -68,7 +73,7 @@ class WorldFlux(Algorithm):
     """Model-based reinforcement learning with any family of world model. See `WorldFluxConfig`.
 
     Owns the limiter, the replay, the imagination actors, a second group of learners where the
-    policy learns apart, and the ports between them.
+    policy learns apart, and what ties them together.
     """
 
     @classmethod
@@ -79,7 +84,7 @@ class WorldFlux(Algorithm):
 
     def setup(self, config: Any) -> None:
         self.imaginers: list[Any] = []
-        self.policy: Learners | None = None
+        self.policy: RLlibGroup | None = None
         # What is known of the last ones: Tune's schedulers want to see them from the beginning.
         self._episodes = {EPISODE_RETURN_MEAN: np.nan, EPISODE_LEN_MEAN: np.nan}
         self._tidied = time.monotonic()
@@ -107,11 +112,17 @@ class WorldFlux(Algorithm):
 
     def training_step(self) -> None:
         """Collect once, give runners more to do, and learn until nothing is owed."""
-        rounds = [self.flow.round()]
-        if self.env_runner_group.num_remote_env_runners():
-            self.ports.start_collect()  # beside what is learned now
-        while self.limiter.owed and (len(rounds) == 1 or rounds[-1].updates):
-            rounds.append(self.flow.round(collect=False))
+        try:
+            rounds = [self.flow.round()]
+            if self.env_runner_group.num_remote_env_runners():
+                self.collector.start()  # beside what is learned now
+            while self.limiter.owed and (len(rounds) == 1 or rounds[-1].updates):
+                rounds.append(self.flow.round(collect=False))
+        except GroupLostError as error:
+            raise RuntimeError(
+                f"{error}: RLlib does not start learners again, so restore the last checkpoint, or "
+                "let Tune do it with FailureConfig(max_failures=1)"
+            ) from error
         self._log(rounds)
         if time.monotonic() - self._tidied > TIDY_EVERY_S:
             self._tidied = time.monotonic()
@@ -141,15 +152,15 @@ class WorldFlux(Algorithm):
     def get_module(self, *args: Any, **kwargs: Any) -> Any:
         """The module that acts in this process, with the newest weights."""
         if self.env_runner is not None:
-            self.ports.publish()
-            ray.get([group.published for group in self.ports.roles.groups])
+            self.learners.publish()
+            ray.get([group.published for group in self.learners.groups])
             self.env_runner.pull(self.store)
         return super().get_module(*args, **kwargs)
 
     def cleanup(self) -> None:
         super().cleanup()  # runners first: they may be storing a chunk
         if self.policy is not None:
-            self.policy.group.shutdown()
+            self.policy.learners.shutdown()
         for imaginer in self.imaginers:
             ray.kill(imaginer)
         if hasattr(self, "replay"):
@@ -191,7 +202,7 @@ class WorldFlux(Algorithm):
         batch_steps = settings.replay.batch_size * settings.replay.batch_length
         self.limiter = Limiter(train.train_ratio, batch_steps, train.prefill)
         self.store = actor(WeightStore, num_cpus=0).remote()
-        self.model = Learners(self.learner_group, self.config.part)
+        self.model = RLlibGroup(self.learner_group, self.config.part, self.store)
         if self.config.num_imagination_actors:
             self._start_imagination()
             self._hand_over()  # the module's spec may have named weights to begin with
@@ -212,10 +223,10 @@ class WorldFlux(Algorithm):
         settings = config.settings("auto" if config.num_gpus_per_imagination_actor else "cpu")
         with torch.device("meta"):
             settings.make_agent(self.spaces_inside).imagining()  # refuses what cannot learn so
-        make = actor(ImaginerActor)
+        make = actor(ModelActor)
         self.imaginers = [
-            make.options(**where).remote(settings, self.spaces_inside, index, self.store)
-            for index, where in enumerate(self.places.take("imaginer"))
+            make.options(**where).remote(settings, self.spaces_inside, number, 0, self.store)
+            for number, where in enumerate(self.places.take("imaginer"), start=1)
         ]
         self.places.take("policy")  # RLlib starts these
         apart = config.copy(copy_frozen=False)
@@ -223,29 +234,20 @@ class WorldFlux(Algorithm):
         group = apart.build_learner_group(
             rl_module_spec=apart.get_multi_rl_module_spec(spaces=self.spaces)
         )
-        self.policy = Learners(group, apart.part)
+        self.policy = RLlibGroup(group, apart.part, self.store)
 
     def _connect(self) -> None:
         """Connect all parts as they are now: at the start, and after a restore."""
-        shards = self.replay.shards
+        settings, shards = self.settings, Shards(self.replay.shards)
         groups = [self.model] if self.policy is None else [self.model, self.policy]
         for group in groups:
-            group.connect(self.store, shards)
-        roles = Roles(self.model, self.policy, self.imaginers, shards, [], None, [self.store])
-        self.ports = RLlibPorts(
-            self.settings,
-            roles,
-            lambda: False,
-            runners=self.env_runner_group,
-            metrics=self.metrics,
-            store=self.store,
+            group.connect(shards.handles)
+        self.learners = Learners(settings, groups, shards, self.imaginers, None, Driver())
+        self.collector = RLlibCollector(
+            settings, self.env_runner_group, shards, self.learners, self.store, self.metrics
         )
-        steps = (
-            self.settings.scale.num_runners
-            * self.settings.scale.chunk_length
-            * self.settings.env.num_envs
-        )
-        self.flow: Flow[RunnerReport] = Flow(self.limiter, self.ports, steps)
+        steps = settings.scale.num_runners * settings.scale.chunk_length * settings.env.num_envs
+        self.flow = Flow(self.limiter, self.collector, self.learners, steps)
         stored = self.replay.total_steps()
         if not stored:  # replay was not in the checkpoint
             self.limiter.prefill = self.settings.train.prefill + self.limiter.env_steps
@@ -279,9 +281,9 @@ class WorldFlux(Algorithm):
             total += chunk.num_steps
         self.limiter.prefill = max(0, self.limiter.prefill - total)
         self._uncounted += total
-        self.ports.ask_sizes()
+        self.learners.shards.ask()
 
-    def _log(self, rounds: list[Round[RunnerReport]]) -> None:
+    def _log(self, rounds: list[Round]) -> None:
         """What RLlib's result shows of these rounds."""
         updates = [metrics for done in rounds for metrics in done.updates]
         for metrics in updates:
@@ -297,26 +299,26 @@ class WorldFlux(Algorithm):
         reports = [report for done in rounds for report in done.reports]
         for report in reports:
             self._note("env_failures_lifetime", report.env_failures)
-        if lags := self.ports.take_lags():
+        if lags := self.learners.staleness.take():
             self._note("weights/staleness", float(np.mean(lags)))
             for percent in (50, 95):
                 self._note(f"weights/staleness_p{percent}", float(np.percentile(lags, percent)))
-        self._note("weights/failed_publications", self.ports.failed_publications)
+        self._note("weights/failed_publications", self.learners.failed_publications)
         self._note("train_ratio/achieved", self.limiter.achieved)
         self._note("train_ratio/asked", self.settings.train.train_ratio)
         self._note("gradient_steps", self.limiter.gradient_steps)
-        sizes = self.ports.sizes.values()
+        sizes = self.learners.shards.sizes.values()
         self._note("replay/env_steps", self.limiter.env_steps)
         self._note("replay/num_steps", sum(size.num_steps for size in sizes))
         self._note("replay/nbytes", sum(size.nbytes for size in sizes))
         self._note("replay/duplicates", sum(size.duplicates for size in sizes))
-        for role, num in self.ports.restarts.items():
+        for role, num in self.learners.restarts.items():
             if role in ("shard", "imaginer"):
                 self._note(f"restarts/{role}", num)
-        for imagined in self.ports.take_imagined():
+        for imagined in self.learners.take_imagined():
             self._note("num_imagined_steps_lifetime", imagined.num_steps)
-        if self.ports.imagined is not None:
-            self._note("imagination/stale", self.ports.imagined.stale)
+        if self.learners.imagined is not None:
+            self._note("imagination/stale", self.learners.imagined.stale)
 
     def _note(self, name: str, value: float, *under: str) -> None:
         """Log a metric as METRICS says: its name is a path, or one word `under` others."""
@@ -340,7 +342,7 @@ class WorldFlux(Algorithm):
             components, not_components=not_components, **kwargs
         )
         if self.policy is not None and self._check_component(POLICY, *chosen):
-            state[POLICY] = self.policy.group.get_state(**kwargs)
+            state[POLICY] = self.policy.learners.get_state(**kwargs)
         if components == REPLAY:
             state[REPLAY] = {}
         apart = self.policy is not None
@@ -359,7 +361,7 @@ class WorldFlux(Algorithm):
             taken = (ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME)
             self.env_runner.num_env_steps_sampled_lifetime = self.metrics.peek(taken, default=0)
         if POLICY in state and self.policy is not None:
-            self.policy.group.set_state(state[POLICY])
+            self.policy.learners.set_state(state[POLICY])
         if STATE in state:
             saved = state[STATE]["limiter"]
             self.limiter.load_state_dict(saved, saved["env_steps"])  # all is taken in an iteration
@@ -369,7 +371,7 @@ class WorldFlux(Algorithm):
     def get_checkpointable_components(self) -> list[tuple[str, Any]]:
         own: list[tuple[str, Any]] = []
         if self.policy is not None:
-            own.append((POLICY, self.policy.group))
+            own.append((POLICY, self.policy.learners))
         if self.config.checkpoint_replay:
             own.append((REPLAY, self.replay))
         return super().get_checkpointable_components() + own
@@ -393,7 +395,7 @@ class WorldFlux(Algorithm):
 
     def _drain(self) -> None:
         """Wait for what runners have under way, and count it."""
-        reports = self.ports.drain(DRAIN_S)
+        reports = self.collector.drain(DRAIN_S)
         self.limiter.inserted(sum(report.env_steps for report in reports))
 
 

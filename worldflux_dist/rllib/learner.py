@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+import ray
 import torch
+from ray.rllib.core.learner.learner_group import LearnerGroup as RLlibLearners
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 
 from worldflux_dist.behaviors.base import Imagined
 from worldflux_dist.data import Batch
-from worldflux_dist.distributed.group import Rank, trains_on_rows
+from worldflux_dist.distributed.group import LearnerGroup
+from worldflux_dist.distributed.rank import Rank, trains_on_rows
 from worldflux_dist.learner import Learner
 
 STATE = "worldflux"  # our part of a learner's state
@@ -92,3 +96,47 @@ class WorldFluxLearner(TorchLearner):
 def _plain(group: dict[str, Any]) -> dict[str, Any]:
     """What is configured of a group of parameters; `steps` is how far its warm-up has come."""
     return {name: value for name, value in group.items() if name not in ("params", "steps")}
+
+
+class RLlibGroup(LearnerGroup):
+    """The ranks of a group that RLlib has started."""
+
+    def __init__(self, learners: RLlibLearners, part: str, store: Any) -> None:
+        super().__init__(part, store)
+        self.learners = learners
+
+    def connect(self, shards: Sequence[Any]) -> None:
+        """Have the learners, as they are now, publish with a generation of their own."""
+        self.renew()
+        connect = partial(
+            _connect, store=self.store, shards=list(shards), generation=self.generation
+        )
+        self.gradient_steps, *_ = [done.get() for done in self.learners.foreach_learner(connect)]
+        self.ranks = (
+            [handle.get() for handle in self.learners.foreach_learner(_handle)]
+            if self.learners.is_remote
+            else [self.learners._learner]
+        )
+
+    def hand_over(self, part: str, other: RLlibGroup) -> None:
+        """Have `other` hold what these learners hold of a part of the agent."""
+        first, *_ = self.learners.foreach_learner(partial(_arrays, part=part))
+        for done in other.learners.foreach_learner(partial(_load, arrays=first.get())):
+            done.get()
+
+
+def _connect(learner: WorldFluxLearner, store: Any, shards: list[Any], generation: int) -> int:
+    learner.connect(store, shards, generation)
+    return learner.learner.gradient_steps
+
+
+def _handle(learner: WorldFluxLearner) -> Any:
+    return ray.get_runtime_context().current_actor
+
+
+def _arrays(learner: WorldFluxLearner, part: str) -> dict[str, np.ndarray]:
+    return learner.learner.agent.part_arrays(part)
+
+
+def _load(learner: WorldFluxLearner, arrays: dict[str, np.ndarray]) -> None:
+    learner.learner.agent.load_arrays(arrays)

@@ -1,7 +1,6 @@
-"""Runner and imaginer as Ray actors: thin shells around the plain roles.
+"""The env runner as a Ray actor: a thin shell around the plain role.
 
-Data goes from runner to shard and from shard to learner as object references; the driver sees
-reports and references only. The trainer makes actors of them.
+Steps go from here to the shards as object references; the driver sees reports only.
 """
 
 from __future__ import annotations
@@ -17,26 +16,21 @@ import torch
 from ray import ObjectRef
 from ray.exceptions import RayActorError
 
-from worldflux_dist.behaviors.base import Imagined
 from worldflux_dist.config import Config
-from worldflux_dist.data import Batch, Chunk
-from worldflux_dist.distributed.acting import RemoteAct
+from worldflux_dist.data import Chunk
+from worldflux_dist.distributed.model_actor import RemoteAct
 from worldflux_dist.distributed.shard import ShardReport, shard_name
 from worldflux_dist.distributed.supervision import life_seed, raise_if_gone
 from worldflux_dist.distributed.weights import WeightReader, poll_by
 from worldflux_dist.envs import make_envs
 from worldflux_dist.envs.acting import random_act
-from worldflux_dist.imaginer import Imaginer
 from worldflux_dist.nn.memory import keep_freed_memory
 from worldflux_dist.runner import EnvRunner, Episode
-from worldflux_dist.spaces import Spaces
-
-IMAGINER_SEED = 2_000_003  # apart from those of runners, which are numbered from 0
 
 
 @dataclass(frozen=True)
 class RunnerReport:
-    """What one collect call brought: counts and times, no data."""
+    """The result of a collect call: counts and times, no data."""
 
     env_steps: int
     episodes: list[Episode]
@@ -144,46 +138,3 @@ def send(chunk: Chunk, shards: Sequence[Any], patience: float) -> dict[int, Shar
         if len(reports) == len(parts):
             return reports
         time.sleep(0.2)
-
-
-@dataclass(frozen=True)
-class ImaginedReport:
-    """What one imagine call brought: counts and times, and the weights it was imagined with."""
-
-    model_version: int
-    policy_version: int
-    num_steps: int
-    seconds: float
-
-
-class ImaginerActor:
-    """Imagines with the newest weights from where replayed steps led to."""
-
-    def __init__(self, config: Config, spaces: Spaces, index: int, store: Any = None) -> None:
-        torch.set_num_threads(config.scale.runner_threads)
-        keep_freed_memory()
-        torch.manual_seed(life_seed(config.seed, IMAGINER_SEED + index))
-        self.agent = config.make_agent(spaces)
-        if config.learner.device != "cpu" and torch.cuda.is_available():
-            self.agent = self.agent.cuda()
-        self.imaginer, self.weights = Imaginer(self.agent), WeightReader(store)
-
-    @ray.method(max_task_retries=-1)
-    def ready(self) -> None:
-        """Answers once a process that died is back."""
-
-    @ray.method(num_returns=2)
-    def imagine(self, given: tuple[Batch, np.ndarray]) -> tuple[ImaginedReport, Imagined]:
-        """Imagine from every step of a batch."""
-        start = time.monotonic()
-        self.weights.pull(self.agent)
-        imagined = self.imaginer.imagine(given[0])
-        imagined.model_version = self.weights.steps("world_model")
-        imagined.policy_version = self.weights.steps("behavior")
-        report = ImaginedReport(
-            imagined.model_version,
-            imagined.policy_version,
-            int(imagined.rewards.size),
-            time.monotonic() - start,
-        )
-        return report, imagined

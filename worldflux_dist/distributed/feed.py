@@ -6,9 +6,9 @@ the next batch beside it; what a dead process owed is asked for again elsewhere.
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,14 +16,56 @@ import ray
 from ray import ObjectRef
 from ray.exceptions import ObjectLostError, RayActorError
 
-from worldflux_dist.distributed.actors import ImaginedReport
-from worldflux_dist.distributed.group import GroupLostError, LearnerGroup, failed
+from worldflux_dist.distributed.model_actor import ImaginedReport
 from worldflux_dist.distributed.shard import ShardReport
-from worldflux_dist.distributed.supervision import Budget, raise_if_gone
+from worldflux_dist.distributed.supervision import RETURN_S, Budget, raise_if_gone
 
-SAMPLES_AHEAD = 2  # steps whose batches are being gathered beside those under way
-STEPS_AHEAD = 2  # steps given to learners and not finished: one in work, one waiting
 Fed = tuple[int, ObjectRef]  # the shard that something came from, and the thing itself
+
+
+class Shards:
+    """The driver's view of replay: the shards' handles, and in `sizes` the newest report of each
+    one that is known to be there. `restarts` counts their deaths."""
+
+    def __init__(self, handles: Sequence[Any]) -> None:
+        self.handles = handles
+        self.sizes: dict[int, ShardReport] = {}
+        self.restarts = 0
+        self._owners: dict[int, list[str]] = {}
+
+    @property
+    def ready(self) -> bool:
+        """Whether any shard is known to have something to sample."""
+        return any(report.ready for report in self.sizes.values())
+
+    def know(self, reports: Mapping[int, ShardReport]) -> None:
+        """Take in what shards say; another owner is another process, hence a death."""
+        for index, report in reports.items():
+            owners = self._owners.setdefault(index, [report.owner])
+            if report.owner not in owners:
+                owners.append(report.owner)
+                self.restarts += 1
+            if report.owner == owners[-1]:  # not what the one before said late
+                self.sizes[index] = report
+
+    def ask(self) -> None:
+        """What every shard holds now; in between, runners' reports keep it roughly up to date."""
+        refs = [shard.report.remote() for shard in self.handles]
+        for index, ref in enumerate(refs):
+            try:
+                report: ShardReport = ray.get(ref)
+                self.know({index: report})
+            except RayActorError as error:
+                raise_if_gone(error)
+                self.sizes.pop(index, None)
+
+    def wait_ready(self, stopping: Callable[[], bool]) -> bool:
+        """Whether there is something to sample; a shard that died is waited for."""
+        deadline = time.monotonic() + RETURN_S
+        while not self.ready and time.monotonic() < deadline and not stopping():
+            self.ask()
+            time.sleep(0.5)
+        return self.ready or stopping()
 
 
 class Source(Protocol):
@@ -39,32 +81,23 @@ class Source(Protocol):
         """What the source is waiting for."""
 
     def restart_stuck(self) -> None:
-        """Have the processes that it waits for started again."""
+        """Restart the processes that it waits for."""
 
 
 class ReplaySource:
-    """Asks shards for batches, in proportion to what they hold: all steps are equally likely.
-
-    `sizes` is what is known of the shards; one that dies or is empty leaves it until a runner
-    reports it alive and filled.
-    """
+    """Asks shards for batches, in proportion to what they hold: all steps are equally likely. One
+    that dies or is empty is left out until a runner reports it alive and filled."""
 
     def __init__(
-        self,
-        shards: Sequence[Any],
-        sizes: dict[int, ShardReport],
-        batch_size: int,
-        rng: np.random.Generator,
-        online: bool = True,
+        self, shards: Shards, batch_size: int, rng: np.random.Generator, online: bool = True
     ) -> None:
-        self.shards, self.sizes, self.batch_size = shards, sizes, batch_size
-        self.online = online
+        self.shards, self.batch_size, self.online = shards, batch_size, online
         self._rng = rng
         self._asked: dict[ObjectRef, Fed] = {}
         self._come: deque[Fed] = deque()
 
     def pump(self, needed: int) -> None:
-        for ref in _done(self._asked):
+        for ref in done_of(self._asked):
             fed = self._asked.pop(ref)
             try:
                 filled = ray.get(ref)
@@ -74,15 +107,16 @@ class ReplaySource:
             if filled:
                 self._come.append(fed)
             else:
-                self.sizes.pop(fed[0], None)
-        while len(self._come) + len(self._asked) < needed and self.ready:
-            shard = self._choose()
-            ref, batch = self.shards[shard].sample.remote(self.batch_size, self.online)
-            self._asked[ref] = (shard, batch)
+                self.shards.sizes.pop(fed[0], None)
+        while len(self._come) + len(self._asked) < needed and self.shards.ready:
+            index = self._choose()
+            shard = self.shards.handles[index]
+            ref, batch = shard.sample.remote(self.batch_size, self.online)
+            self._asked[ref] = (index, batch)
 
     def take(self, num: int) -> list[Fed] | None:
         # What came from a shard that has died may be gone with its node.
-        self._come = deque(fed for fed in self._come if fed[0] in self.sizes)
+        self._come = deque(fed for fed in self._come if fed[0] in self.shards.sizes)
         if len(self._come) < num:
             return None
         return [self._come.popleft() for _ in range(num)]
@@ -91,18 +125,13 @@ class ReplaySource:
         return list(self._asked)
 
     def restart_stuck(self) -> None:
-        for shard in {shard for shard, _ in self._asked.values()}:
-            ray.kill(self.shards[shard], no_restart=False)
-
-    @property
-    def ready(self) -> bool:
-        """Whether any shard is known to have something to sample."""
-        return any(report.ready for report in self.sizes.values())
+        for index in {index for index, _ in self._asked.values()}:
+            ray.kill(self.shards.handles[index], no_restart=False)
 
     def _choose(self) -> int:
-        ready = [index for index, report in self.sizes.items() if report.ready]
-        weights = np.array([self.sizes[index].num_steps for index in ready], float)
-        return int(self._rng.choice(ready, p=weights / weights.sum()))
+        sizes = {i: report.num_steps for i, report in self.shards.sizes.items() if report.ready}
+        weights = np.array(list(sizes.values()), float)
+        return int(self._rng.choice(list(sizes), p=weights / weights.sum()))
 
 
 class ImaginedSource:
@@ -129,7 +158,7 @@ class ImaginedSource:
         self._queue: deque[tuple[ImaginedReport, Fed]] = deque()
 
     def pump(self, needed: int) -> None:
-        for ref in _done(self._asked):
+        for ref in done_of(self._asked):
             index, fed = self._asked.pop(ref)
             try:
                 report: ImaginedReport = ray.get(ref)
@@ -138,7 +167,7 @@ class ImaginedSource:
                 if not self.budget.away(index):  # one death, however many batches it owed
                     self.budget.lost(index)
                 continue
-            self.budget.brought(index)
+            self.budget.finished(index)
             self.reports.append(report)
             self._queue.append((report, fed))
         fresh = [x for x in self._queue if self._staleness(x[0]) <= self.max_staleness]
@@ -148,9 +177,9 @@ class ImaginedSource:
         free = [i for i in range(len(self.imaginers)) if not self.budget.away(i)]
         room = self.queue_size - len(self._queue) - len(self._asked)
         self.replay.pump(room)
-        while room > 0 and free and (found := self.replay.take(1)):
+        while room > 0 and free and (taken := self.replay.take(1)):
             index = min(free, key=lambda i: busy[i])
-            ((shard, batch),) = found
+            ((shard, batch),) = taken
             ref, imagined = self.imaginers[index].imagine.remote(batch)
             self._asked[ref] = (index, (shard, imagined))
             busy[index] += 1
@@ -174,77 +203,8 @@ class ImaginedSource:
         return max(model - report.model_version, policy - report.policy_version)
 
 
-@dataclass
-class Stepper:
-    """Keeps one group busy with the steps it is to take in a round. Owns the steps under way."""
-
-    group: LearnerGroup
-    source: Source
-
-    def __post_init__(self) -> None:
-        self.wanted = 0
-        self.taken: list[dict[str, float]] = []
-        self._stepping: deque[list[ObjectRef]] = deque()
-
-    def begin(self, num: int) -> None:
-        """`num` steps are to be taken."""
-        self.wanted, self.taken = num, []
-
-    def pump(self, stopping: bool) -> None:
-        """Take in finished steps, and begin more unless `stopping`. Does not wait.
-
-        Raises GroupLostError; the steps under way are forgotten then.
-        """
-        while self._stepping:
-            refs = self._stepping[0]
-            done = _done(refs)
-            if len(done) < len(refs) and not failed(done):
-                break
-            self._stepping.popleft()
-            try:
-                self.taken.append(self.group.result(refs))
-            except BaseException:
-                self._stepping.clear()
-                raise
-        self.group.keep_published()  # before the next steps begin, which would delay it
-        ranks = len(self.group.ranks)
-        begun = len(self.taken) + len(self._stepping)
-        if stopping:
-            return
-        if self.wanted:
-            self.source.pump(SAMPLES_AHEAD * ranks)
-        while begun < self.wanted and len(self._stepping) < STEPS_AHEAD:
-            found = self.source.take(ranks)
-            if found is None:
-                return
-            shards, refs = zip(*found, strict=True)
-            self._stepping.append(self.group.step(shards, refs))
-            begun += 1
-
-    def restart_stuck(self) -> None:
-        """Nothing has come for too long: have whoever is waited for started again.
-
-        Raises GroupLostError where that is the group.
-        """
-        self.source.restart_stuck()
-        if self._stepping:
-            self._stepping.clear()
-            raise GroupLostError("no step was finished for scale.patience seconds")
-
-    @property
-    def stepping(self) -> bool:
-        return bool(self._stepping)
-
-    @property
-    def done(self) -> bool:
-        return len(self.taken) >= self.wanted and not self._stepping
-
-    def waiting(self) -> list[ObjectRef]:
-        """What has to come before `pump` can do more."""
-        return [*(self._stepping[0] if self._stepping else ()), *self.source.waiting()]
-
-
-def _done(refs: Sequence[ObjectRef] | dict[ObjectRef, Any]) -> list[ObjectRef]:
+def done_of(refs: Sequence[ObjectRef] | Mapping[ObjectRef, Any]) -> list[ObjectRef]:
+    """Those whose results are there; does not wait."""
     if not refs:
         return []
     return ray.wait(list(refs), num_returns=len(refs), timeout=0, fetch_local=False)[0]
