@@ -17,7 +17,7 @@ from worldflux_dist.data import Batch
 
 class Imaginer:
     """Rolls an agent's policy in its world model from all states of a batch, for `horizon` steps
-    (the behavior's own by default), with whatever weights the agent then has.
+    (the behavior's own by default), with the weights that the agent then has.
 
     Raises ValueError for a behavior that does not learn in imagination.
     """

@@ -65,8 +65,8 @@ class RoleLostError(RuntimeError):
 
     def __init__(self, error: Exception) -> None:
         text = str(getattr(error, "cause", None) or error).strip()
-        found = re.search(r"class_name: (\w+)", text) or re.search(r"ray::(\w+)", text)
-        role = found[1] if found else "a process"
+        named = re.search(r"class_name: (\w+)", text) or re.search(r"ray::(\w+)", text)
+        role = named[1] if named else "a process"
         why = f"it was killed, perhaps out of memory, or crashed ({type(error).__name__})"
         if "creation task" in text:
             why = f"it could not start: {text.splitlines()[-1].strip()}"
@@ -83,7 +83,7 @@ class StopSignals:
 
     @property
     def stopping(self) -> bool:
-        """Raises KeyboardInterrupt after a second signal: whatever was under way when it came may
+        """Raises KeyboardInterrupt after a second signal: the code that it interrupted may
         have swallowed that one (a finalizer does)."""
         if self._at_once:
             raise KeyboardInterrupt

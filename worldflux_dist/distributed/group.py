@@ -1,7 +1,7 @@
 """The driver's side of a group of learners: ranks that share every batch and have the same weights.
 
 A rank that dies takes the others with it, since they wait for it in the middle of a step. The group
-is then started anew (learners.py) with the next generation; what the old one may still want to
+is then restarted (learners.py) with the next generation; what the old one may still want to
 publish is refused. References and metrics pass through here, never data.
 """
 

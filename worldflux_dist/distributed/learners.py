@@ -35,8 +35,8 @@ class Learners:
     """All groups of a run: the model's, `groups[0]`, and the policy's where it learns apart, fed by
     `imaginers`.
 
-    A group that is lost goes on from the newest checkpoint in `root`; without one, where somebody
-    else started its ranks, GroupLostError is raised.
+    A group that is lost goes on from the newest checkpoint in `root`; without one (RLlib
+    has started its ranks) GroupLostError is raised.
     """
 
     def __init__(
@@ -103,8 +103,8 @@ class Learners:
     @property
     def restarts(self) -> dict[str, int]:
         """Processes that died, by role: of learners, and of what feeds them."""
-        found = {"learner": self.budget.losses, "shard": self.shards.restarts}
-        return found | ({} if self.imagined is None else {"imaginer": self.imagined.budget.losses})
+        known = {"learner": self.budget.losses, "shard": self.shards.restarts}
+        return known | ({} if self.imagined is None else {"imaginer": self.imagined.budget.losses})
 
     def update(self, num: int) -> list[dict[str, float]]:
         """Up to `num` gradient steps of the model and, where it learns apart, as many of the policy
@@ -180,7 +180,7 @@ class Learners:
                 self._restart(group, error)
 
     def _restart(self, group: LearnerGroup, error: GroupLostError) -> None:
-        """Start a group anew from the newest checkpoint. Raises GroupLostError when stopping."""
+        """Restart a group from the newest checkpoint. Raises GroupLostError when stopping."""
         if self.root is None:
             raise GroupLostError(f"a learner of {group.part}, or its batch, was lost ({error})")
         assert isinstance(group, ActorGroup)

@@ -1,5 +1,5 @@
-"""An agent in a process of its own that acts and imagines for others: for all runners where a plan
-is dear or one GPU is to make all of them, and for policies that learn apart.
+"""An agent in a process of its own that acts and imagines for others: for all runners where
+planning is expensive or one GPU is to do it, and for policies that learn apart.
 
 What must stay true: nothing of a caller is kept between calls (its memory travels with every call),
 so a call that was lost with the process is simply made again.
@@ -50,8 +50,8 @@ class ModelActor:
 
     `number` tells those of a run apart, `env_steps` are those at its start; without `store`, the
     one of this run's name. Calls to `act` that wait are answered in one batch. Before it answers it
-    waits for a fifth of the time that the last answer took: whoever got that one is back by then,
-    and callers that came out of step fall into step again.
+    waits for a fifth of the time that the last answer took: the callers that got it have called
+    again by then, and those that came out of step fall into step again.
     """
 
     def __init__(

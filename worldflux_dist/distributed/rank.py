@@ -97,8 +97,8 @@ class Rank:
 
 def interface_of(address: str) -> str:
     """The network interface that has an address. Raises RuntimeError where this node has none."""
-    for name, found in psutil.net_if_addrs().items():
-        if address in (each.address for each in found):
+    for name, addresses in psutil.net_if_addrs().items():
+        if address in (each.address for each in addresses):
             return name
     raise RuntimeError(
         f"this node has no network interface with the address {address}, by which Ray knows it: "

@@ -30,7 +30,7 @@ def stall(means: Mapping[str, float]) -> float:
 
 
 class Record:
-    """Owns the counts of one run that nobody else keeps, and when it was last logged."""
+    """Owns the counts of one run that are kept nowhere else, and when it was last logged."""
 
     def __init__(
         self, session: Session, limiter: Limiter, collector: RayCollector, episodes: int = 0
@@ -45,7 +45,7 @@ class Record:
         self._degraded = ""
 
     def take_in(self, reports: Sequence[RunnerReport], updates: Sequence[dict[str, float]]) -> None:
-        """Record what a round brought, and show it."""
+        """Record the results of a round, and show them."""
         self._say_deaths()
         self._say_degraded()
         add, config = self.recorder.add, self.session.config

@@ -118,8 +118,8 @@ class RunDirectory:
         """A full disk as the sentence that says what is safe; any other error as it is."""
         if not storage.disk_full(error):
             return error
-        found = checkpoint.newest(self.checkpoints)
-        safe = f"{found[0]} is safe on disk" if found else "no checkpoint had been written"
+        newest = checkpoint.newest(self.checkpoints)
+        safe = f"{newest[0]} is safe on disk" if newest else "no checkpoint had been written"
         return storage.CheckpointError(
             f"the disk of {self.path} is full; {safe}: free some space and run the same command "
             "again"
@@ -130,11 +130,11 @@ class RunDirectory:
 
         `num_steps` is what runners collect at a time.
         """
-        found = checkpoint.newest(self.checkpoints)
-        if found is None:
+        newest = checkpoint.newest(self.checkpoints)
+        if newest is None:
             self.log.truncate_after(-1)
             return None
-        folder, manifest = found
+        folder, manifest = newest
         where = folder / checkpoint.MANIFEST
         counters = storage.in_form(manifest["counters"], COUNTERS, where, "counters")
         apart = self.settings.imagination.mode == "actors"
@@ -277,8 +277,8 @@ def _held(place: UPath) -> Any:
 
 
 def _listed(old: config.Config, new: config.Config) -> str:
-    found = differences(old, new)
-    return ", ".join(f"{name} ({before!r} before, {now!r} now)" for name, before, now in found)
+    changed = differences(old, new)
+    return ", ".join(f"{name} ({before!r} before, {now!r} now)" for name, before, now in changed)
 
 
 def _manifest() -> dict[str, Any]:

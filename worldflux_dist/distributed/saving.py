@@ -145,7 +145,7 @@ class Saver:
             self.finish(wait=True)
         except StoppedError:
             raise
-        except Exception as error:  # whatever a storage raises
+        except Exception as error:  # storages raise errors of any kind
             self.fail(error)
 
     def fail(self, error: Exception) -> None:

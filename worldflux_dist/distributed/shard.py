@@ -37,7 +37,7 @@ class ShardPlace:
 def _unless_fenced() -> Iterator[None]:
     """End this process where another one has taken over its shard.
 
-    Was it one of the past, nobody misses it; else Ray starts it anew, and then it is the newest.
+    A process of the past is not missed; another one is restarted by Ray and then is the newest.
     """
     try:
         yield

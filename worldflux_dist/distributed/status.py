@@ -21,7 +21,7 @@ from worldflux_dist.metrics import family, read_lines
 if TYPE_CHECKING:
     from upath import UPath
 
-IDLE = 0.5  # a role that works less of the time holds up nobody
+IDLE = 0.5  # a role that works less of the time is no bottleneck
 
 
 def bottleneck(busy: Mapping[str, float]) -> str:

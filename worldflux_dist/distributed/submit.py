@@ -1,7 +1,7 @@
 """Training as a job of a Ray cluster: submitted over its dashboard, followed, stopped, resumed.
 
 What must stay true: a stopped job has saved everything, and the same submission again goes on. So
-the run directory is one that every node sees, and whoever stops a job waits for its checkpoint.
+the run directory is one that every node sees, and stopping a job waits for its checkpoint.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from worldflux_dist.distributed.auth import explained
 
 DASHBOARD = "http://127.0.0.1:8265"
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-# Ray leaves out .git, .venv and whatever .gitignore names; these where there is no .gitignore.
+# Ray leaves out .git, .venv and what .gitignore names; these where there is no .gitignore.
 EXCLUDES = ["/runs/", "/build/", "*.egg-info/", ".*_cache/", ".hypothesis/"]
 STOP_WAIT_S = 120  # from SIGTERM to SIGKILL; Ray's own 3 s are too few for a checkpoint
 STOPPED = 130

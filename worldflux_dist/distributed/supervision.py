@@ -47,7 +47,7 @@ class Patience:
         self.seconds, self._most, self._say = asked, max(asked, LONGEST_PATIENCE_S), say
 
     def lose(self, who: str) -> None:
-        """Say that somebody was silent for too long, and be more patient from now on."""
+        """Say that `who` was silent for too long, and be more patient from now on."""
         silent, self.seconds = self.seconds, min(2 * self.seconds, self._most)
         more = f"; from now on it may take {self.seconds:g} s" if self.seconds > silent else ""
         self._say(f"{who} gave no answer for {silent:g} s, see scale.patience{more}")

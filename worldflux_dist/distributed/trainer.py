@@ -115,7 +115,7 @@ class Trainer:
         return True
 
     def take_in(self, done: Round) -> None:
-        """Count and record what a round brought. Raises RuntimeError where replay was lost."""
+        """Count and record the results of a round. Raises RuntimeError where replay was lost."""
         self.limiter.redo(self.learners.take_redo())
         self.record.take_in(done.reports, done.updates)
         if self.collects or self.collector.num_under_way:
@@ -143,7 +143,7 @@ class Trainer:
                 self.saver.begin(self.record.episodes)
         except (NonFiniteLossError, StoppedError):
             raise
-        except Exception as error:  # whatever a storage raises
+        except Exception as error:  # storages raise errors of any kind
             self.saver.fail(error)
             self._saved = time.monotonic() - every + min(SAVE_AGAIN_S, every)
 
@@ -164,7 +164,7 @@ class Trainer:
                 return
             except (NonFiniteLossError, StoppedError):
                 raise
-            except Exception as error:  # whatever a storage raises
+            except Exception as error:  # storages raise errors of any kind
                 self.saver.give_up()
                 self.saver.check_stop(error)
                 if time.monotonic() > deadline or is_gone(error):

@@ -228,10 +228,10 @@ def raise_endless(workers: EnvRunnerGroup | None, patience: float) -> None:
     """Raise what episodes of remote evaluation workers did not end with, if anything; a worker that
     is still at it gets `patience` more seconds."""
     if workers is not None and workers.num_remote_env_runners():
-        found = workers.foreach_env_runner(
+        errors = workers.foreach_env_runner(
             _take_endless, local_env_runner=False, timeout_seconds=patience
         )
-        for error in filter(None, found):
+        for error in filter(None, errors):
             raise error
 
 

@@ -120,7 +120,7 @@ def _episode(name: str, item: Any) -> SingleAgentEpisode:
             "rewards": episode.get_rewards(),
         }
         bad = [part for part, values in parts.items() if not _finite(values)]
-    except Exception as error:  # whatever msgpack and RLlib make of bytes that are something else
+    except Exception as error:  # msgpack and RLlib raise anything on bytes that are something else
         raise ValueError(
             f"offline_data: {name} cannot be read ({error!r}): record it again, or leave it out"
         ) from None

@@ -46,7 +46,7 @@ class Places:
         group = get_current_placement_group()
         there = group.bundle_specs if group is not None else []
         index = len(there) - len(ours)
-        inside = there[index:] == ours  # else the group is somebody else's, and not made for us
+        inside = there[index:] == ours  # else the group was made for something else
         self._options: dict[str, list[dict[str, Any]]] = {}
         for role, each in asked.items():
             self._options[role] = []

@@ -102,7 +102,7 @@ class Replay:
     def restore_from_path(
         self, path: Any, *, filesystem: pyarrow.fs.FileSystem | None = None, **kwargs: Any
     ) -> None:
-        """Start the shards anew with what `save_to_path` wrote; their number may differ."""
+        """Restart the shards with what `save_to_path` wrote; their number may differ."""
         files = ArrowFSWrapper(filesystem or pyarrow.fs.LocalFileSystem())
         listed = (PurePath(path) / STATES_FILE).as_posix()
         states = in_form(parse_json(files.cat_file(listed), listed), STATES, listed)
