@@ -14,6 +14,7 @@ from worldflux_dist import checkpoint
 from worldflux_dist.config import Config, ConfigError, from_dict, load
 from worldflux_dist.distributed.evaluator import Evaluator
 from worldflux_dist.distributed.run import IDENTITY, RunDirectory, storage_of
+from worldflux_dist.distributed.session import Session
 from worldflux_dist.progress import Progress
 from worldflux_dist.replay import Limiter
 
@@ -126,7 +127,8 @@ def test_without_evaluations_on_the_way_none_comes_due(tmp_path: Path) -> None:
     config = settings(train={"eval_every": 0})
     with RunDirectory(tmp_path / "run", config) as run, Progress(100, plain=True) as progress:
         for env_steps in (0, 100):
-            evaluator = Evaluator(config, run, progress, None, [], {})  # starting one would fail
+            session = Session(config, run, progress, None, None, {})
+            evaluator = Evaluator(session, [])  # starting one would fail
             for step in range(env_steps, env_steps + 100, 10):
                 evaluator.maybe_evaluate(step)
             run.score(100, 1, [1.0], "random")

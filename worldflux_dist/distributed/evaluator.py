@@ -7,7 +7,7 @@ They are written down before anything is drawn, and what cannot be drawn is a wa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import ray
@@ -18,7 +18,9 @@ from ray.exceptions import GetTimeoutError, RayError
 from worldflux_dist.agent import Agent
 from worldflux_dist.config import Config
 from worldflux_dist.distributed.ending import Outcome, is_loss, sentence
-from worldflux_dist.distributed.run import Pictures, RunDirectory
+from worldflux_dist.distributed.group import ActorGroup
+from worldflux_dist.distributed.run import Pictures
+from worldflux_dist.distributed.session import Session
 from worldflux_dist.envs.base import FAULTS, warned, what
 from worldflux_dist.evaluate import (
     Evaluation,
@@ -28,35 +30,23 @@ from worldflux_dist.evaluate import (
     open_loop,
 )
 from worldflux_dist.nn.memory import keep_freed_memory
-from worldflux_dist.progress import Progress
 from worldflux_dist.runner import EndlessEpisodeError
 from worldflux_dist.spaces import Spaces
-
-if TYPE_CHECKING:
-    from worldflux_dist.distributed.start import Task
 
 EVALUATIONS = 3  # how often the last evaluation is tried
 DRAW_S = 600.0  # how long the pictures may take
 
 
 class Evaluator:
-    """Owns the evaluation under way; there is one at a time. `options` say where Ray places it."""
+    """Owns the evaluation under way of what `groups` learn; there is one at a time."""
 
-    def __init__(
-        self,
-        config: Config,
-        run: RunDirectory,
-        progress: Progress,
-        task: Task,
-        groups: Sequence[Any],
-        options: dict[str, Any],
-    ) -> None:
-        self.config, self.run, self.progress, self.task = config, run, progress, task
-        self.groups, self.options = groups, options
+    def __init__(self, session: Session, groups: Sequence[ActorGroup]) -> None:
+        self.config, self.run, self.progress = session.config, session.run, session.progress
+        self.session, self.groups, config = session, groups, session.config
         # The same seed every time: differences are the agent's, not the episodes'.
         self.seed, self.every = config.seed + 1000, config.train.eval_every
         self._under_way: tuple[int, ObjectRef] | None = None
-        last = run.last_score()
+        last = self.run.last_score()
         self._due = last // self.every if last >= 0 and self.every else -1
 
     def maybe_evaluate(self, env_steps: int) -> None:
@@ -102,8 +92,8 @@ class Evaluator:
 
     def _call(self, task: Any, *given: Any) -> ObjectRef:
         arrays = [group.agent_arrays() for group in self.groups]
-        placed = task.options(**self.options)
-        ref: ObjectRef = placed.remote(self.config, self.task.spaces, *given, *arrays)
+        placed = task.options(**self.session.options["evaluator"][0])
+        ref: ObjectRef = placed.remote(self.config, self.session.task.spaces, *given, *arrays)
         return ref
 
     def _score_on_the_way(self) -> None:
@@ -127,7 +117,8 @@ class Evaluator:
             return None
         for key, method in (("random", "random"), ("agent", self.config.model)):
             if key in scores:
-                self.run.score(env_steps, self.task.action_repeat, scores[key].returns, method)
+                repeat = self.session.task.action_repeat
+                self.run.score(env_steps, repeat, scores[key].returns, method)
         self.progress.print(f"evaluation at {env_steps:,} env steps: {scores['agent']}")
         return scores
 

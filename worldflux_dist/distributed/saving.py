@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent import futures
 from concurrent.futures import Future
 from contextlib import suppress
@@ -58,7 +58,7 @@ class Writing:
 class Saver:
     """Owns the checkpoint that is being written; one at a time. `keep` stay on disk.
 
-    `last` is the newest one in place, `stopped` gives the seconds since the run was told to stop.
+    `last` is the newest one in place.
     """
 
     def __init__(
@@ -69,12 +69,11 @@ class Saver:
         root: UPath,
         driver: Driver,
         last: UPath | None = None,
-        stopped: Callable[[], float] = lambda: 0.0,
         keep: int = 2,
     ) -> None:
         self.groups, self.shards, self.limiter = groups, shards, limiter
         self.root, self.driver, self.keep = root, driver, keep
-        self.last, self.stopped = last, stopped
+        self.last = last
         self.writing: Writing | None = None
         self._since = math.inf  # when a checkpoint was begun, until one is in place
         # Steps that runners have not reported yet are counted by the shards.
@@ -162,7 +161,7 @@ class Saver:
     def check_stop(self, error: Exception | None = None) -> None:
         """Raises StoppedError where the run was told to stop and has waited for long enough: the
         storage must not keep it. `error` is what went wrong last."""
-        stopped = self.stopped()
+        stopped = self.driver.since_stop()
         waited_for = self._since < time.monotonic() - stopped  # already when the signal came
         if stopped <= (STOP_S if waited_for else LAST_SAVE_S):
             return

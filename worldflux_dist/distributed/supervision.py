@@ -29,11 +29,12 @@ RETURN_S = 60.0  # a process that is not back by then is taken to have died agai
 @dataclass
 class Driver:
     """What the parts of a run ask of the process that drives them: `stopping` is whether the run is
-    to end, `settle` ends the checkpoint that is being written, and `check_stop` raises where a stop
-    has waited for too long."""
+    to end, `since_stop` for how many seconds it has been; `settle` ends the checkpoint that is
+    being written, and `check_stop` raises where a stop has waited for too long."""
 
     say: Callable[[str], None] = print
     stopping: Callable[[], bool] = lambda: False
+    since_stop: Callable[[], float] = lambda: 0.0
     settle: Callable[[], None] = lambda: None
     check_stop: Callable[[], None] = lambda: None
 

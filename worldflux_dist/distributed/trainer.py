@@ -74,7 +74,8 @@ class Trainer:
         run, spaces = session.run, session.task.spaces
         started = start_processes(config, spaces, run.storage, newest, session.options)
         self.processes = started  # until the run ends: handles keep actors alive
-        driver = Driver(say, lambda: session.stop.stopping)
+        stop = session.stop
+        driver = Driver(say, lambda: stop.stopping, lambda: stop.seconds)
         self.shards = Shards(started.shards)
         self.learners = Learners(
             config, started.groups, self.shards, started.imaginers, run.checkpoints, driver
@@ -82,24 +83,9 @@ class Trainer:
         self.collector = RayCollector(config, started.runners, self.shards, self.learners, driver)
         self.flow = Flow(self.limiter, self.collector, self.learners, steps)
         last, episodes = (newest[0], newest[1]["episodes"]) if newest else (None, 0)
-        self.saver = Saver(
-            started.groups,
-            self.shards,
-            self.limiter,
-            run.checkpoints,
-            driver,
-            last,
-            lambda: session.stop.seconds,
-        )
+        self.saver = Saver(started.groups, self.shards, self.limiter, run.checkpoints, driver, last)
         self.record = Record(session, self.limiter, self.collector, episodes)
-        self.evaluator = Evaluator(
-            config,
-            run,
-            session.progress,
-            session.task,
-            started.groups,
-            session.options["evaluator"][0],
-        )
+        self.evaluator = Evaluator(session, started.groups)
         self._saved = time.monotonic()
 
     def going(self) -> bool:

@@ -269,14 +269,8 @@ class WorldFlux(Algorithm):
         episodes = read_episodes([paths] if isinstance(paths, str) else paths)
         for number, (name, episode) in enumerate(episodes):
             row, index = divmod(number, len(shards))
-            chunk = to_chunk(
-                episode,
-                self.spaces_inside,
-                RECORDED + index,
-                row,
-                normalized=self.config.actions_in_input_normalized,
-                name=name,
-            )
+            normalized, stream = self.config.actions_in_input_normalized, RECORDED + index
+            chunk = to_chunk(episode, self.spaces_inside, stream, row, normalized, name)
             send(chunk, shards, self.settings.scale.patience)
             total += chunk.num_steps
         self.limiter.prefill = max(0, self.limiter.prefill - total)
