@@ -29,7 +29,7 @@ from ray.tune.registry import ENV_CREATOR, _global_registry
 
 from worldflux_dist.config import Config
 from worldflux_dist.data import Chunk
-from worldflux_dist.distributed.actors import RunnerReport, send
+from worldflux_dist.distributed.env_runner import RunnerReport, send
 from worldflux_dist.distributed.weights import WeightReader, poll_by
 from worldflux_dist.envs import Envs, make_envs
 from worldflux_dist.envs.acting import random_act
