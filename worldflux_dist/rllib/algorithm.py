@@ -160,7 +160,7 @@ class WorldFlux(Algorithm):
     def cleanup(self) -> None:
         super().cleanup()  # runners first: they may be storing a chunk
         if self.policy is not None:
-            self.policy.learners.shutdown()
+            self.policy.group.shutdown()
         for imaginer in self.imaginers:
             ray.kill(imaginer)
         if hasattr(self, "replay"):
@@ -336,7 +336,7 @@ class WorldFlux(Algorithm):
             components, not_components=not_components, **kwargs
         )
         if self.policy is not None and self._check_component(POLICY, *chosen):
-            state[POLICY] = self.policy.learners.get_state(**kwargs)
+            state[POLICY] = self.policy.group.get_state(**kwargs)
         if components == REPLAY:
             state[REPLAY] = {}
         apart = self.policy is not None
@@ -355,7 +355,7 @@ class WorldFlux(Algorithm):
             taken = (ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME)
             self.env_runner.num_env_steps_sampled_lifetime = self.metrics.peek(taken, default=0)
         if POLICY in state and self.policy is not None:
-            self.policy.learners.set_state(state[POLICY])
+            self.policy.group.set_state(state[POLICY])
         if STATE in state:
             saved = state[STATE]["limiter"]
             self.limiter.load_state_dict(saved, saved["env_steps"])  # all is taken in an iteration
@@ -365,7 +365,7 @@ class WorldFlux(Algorithm):
     def get_checkpointable_components(self) -> list[tuple[str, Any]]:
         own: list[tuple[str, Any]] = []
         if self.policy is not None:
-            own.append((POLICY, self.policy.learners))
+            own.append((POLICY, self.policy.group))
         if self.config.checkpoint_replay:
             own.append((REPLAY, self.replay))
         return super().get_checkpointable_components() + own

@@ -101,9 +101,9 @@ def _plain(group: dict[str, Any]) -> dict[str, Any]:
 class RLlibGroup(LearnerGroup):
     """The ranks of a group that RLlib has started."""
 
-    def __init__(self, learners: RLlibLearners, part: str, store: Any) -> None:
+    def __init__(self, group: RLlibLearners, part: str, store: Any) -> None:
         super().__init__(part, store)
-        self.learners = learners
+        self.group = group
 
     def connect(self, shards: Sequence[Any]) -> None:
         """Have the learners, as they are now, publish with a generation of their own."""
@@ -111,17 +111,17 @@ class RLlibGroup(LearnerGroup):
         connect = partial(
             _connect, store=self.store, shards=list(shards), generation=self.generation
         )
-        self.gradient_steps, *_ = [done.get() for done in self.learners.foreach_learner(connect)]
+        self.gradient_steps, *_ = [done.get() for done in self.group.foreach_learner(connect)]
         self.ranks = (
-            [handle.get() for handle in self.learners.foreach_learner(_handle)]
-            if self.learners.is_remote
-            else [self.learners._learner]
+            [handle.get() for handle in self.group.foreach_learner(_handle)]
+            if self.group.is_remote
+            else [self.group._learner]
         )
 
     def hand_over(self, part: str, other: RLlibGroup) -> None:
         """Have `other` hold what these learners hold of a part of the agent."""
-        first, *_ = self.learners.foreach_learner(partial(_arrays, part=part))
-        for done in other.learners.foreach_learner(partial(_load, arrays=first.get())):
+        first, *_ = self.group.foreach_learner(partial(_arrays, part=part))
+        for done in other.group.foreach_learner(partial(_load, arrays=first.get())):
             done.get()
 
 
