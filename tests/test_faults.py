@@ -222,7 +222,7 @@ def test_a_run_goes_on_with_other_shards_and_another_ratio(
 
 
 def test_a_killed_imaginer_is_started_again(actors: FaultRun) -> None:
-    (victim,) = actors.processes("ray::ModelActor")
+    (victim,) = actors.processes("ray::ImaginerActor")
     restarts = actors.last()["restarts/imaginer"]
     since = f.kill(victim)
     again = actors.wait_for_line("a loss", lambda x: x["restarts/imaginer"] > restarts, since)
@@ -234,7 +234,7 @@ def test_a_killed_imaginer_is_started_again(actors: FaultRun) -> None:
 
 
 def test_a_killed_actor_that_acts_is_started_again(actors: FaultRun) -> None:
-    (victim,) = actors.processes("ray::ModelActor")
+    (victim,) = actors.processes("ray::ActingActor")
     restarts = actors.last()["restarts/acting"]
     since = f.kill(victim)
     again = actors.wait_for_line("a loss", lambda x: x["restarts/acting"] > restarts, since)

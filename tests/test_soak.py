@@ -30,7 +30,7 @@ WORK = {
     "EnvRunnerActor": ".collect",
     "ReplayShardActor": "",
     "LearnerActor": ".step",
-    "ModelActor": ".imagine",
+    "ImaginerActor": ".imagine",
     "WeightStore": "",
 }
 ROLES = [*WORK, "LearnerActor"]

@@ -146,6 +146,14 @@ class ModelActor:
         return report, imagined
 
 
+class ActingActor(ModelActor):
+    """Acts for all runners; Ray calls its process by this name, in its lists and its errors."""
+
+
+class ImaginerActor(ModelActor):
+    """Imagines for policy learners."""
+
+
 class RemoteAct:
     """What a runner acts with instead of its own agent. `version` is that of the last answer,
     `losses` counts calls that were lost with the process that acts."""

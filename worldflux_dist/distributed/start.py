@@ -9,7 +9,7 @@ from worldflux_dist.config import Config
 from worldflux_dist.distributed.cluster import shard_config
 from worldflux_dist.distributed.env_runner import EnvRunnerActor
 from worldflux_dist.distributed.group import ActorGroup, GroupLostError
-from worldflux_dist.distributed.model_actor import ACTING, ModelActor
+from worldflux_dist.distributed.model_actor import ACTING, ActingActor, ImaginerActor
 from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.shard import ReplayShardActor, ShardPlace, shard_name
 from worldflux_dist.distributed.weights import WEIGHTS, WeightStore
@@ -64,9 +64,9 @@ def start_processes(
     env_steps = counters["limiter"]["env_steps"] if newest else 0
     named = [actor(WeightStore).options(name=WEIGHTS, **options["store"][0]).remote()]
     shards = _start_shards(config, storage / "replay", counters, options["shard"])
-    model, runner = actor(ModelActor), actor(EnvRunnerActor)
+    imaginer, runner = actor(ImaginerActor), actor(EnvRunnerActor)
     if config.scale.acting == "actor":
-        make = model.options(name=ACTING, **options["acting"][0])
+        make = actor(ActingActor).options(name=ACTING, **options["acting"][0])
         named.append(make.remote(config, spaces, 0, env_steps))
     if config.imagination.mode == "actors":
         parts = {"world_model": options["learner"], "behavior": options["policy"]}
@@ -76,7 +76,7 @@ def start_processes(
     processes = Processes(
         [ActorGroup(config, spaces, part, where) for part, where in parts.items()],
         [
-            model.options(**where).remote(config, spaces, 1 + index, env_steps)
+            imaginer.options(**where).remote(config, spaces, 1 + index, env_steps)
             for index, where in enumerate(placed)
         ],
         shards,

@@ -39,7 +39,7 @@ from worldflux_dist.distributed.feed import Shards
 from worldflux_dist.distributed.flow import Flow, Round
 from worldflux_dist.distributed.group import GroupLostError
 from worldflux_dist.distributed.learners import Learners
-from worldflux_dist.distributed.model_actor import ModelActor
+from worldflux_dist.distributed.model_actor import ImaginerActor
 from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.supervision import Driver
 from worldflux_dist.distributed.weights import WeightStore
@@ -223,7 +223,7 @@ class WorldFlux(Algorithm):
         settings = config.settings("auto" if config.num_gpus_per_imagination_actor else "cpu")
         with torch.device("meta"):
             settings.make_agent(self.spaces_inside).imagining()  # refuses what cannot learn so
-        make = actor(ModelActor)
+        make = actor(ImaginerActor)
         self.imaginers = [
             make.options(**where).remote(settings, self.spaces_inside, number, 0, self.store)
             for number, where in enumerate(self.places.take("imaginer"), start=1)
