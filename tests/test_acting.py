@@ -164,7 +164,7 @@ def test_a_run_goes_on_after_the_process_that_acts_was_killed(tmp_path: Path) ->
     settings = ("scale.acting=actor", "train.threshold=null", "train.prefill=100")
     with ToyRun(tmp_path, *settings) as run:
         run.wait_for("evaluation at")  # by now it acts, and the run has far to go
-        (process,) = run.processes("ray::ModelActor")
+        (process,) = run.processes("ray::ActingActor")
         process.kill()
         assert run.wait() == 0, run.output
     lines = read_metrics(run.run_dir)
