@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NotRequired
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, with_config
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from upath import UPath
 
 
+@with_config(STRICT)
 class _Recipe(TypedDict):
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     model: Text
     model_options: dict[str, Any]
     behavior: dict[str, Any]

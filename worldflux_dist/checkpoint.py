@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Lt
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from worldflux_dist import storage
@@ -50,8 +50,8 @@ class _File(TypedDict):
     sha256: Text
 
 
+@with_config(STRICT)
 class _Manifest(TypedDict):
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     format: Any
     step: Annotated[int, Ge(0), Lt(10**10)]
     counters: dict[str, Any]

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from annotated_types import Ge, Le
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, with_config
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import TypedDict
@@ -299,8 +299,8 @@ class _Group(TypedDict):
     steps: NotRequired[Whole]
 
 
+@with_config(STRICT)
 class _Saved(TypedDict):
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     gradient_steps: Whole
     param_groups: dict[str, list[_Group]]
 

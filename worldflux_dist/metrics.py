@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
 import numpy as np
-from pydantic import AfterValidator, TypeAdapter
+from pydantic import AfterValidator, TypeAdapter, with_config
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -37,8 +37,8 @@ RECENT = 20  # how many of the last values the progress line shows the mean of
 MAX_LINE = 2**20  # bytes
 
 
+@with_config(STRICT)
 class _Score(TypedDict):
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     task: Text
     method: Text
     seed: Whole

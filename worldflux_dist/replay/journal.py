@@ -5,8 +5,8 @@ every `flush_every` seconds, in place of its shorter self, so that no file ever 
 is large enough it is closed and never changes again. One thread packs and writes, so the shard
 never waits for the disk, unless `pending_bytes` are waiting there already.
 
-    append -> raw records -> packed blobs -> file          one _Segment, oldest first
-              (shard)        (thread)        (thread)
+    append -> raw records -> packed records -> file        one _Segment, oldest first
+              (shard)        (thread)          (thread)
 
 When the disk fails the shard goes on, `degraded`: records wait in memory, the oldest are dropped
 and counted when there are too many, and writing is tried again at each flush. What must stay true:
@@ -33,6 +33,7 @@ from worldflux_dist.replay import segment
 from worldflux_dist.replay.config import ReplayConfig
 from worldflux_dist.replay.marks import Key, Marks
 from worldflux_dist.replay.segment import Numbering
+from worldflux_dist.replay.state import Segment
 from worldflux_dist.storage import Disk
 
 if TYPE_CHECKING:
@@ -45,21 +46,15 @@ class FencedError(RuntimeError):
     """Another process has taken over this shard's folder; this one must stop."""
 
 
-@dataclass(frozen=True)
-class SegmentInfo:
-    """A closed segment: its name below the replay folder, and the ring's `end` after it."""
-
-    name: str
-    size: int
-    sha256: str
-    steps: int
-    end: int
-
-
-@dataclass
+@dataclass(eq=False)
 class _Record:
+    """A chunk that was stored, after which the ring held the blocks `first` .. `end`.
+
+    `data` are the bytes of its columns and, once it is packed, all that is appended to the file.
+    """
+
     header: bytes
-    body: bytes
+    data: bytes
     steps: int
     key: Key
     first: int
@@ -68,27 +63,30 @@ class _Record:
 
 @dataclass(eq=False)
 class _Segment:
-    """A segment not yet closed on disk: records not yet packed, packed ones, and how many of those
-    are written. `doubtful`: a write failed, so the file may hold more than is known."""
+    """A segment not yet closed on disk. Of its records the first `packed` are packed, of these the
+    first `written` are on disk and `attempted` are being written. `doubtful`: a write failed, so
+    the file may hold more than is known."""
 
     name: str
     head: bytes
     cut: bool
-    raw: deque[_Record] = field(default_factory=deque)
-    blobs: list[bytes] = field(default_factory=list)
-    packed: list[_Record] = field(default_factory=list)  # of the blobs, without their bodies
-    size: int = 0
+    records: list[_Record] = field(default_factory=list)
+    packed: int = 0
     written: int = 0
     attempted: int = 0
+    size: int = 0  # bytes of the packed records
     closed: bool = False
     dropped: bool = False
     doubtful: bool = False
 
     @property
+    def raw(self) -> int:
+        """How many records are not packed yet."""
+        return len(self.records) - self.packed
+
+    @property
     def unwritten(self) -> bool:
-        if self.doubtful and self.blobs:
-            return True
-        return bool(self.raw) or self.written < len(self.blobs)
+        return self.written < len(self.records) or (self.doubtful and self.packed > 0)
 
 
 class Journal:
@@ -102,7 +100,7 @@ class Journal:
         folder: str,
         owner: str,
         start: Numbering,
-        known: list[SegmentInfo],
+        known: list[Segment],
         number: int,
         disk: Disk,
     ) -> None:
@@ -120,7 +118,7 @@ class Journal:
         self._waiting: list[tuple[Future, Callable[[], Any]]] = []
         self._hurry = self._stopping = self._ended = False
         self._wake = threading.Condition()
-        self._begin(start, cut=True)
+        self.roll(start, cut=True)
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
@@ -164,16 +162,21 @@ class Journal:
         return bool(self.degraded) or self._open[-1].dropped
 
     def roll(self, start: Numbering, cut: bool) -> None:
-        """Close the segment and begin one with the numbering `start`."""
+        """Close the segment, if there is one, and begin one with the numbering `start`."""
+        name = f"{self._folder}/{self._number:06}.seg"
+        self._number += 1
         with self._wake:
-            self._begin(start, cut)
+            if self._open:
+                self._open[-1].closed = True
+            self._open.append(_Segment(name, segment.pack_head(self.config.compress, start), cut))
+            self._wake.notify_all()
 
     def append(self, chunk: Chunk, packed: tuple[bytes, bytes], first: int, end: int) -> None:
         """Take a chunk that was stored, after which the ring holds blocks `first` .. `end`."""
-        found = _Record(*packed, chunk.num_steps, chunk.key, first, end)
+        record = _Record(*packed, chunk.num_steps, chunk.key, first, end)
         with self._wake:
-            self._open[-1].raw.append(found)
-            self._pending += len(found.body)
+            self._open[-1].records.append(record)
+            self._pending += len(record.data)
             self._wake.notify_all()
 
     def flush(self, result: Callable[[], Any] = lambda: None) -> Future:
@@ -195,16 +198,12 @@ class Journal:
         """The name of the segment that takes the next record."""
         return self._open[-1].name
 
-    def listing(self) -> tuple[list[SegmentInfo], str]:
-        """The closed segments, and the name of the first that is not closed on disk yet."""
+    def listing(self) -> tuple[list[Segment], str]:
+        """The closed segments that hold steps which are not evicted, by what is on disk, and the
+        name of the first segment that is not closed on disk yet."""
         with self._wake:
+            self.segments = [s for s in self.segments if s["end"] > self.durable_first]
             return list(self.segments), self._open[0].name
-
-    def forget_evicted(self) -> None:
-        """Take segments off the list whose steps are all evicted, by what is on disk."""
-        with self._wake:
-            first = self.durable_first
-            self.segments = [info for info in self.segments if info.end > first]
 
     def close(self) -> None:
         """Write what is left, if the disk allows, and end the thread."""
@@ -213,35 +212,21 @@ class Journal:
             self._wake.notify_all()
         self._thread.join()
 
-    def _begin(self, start: Numbering, cut: bool) -> None:
-        if self._open:
-            self._open[-1].closed = True
-        name = f"{self._folder}/{self._number:06}.seg"
-        self._number += 1
-        self._open.append(_Segment(name, segment.pack_head(self.config.compress, start), cut))
-        self._wake_up()
-
-    def _wake_up(self) -> None:
-        with self._wake:
-            self._wake.notify_all()
-
     def _drop_oldest(self) -> bool:
         """Drop the oldest unwritten records and all that build on them; false if there are none."""
         lost = False
         for part in self._open:
             if lost and part.cut:
                 break
-            if not (part.unwritten and not part.dropped) and not lost:
-                continue
             keep = max(part.written, part.attempted)
-            gone = [*part.packed[keep:], *part.raw]
-            if not gone:
+            gone = part.records[keep:]
+            if not gone or (part.dropped and not lost):
                 continue
             lost = part.dropped = True
             self.dropped_steps += sum(record.steps for record in gone)
-            self._pending -= sum(map(len, part.blobs[keep:])) + sum(len(r.body) for r in part.raw)
-            del part.blobs[keep:], part.packed[keep:]
-            part.raw.clear()
+            self._pending -= sum(len(record.data) for record in gone)
+            del part.records[keep:]
+            part.packed = keep
         return lost
 
     # ------------------------------------------------------------------------ the journal's thread
@@ -260,7 +245,7 @@ class Journal:
         while not (self._fenced or self._stopping):
             with self._wake:
                 self._wake.wait_for(self._has_work, max(0.0, due - time.monotonic()))
-                asked, num_raw = len(self._waiting), sum(len(part.raw) for part in self._open)
+                asked, num_raw = len(self._waiting), sum(part.raw for part in self._open)
                 write = self._write_now()
                 self._hurry = False
             for _ in range(num_raw):
@@ -296,18 +281,14 @@ class Journal:
             part = next((part for part in self._open if part.raw), None)
             if part is None:
                 return  # dropped meanwhile
-            found = part.raw.popleft()
-        blob = segment.pack_record(self.config.compress, found.header, found.body)
+            record = part.records[part.packed]
+        packed = segment.pack_record(self.config.compress, record.header, record.data)
         with self._wake:
-            self._pending -= len(found.body)
-            found.body = b""
-            if part.dropped:
-                self.dropped_steps += found.steps
-            else:
-                part.blobs.append(blob)
-                part.packed.append(found)
-                part.size += len(blob)
-                self._pending += len(blob)
+            if record in part.records:  # not dropped meanwhile
+                self._pending += len(packed) - len(record.data)
+                record.data = packed
+                part.packed += 1
+                part.size += len(packed)
             self._wake.notify_all()
 
     def _write_all(self) -> None:
@@ -327,40 +308,48 @@ class Journal:
                 f"free space or repair it, writing is tried again every "
                 f"{self.config.flush_every:g} s"
             )
-        self._wake_up()
+        with self._wake:
+            self._wake.notify_all()
 
     def _write(self, part: _Segment) -> None:
         with self._wake:
-            data, part.attempted = [part.head, *part.blobs], len(part.blobs)
-        done, whole = part.attempted, b""
+            done = part.attempted = part.packed
+            records = part.records[:done]
+        fresh = records[part.written :]
         try:
-            if done > part.written or (done and part.doubtful):
-                whole = b"".join(data)
-                self._disk.replace(self._root / part.name, whole, self.check_owner)
+            if fresh or (done and part.doubtful):
+                data = b"".join([part.head, *(record.data for record in records)])
+                self._disk.replace(self._root / part.name, data, self.check_owner)
         except BaseException:
             part.doubtful = True
             raise
         finally:
             part.attempted = 0
         with self._wake:
-            for found in part.packed[part.written : done]:
-                self.durable.add(found.key)
-                self.durable_steps += found.steps
-                self.durable_first = found.first
-            self._pending -= sum(map(len, part.blobs[part.written : done]))
+            for record in fresh:
+                self.durable.add(record.key)
+                self.durable_steps += record.steps
+                self.durable_first = record.first
+                self._pending -= len(record.data)
             part.written, part.doubtful = done, False
             if part.closed and not part.unwritten:
                 self._open.remove(part)
                 if done:
-                    self.segments.append(_info(part, whole or b"".join([part.head, *part.blobs])))
+                    self.segments.append(_closed(part))
             self._wake.notify_all()
 
     def check_owner(self) -> None:
-        found = json.loads((self._root / self._folder / INDEX).read_bytes())
-        if found["owner"] != self._owner:
-            raise FencedError(f"{self._folder} belongs to {found['owner']}")
+        owner = json.loads((self._root / self._folder / INDEX).read_bytes())["owner"]
+        if owner != self._owner:
+            raise FencedError(f"{self._folder} belongs to {owner}")
 
 
-def _info(part: _Segment, data: bytes) -> SegmentInfo:
-    digest, last = hashlib.sha256(data).hexdigest(), part.packed[-1]
-    return SegmentInfo(part.name, len(data), digest, sum(r.steps for r in part.packed), last.end)
+def _closed(part: _Segment) -> Segment:
+    data = b"".join([part.head, *(record.data for record in part.records)])
+    return {
+        "name": part.name,
+        "size": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "steps": sum(record.steps for record in part.records),
+        "end": part.records[-1].end,
+    }

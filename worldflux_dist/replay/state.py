@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
 from annotated_types import Ge, Le, Lt, MaxLen
-from pydantic import AfterValidator, FailFast, Strict, StringConstraints, TypeAdapter
+from pydantic import AfterValidator, FailFast, Strict, StringConstraints, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from worldflux_dist.settings import STRICT, Text, Whole
@@ -22,10 +22,10 @@ Seen = Annotated[tuple[Text, Text, Mark, Annotated[list[Whole], FailFast()]], St
 _Large = Annotated[int, Ge(0), Lt(2**128)]
 
 
+@with_config(STRICT)
 class Segment(TypedDict):
     """A segment of the journal, named below the replay folder."""
 
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     name: Annotated[str, StringConstraints(pattern=f"^{SEGMENT}$")]
     size: Annotated[int, Ge(0), Le(MAX_SEGMENT)]
     sha256: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
@@ -56,26 +56,16 @@ class _Priorities(TypedDict, total=False):
     ]
 
 
-def _packed(value: Any) -> Any:
-    """Text of `pack_numbers`, or the numbers themselves, as an earlier release wrote them."""
-    numbers = value if isinstance(value, list) else []
-    if not (
-        isinstance(value, str | list) and all(type(n) is int and n >> 62 == 0 for n in numbers)
-    ):
-        raise ValueError("numbers are expected")
-    return value
-
-
 def _both(value: Any) -> Any:
     if len(value) == 1:
         raise ValueError("largest and weights belong together")
     return value
 
 
+@with_config(STRICT)
 class ShardState(TypedDict):
     """A shard at the moment of a checkpoint."""
 
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     format: Literal[1]
     steps: Whole
     total_steps: Whole
@@ -85,16 +75,16 @@ class ShardState(TypedDict):
     segments: Annotated[list[Segment], FailFast()]
     seen: Annotated[list[Seen], FailFast()]
     rng: _Random
-    online: Annotated[Any, AfterValidator(_packed)]
+    online: str
     online_dropped: Whole
     duplicates: Whole
     priorities: Annotated[_Priorities, AfterValidator(_both)]
 
 
+@with_config(STRICT)
 class Index(TypedDict):
     """index.json: who writes in a shard's folder and, once it is restored, what it builds on."""
 
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     owner: Text
     segments: NotRequired[Annotated[list[Segment], FailFast()]]
     oldest_open: NotRequired[Annotated[str, StringConstraints(pattern=f"^{SEGMENT}$")]]
