@@ -26,15 +26,9 @@ from worldflux_dist.behaviors.actor_critic import ActorCritic
 from worldflux_dist.behaviors.base import Behavior, BehaviorLoss, Imagined
 from worldflux_dist.behaviors.planner import Planner, PlannerConfig
 from worldflux_dist.data import Batch
-from worldflux_dist.models.base import (
-    LossOutput,
-    Rollout,
-    State,
-    create_from_spaces,
-    with_options,
-)
+from worldflux_dist.models.base import LossOutput, Rollout, State, create_from_spaces
 from worldflux_dist.nn.memory import Allowance, read_only
-from worldflux_dist.settings import STRICT, Text
+from worldflux_dist.settings import STRICT, Text, parse
 from worldflux_dist.spaces import Spaces
 
 if TYPE_CHECKING:
@@ -80,9 +74,8 @@ class Agent(nn.Module):
         self.spaces = spaces
         self.world_model = create_from_spaces(model, spaces, **(model_options or {}))
         kind, config = behavior_config(self.world_model.native["behavior"], behavior or {})
-        planning = with_options(
-            PlannerConfig(), self.world_model.native["planner"] | (planner or {}), "planner"
-        )
+        options = self.world_model.native["planner"] | (planner or {})
+        planning = parse(PlannerConfig(), options, "planner has no option {}")
         self.recipe: dict[str, Any] = {
             "model": model,
             "model_options": dict(model_options or {}),
@@ -141,9 +134,11 @@ class Agent(nn.Module):
         logged = {f"loss/{name}": mean.detach() for name, mean in means.items()}
         logged |= {"loss": total.detach()} | metrics | behavior.metrics
         if num_rows is not None:
-            rows = {n: x.detach().reshape(num_rows, -1).mean(1) for n, x in losses.items()}
-            weighted = [scales.get(n, 1.0) * x for n, x in rows.items()]
-            logged["row_losses"] = torch.stack(weighted).sum(0)  # (num_rows,)
+            rows = [
+                scales.get(name, 1.0) * loss.detach().reshape(num_rows, -1).mean(1)
+                for name, loss in losses.items()
+            ]
+            logged["row_losses"] = torch.stack(rows).sum(0)  # (num_rows,)
         return total, logged, behavior.path
 
     def stages(self, part: str = "agent", rows: bool = False) -> dict[str, LossOf]:
@@ -224,31 +219,37 @@ class Agent(nn.Module):
             carry["plan"] = self.planner.initial(num, self.device)
         return carry
 
+    @property
+    def needs_goal(self) -> bool:
+        """Whether plans need a goal that has not been given yet."""
+        return self._plans_to_goal and self._goal is None
+
+    @property
+    def _plans_to_goal(self) -> bool:
+        return self.planner is not None and self.planner.config.objective == "goal"
+
     def _goal_features(self) -> Tensor | None:
         """Features (1, F) of the goal, where plans have one."""
-        if self.planner is None or self.planner.config.objective != "goal":
-            return None
         if self.needs_goal:
             raise ValueError(
                 "planner.objective is goal and there is none: set planner.goal or call "
                 "Agent.set_goal(obs)"
             )
+        if not self._plans_to_goal:
+            return None
         return self.world_model.features(self.world_model.encode(self._goal))
-
-    @property
-    def needs_goal(self) -> bool:
-        """Whether plans need a goal that has not been given yet."""
-        goal = self.planner is not None and self.planner.config.objective == "goal"
-        return goal and self._goal is None
 
     def set_goal(self, obs: Any) -> None:
         """Plan from now on to where `obs`, one observation of the environment's own, is seen.
 
         Raises ValueError where planner.objective is not goal.
         """
-        if self.planner is None or self.planner.config.objective != "goal":
+        if not self._plans_to_goal:
             raise ValueError("a goal needs planner.objective goal and a planner.method")
-        self._goal = self.spaces.encode_obs(_each(obs, lambda value: np.asarray(value)[None]))
+        self._goal = self._encode_one(obs)
+
+    def _encode_one(self, obs: Any) -> dict[str, np.ndarray]:
+        return self.spaces.encode_obs(_each(obs, lambda value: np.asarray(value)[None]))
 
     def _flat_goal(self, goal: tuple[float, ...]) -> dict[str, np.ndarray]:
         (key, spec), *more = self.spaces.obs.items()
@@ -264,9 +265,8 @@ class Agent(nn.Module):
 
         The agent remembers what it saw: call `reset()` when an episode begins.
         """
-        converted = self.spaces.encode_obs(_each(obs, lambda value: np.asarray(value)[None]))
         first = np.array([self._carry is None])
-        action, self._carry = self.act_batch(converted, first, self._carry, greedy)
+        action, self._carry = self.act_batch(self._encode_one(obs), first, self._carry, greedy)
         return _each(self.spaces.decode_action(action), operator.itemgetter(0))
 
     def reset(self) -> None:
@@ -334,7 +334,7 @@ class Agent(nn.Module):
         differ."""
         for name in PARTS if part == "agent" else (part,):
             path = folder / f"{name}.safetensors"
-            arrays, _ = storage.load_arrays(path)
+            arrays = storage.load_arrays(path)
             ours = {key: tuple(value.shape) for key, value in self.part_state(name).items()}
             found = {key: value.shape for key, value in arrays.items()}
             wrong = sorted(n for n in ours.keys() | found.keys() if ours.get(n) != found.get(n))

@@ -119,18 +119,17 @@ def abandon(folder: UPath) -> None:
             _remove(folder)
 
 
-def newest(root: UPath, part: str = "") -> tuple[UPath, dict[str, Any]] | None:
+def newest(root: UPath) -> tuple[UPath, dict[str, Any]] | None:
     """The newest checkpoint that verifies and its manifest, or None where there is none yet.
 
-    With `part` only the files whose names begin with it are read. Logs one sentence about each
-    broken one passed over. Raises CheckpointError if all are broken, since starting over unasked
-    would overwrite the run. A storage that does not answer is an error too, OSError or its driver's
-    own: a good checkpoint must not pass for a broken one.
+    Logs one sentence about each broken one passed over. Raises CheckpointError if all are broken,
+    since starting over unasked would overwrite the run. A storage that does not answer is an error
+    too, OSError or its driver's own: a good checkpoint must not pass for a broken one.
     """
     broken: list[Exception] = []
     for folder in _folders(root):
         try:
-            manifest = verify(folder, part)
+            manifest = verify(folder)
         except (CheckpointError, FileNotFoundError) as error:  # the latter: removed meanwhile
             broken.append(error)
             continue
@@ -154,15 +153,13 @@ def kept(root: UPath) -> list[dict[str, Any]]:
     return manifests
 
 
-def verify(folder: UPath, part: str = "") -> dict[str, Any]:
-    """Check every file, or those of one part, against the manifest and return it.
+def verify(folder: UPath) -> dict[str, Any]:
+    """Check every file against the manifest and return it.
 
     Raises CheckpointError naming the first file that is missing, changed or outside the folder.
     """
     manifest = _manifest(folder)
     for name, expected in manifest["files"].items():
-        if not name.startswith(part):
-            continue
         path = _inside(folder, name)
         size = storage.size(path)
         if size != expected["size"]:

@@ -87,9 +87,8 @@ class LatentTD(Behavior):
         out = partial(Linear, size_out=sum(self.outs), std=0.02)
         self.actor = MishMLP(feature_dim, width, out)
         bins = partial(BinOutput, bins=101)
-        self.qs = Ensemble(
-            config.num_q, lambda: MishMLP(feature_dim + self.action_dim, width, bins)
-        )
+        size_in = feature_dim + self.action_dim
+        self.qs = Ensemble(config.num_q, lambda: MishMLP(size_in, width, bins))
         self.target_qs = copy.deepcopy(self.qs).requires_grad_(False)
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("bins", dist.symlog_bins(101), persistent=False)
@@ -136,16 +135,16 @@ class LatentTD(Behavior):
         raw, actions = self.actor(features).float(), []
         for part, logits in zip(self.parts, raw.split(self.outs, -1), strict=True):
             if part.kind == "discrete":
-                actions.append(F.one_hot(logits.argmax(-1), part.size).float())
+                actions.append(dist.likeliest(logits))
             else:
                 actions.append(torch.tanh(self.gaussian(logits)[0]))
         return torch.cat(actions, -1)
 
     # --------------------------------------------------------------------------------- values
 
-    def q(self, features: Tensor, action: Tensor, pair: Tensor) -> Tensor:
+    def q(self, features: Tensor, action: Tensor, pair: Tensor, dropout: float = 0.0) -> Tensor:
         """Expected returns (2, ...) of the two named Qs."""
-        logits = self.qs(torch.cat([features, action], -1), pair)
+        logits = self.qs(torch.cat([features, action], -1), pair, dropout)
         return dist.symexp(dist.twohot_predict(logits, self.bins))
 
     def value(self, features: Tensor, noise: Any = None) -> Tensor:
@@ -210,13 +209,11 @@ class LatentTD(Behavior):
         """Mean of two Qs (...) at the action or, for a single discrete one, averaged over all."""
         dropout = self.config.dropout
         if len(self.parts) > 1 or self.parts[0].kind != "discrete":
-            logits = self.qs(torch.cat([features, action], -1), pair, dropout)
-            return dist.symexp(dist.twohot_predict(logits, self.bins)).mean(0)
+            return self.q(features, action, pair, dropout).mean(0)
         num = self.action_dim
         choices = torch.eye(num, device=features.device).expand(*features.shape[:-1], num, num)
         each = features.unsqueeze(-2).expand(*choices.shape[:-1], -1)
-        logits = self.qs(torch.cat([each, choices], -1), pair, dropout)
-        q = dist.symexp(dist.twohot_predict(logits, self.bins)).mean(0)  # (..., actions)
+        q = self.q(each, choices, pair, dropout).mean(0)  # (..., actions)
         return (self.actor(features).float().softmax(-1) * q.detach()).sum(-1)
 
     @torch.no_grad()

@@ -33,5 +33,5 @@ def make_envs(
     """
     num = num_envs or config.num_envs
     if build is None and is_atari(config.id):
-        return atari_envs(config, seed, num, render)
+        return atari_envs(config, seed, num)
     return single_envs(config, seed, num, render, build)

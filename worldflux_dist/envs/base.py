@@ -201,10 +201,10 @@ class Envs:
                     "no video frames, the environment cannot draw: %s (%s)",
                     *(what(error), SET_GL),
                 )
-        for key, spec in self.spaces.obs.items():
-            if spec.kind == "image" and self._obs is not None:
-                return np.broadcast_to(self._obs[key][0], (*spec.shape[:2], 3))
-        return None
+        if not self.spaces.images or self._obs is None:
+            return None
+        image = self._obs[self.spaces.images[0]][0]
+        return np.broadcast_to(image, (*image.shape[:2], 3))
 
     def close(self) -> None:
         self.vector.close()

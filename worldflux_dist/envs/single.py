@@ -15,8 +15,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from functools import partial
 from numbers import Integral
@@ -85,9 +85,8 @@ class Guard(gymnasium.Wrapper):
                     self.env = self._build()
                     self._broken = False
                     seed = int(self._rng.integers(2**31))
-                self._alarm(self._patience)
-                obs, self.info = self.env.reset(seed=seed, options=options)
-                self._alarm(0)
+                with self._timed():
+                    obs, self.info = self.env.reset(seed=seed, options=options)
                 check_obs(self.observation_space, obs)
             except FAULTS as error:
                 self._failed(error)
@@ -97,14 +96,11 @@ class Guard(gymnasium.Wrapper):
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         try:
-            self._alarm(self._patience)
-            obs, reward, terminated, truncated, self.info = self.env.step(action)
-            self._alarm(0)
+            with self._timed():
+                obs, reward, terminated, truncated, self.info = self.env.step(action)
             check_obs(self.observation_space, obs)
-            reward = np.asarray(reward).item()  # some hand out an array of one
+            reward = number(reward)
             terminated, truncated = bool(terminated), bool(truncated)
-            if not math.isfinite(np.float32(reward)):
-                raise ValueError(f"the reward is {reward}")
         except FAULTS as error:
             self._failed(error)
             return self._last, 0.0, False, True, {}
@@ -115,18 +111,22 @@ class Guard(gymnasium.Wrapper):
         self._last = deepcopy(obs)
         return self._last, reward, terminated, truncated, {}
 
-    def _alarm(self, seconds: float) -> None:
-        """Interrupt this thread then, if it can be; 0 takes it back."""
-        if self._patience and threading.current_thread() is threading.main_thread():
-            signal.setitimer(signal.ITIMER_REAL, seconds)
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Interrupt what is called in it after `patience` seconds, if this thread can be."""
+        can = self._patience and threading.current_thread() is threading.main_thread()
+        try:
+            if can:
+                signal.setitimer(signal.ITIMER_REAL, self._patience)
+            yield
+        finally:
+            if can:
+                signal.setitimer(signal.ITIMER_REAL, 0)
 
     def render(self) -> Any:
         """The environment's own drawing; None while it is broken."""
-        try:
-            self._alarm(self._patience)
+        with self._timed():
             return None if self._broken else self.env.render()
-        finally:
-            self._alarm(0)
 
     def close(self) -> None:
         """Close the environment; a broken one has been closed."""
@@ -134,15 +134,12 @@ class Guard(gymnasium.Wrapper):
             return
         self._broken = True
         try:
-            self._alarm(self._patience)
-            self.env.close()
+            with self._timed():
+                self.env.close()
         except FAULTS as error:
             logger.warning("env %s did not close: %s", self._name, what(error))
-        finally:
-            self._alarm(0)
 
     def _failed(self, error: BaseException) -> None:
-        self._alarm(0)
         self.failures += 1
         self.num_failures += 1
         self._good, self._broken = 0, True
@@ -169,6 +166,17 @@ def _can_interrupt() -> bool:
 
     signal.signal(signal.SIGALRM, interrupt)
     return True
+
+
+def number(reward: Any) -> Any:
+    """A reward as a number; some hand out an array of one. Raises ValueError for all else."""
+    try:
+        value = np.asarray(reward).item()
+        if math.isfinite(np.float32(value)):
+            return value
+    except (TypeError, ValueError):
+        value = reward
+    raise ValueError(f"the reward is {value!r}: return one finite number, as float(reward)")
 
 
 def check_obs(space: gymnasium.Space, obs: Any) -> None:
@@ -261,7 +269,14 @@ def builder(config: EnvConfig, render: bool) -> Callable[[], gymnasium.Env]:
 
     def attempt(more: dict[str, Any]) -> gymnasium.Env:
         # A copy for each, because environments take apart what they are given.
-        return limited(make(**deepcopy(config.kwargs), **more), config.max_episode_steps)
+        env, limit = make(**deepcopy(config.kwargs), **more), config.max_episode_steps
+        if not limit:
+            return env
+        for inner in time_limits(env):
+            # A shorter one is lifted: inside a wrapper that repeats actions it counts other steps.
+            if inner._max_episode_steps < limit:
+                inner._max_episode_steps = sys.maxsize
+        return gymnasium.wrappers.TimeLimit(env, limit)
 
     def build() -> gymnasium.Env:
         if drawing:
@@ -294,25 +309,8 @@ def _can_draw(own: Callable[..., Any]) -> bool:
 
 def time_limits(env: gymnasium.Env) -> list[gymnasium.wrappers.TimeLimit]:
     """The time limits of an environment, from the outermost to the innermost."""
-    found = []
-    while isinstance(env, gymnasium.Wrapper):
-        if isinstance(env, gymnasium.wrappers.TimeLimit):
-            found.append(env)
-        env = env.env
-    return found
-
-
-def limited(env: gymnasium.Env, limit: int) -> gymnasium.Env:
-    """`env` with episodes of at most `limit` steps, 0 for its own limit; shorter ones are lifted.
-
-    They may count steps of another kind, inside a wrapper that repeats actions.
-    """
-    if not limit:
-        return env
-    for inner in time_limits(env):
-        if inner._max_episode_steps < limit:
-            inner._max_episode_steps = sys.maxsize
-    return gymnasium.wrappers.TimeLimit(env, limit)
+    inner = time_limits(env.env) if isinstance(env, gymnasium.Wrapper) else []
+    return [env, *inner] if isinstance(env, gymnasium.wrappers.TimeLimit) else inner
 
 
 def _make_registered(name: str, **kwargs: Any) -> gymnasium.Env:

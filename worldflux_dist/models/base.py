@@ -207,11 +207,9 @@ class WorldModel(nn.Module, ABC):
         obs = self.tensors(obs)
         num = len(next(iter(obs.values())))
         state = self.initial(num)
-        like = next(iter(state.tensors.values()))
-        action = torch.zeros(num, self.spaces.action_dim, device=like.device)
-        return self.update(
-            state, action, obs, torch.ones(num, dtype=torch.bool, device=like.device)
-        )
+        device = next(iter(state.tensors.values())).device
+        action = torch.zeros(num, self.spaces.action_dim, device=device)
+        return self.update(state, action, obs, torch.ones_like(action[:, 0], dtype=torch.bool))
 
     @torch.no_grad()
     def observe(self, batch: Batch, noise: Tensor | None = None) -> State:
@@ -249,13 +247,8 @@ class WorldModel(nn.Module, ABC):
             taken.append(action)
         path = State.stack(states)
         preds = self.decode(path, ("reward", "continue")).preds
-        return Rollout(
-            path,
-            torch.stack(taken),
-            preds["reward"][1:],
-            preds["continue"][1:],
-            preds["continue"][0],
-        )
+        reward, going = preds["reward"], preds["continue"]
+        return Rollout(path, torch.stack(taken), reward[1:], going[1:], going[0])
 
     def tensors(self, obs: Any) -> dict[str, Tensor]:
         """Converted observations (see `Spaces.encode_obs`) as tensors on the model's device."""
@@ -277,15 +270,6 @@ def families() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(folder) if m.name != "base")
 
 
-def with_options(config: Any, options: dict[str, Any], name: str) -> Any:
-    """The settings `config` with some fields replaced.
-
-    Raises ValueError for an unknown option, naming the nearest, and for a value that is not
-    allowed.
-    """
-    return parse(config, options, f"{name} has no option {{}}")
-
-
 def create_from_spaces(name: str, spaces: Spaces, **options: Any) -> WorldModel:
     """As create_world_model, from Spaces already made."""
     family, _, preset = name.partition(":")
@@ -295,7 +279,9 @@ def create_from_spaces(name: str, spaces: Spaces, **options: Any) -> WorldModel:
     names = [f"{family}:{p}" for p in module.PRESETS]
     if preset not in module.PRESETS:
         raise ValueError(f"no preset {name!r:.100}: {nearest(name, names)}")
-    return module.Model(spaces, with_options(module.PRESETS[preset], options, name))
+    return module.Model(
+        spaces, parse(module.PRESETS[preset], options, f"{name} has no option {{}}")
+    )
 
 
 def create_world_model(

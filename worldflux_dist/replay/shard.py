@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,14 +29,7 @@ from worldflux_dist.replay.buffer import ReplayBuffer
 from worldflux_dist.replay.config import ReplayConfig
 from worldflux_dist.replay.journal import INDEX, Journal
 from worldflux_dist.replay.segment import Numbering, pack_chunk, read_segment
-from worldflux_dist.replay.state import (
-    FOLDER,
-    INDEX_FORM,
-    MAX_SEGMENT,
-    SEGMENT,
-    STATES,
-    Segment,
-)
+from worldflux_dist.replay.state import FOLDER, INDEX_FORM, MAX_SEGMENT, SEGMENT, STATES, Segment
 from worldflux_dist.storage import CheckpointError, Disk
 
 if TYPE_CHECKING:
@@ -110,13 +102,20 @@ class ReplayShard:
 
     # ------------------------------------------------------------------------------ the replay
 
-    def add(self, chunk: Chunk) -> int:
-        """Store a chunk, once; returns the steps stored, 0 for a known one. See ReplayBuffer.add.
+    def add(self, chunk: Chunk, once: bool = True) -> int:
+        """As ReplayBuffer.add: store a chunk; returns the steps stored, 0 for a known one.
 
         It is on disk within seconds (`durable`). Raises FencedError where another process has
         taken over the shard.
         """
-        return self._store(chunk)
+        self._journal.reserve(chunk.nbytes)
+        record = pack_chunk(chunk)  # before the chunk is stored: it may be refused
+        if self._journal.full:
+            self._roll()
+        num = self.buffer.add(chunk, once)
+        if num:
+            self._journal.append(chunk, record, self.buffer.first, self.buffer.end)
+        return num
 
     def durable(self, key: tuple[str, str, int]) -> bool:
         """Whether a chunk is on disk, so that no crash of the process can lose it."""
@@ -135,16 +134,6 @@ class ReplayShard:
             degraded=self._journal.degraded,
             owner=self._owner,
         )
-
-    def _store(self, chunk: Chunk, once: bool = True) -> int:
-        self._journal.reserve(chunk.nbytes)
-        record = pack_chunk(chunk)  # before the chunk is stored: it may be refused
-        if self._journal.full:
-            self._roll()
-        num = self.buffer.add(chunk, once)
-        if num:
-            self._journal.append(chunk, record, self.buffer.first, self.buffer.end)
-        return num
 
     def _roll(self) -> Numbering:
         cut = self._journal.broken
@@ -172,16 +161,14 @@ class ReplayShard:
         newest = self._journal.newest
 
         def result() -> dict[str, Any]:
-            segments = []
-            for segment in self._journal.segments:
-                known = {name: value for name, value in segment.items() if name != "end"}
+            own = f"{self._folder}/"
+            segments = [
+                {name: value for name, value in segment.items() if name != "end"}
+                for segment in self._journal.segments
+                if segment["end"] > state["first"]
                 # One closed since then is not part of this moment.
-                own, late = (
-                    segment["name"].startswith(f"{self._folder}/"),
-                    segment["name"] >= newest,
-                )
-                if segment["end"] > state["first"] and not (own and late):
-                    segments.append(known)
+                and not (segment["name"].startswith(own) and segment["name"] >= newest)
+            ]
             return {"segments": segments, **state}
 
         self._sealed = self._journal.flush(result)
@@ -258,7 +245,7 @@ class ReplayShard:
                 for chunk in read_segment(data)[1]:
                     mine = chunk.streams % self._num_shards == self._index
                     if mine.any():
-                        self._store(chunk.rows(mine), once=False)
+                        self.add(chunk.rows(mine), once=False)
         self.buffer.load_state({})
         self._journal.flush().result()
 
@@ -277,14 +264,7 @@ class ReplayShard:
                         begin = begin if known else head.start.end
                         self.buffer.begin(head.start, chunk)
                     steps += self.buffer.add(chunk, once=False)
-            digest = segment["sha256"] or hashlib.sha256(data).hexdigest()
-            whole: Segment = {
-                "name": segment["name"],
-                "size": len(data),
-                "sha256": digest,
-                "steps": steps,
-            }
-            known.append({**whole, "end": self.buffer.end})
+            known.append({**segment, "steps": steps, "end": self.buffer.end})
         # Blocks that began before the first segment are not whole.
         self.buffer.forget(min(begin, self.buffer.end))
         return known
@@ -292,14 +272,13 @@ class ReplayShard:
     def _pages(self, segments: list[Segment]) -> Iterator[tuple[Segment, bytes]]:
         """Segments with their verified bytes; the next one is read meanwhile."""
         with ThreadPoolExecutor(1, "replay-read") as pool:
-            ahead = [pool.submit(self._read, segment) for segment in segments[:1]]
-            for segment, following in zip_longest(segments, segments[1:]):
-                data = ahead.pop().result()
-                if following is not None:
-                    ahead.append(pool.submit(self._read, following))
-                yield segment, data
+            ahead: Future | None = None
+            for segment in [*segments, None]:
+                reading, ahead = ahead, pool.submit(self._read, segment) if segment else None
+                if reading is not None:
+                    yield reading.result()
 
-    def _read(self, segment: Segment) -> bytes:
+    def _read(self, segment: Segment) -> tuple[Segment, bytes]:
         path = self._root / segment["name"]
         with self._blame(segment):
             try:
@@ -309,9 +288,10 @@ class ReplayShard:
                 data: bytes = path.read_bytes()
             except FileNotFoundError:
                 raise ValueError("it is missing") from None
-            if segment["sha256"] and hashlib.sha256(data).hexdigest() != segment["sha256"]:
+            digest = hashlib.sha256(data).hexdigest()
+            if segment["sha256"] not in ("", digest):
                 raise ValueError("its SHA-256 differs from the recorded one")
-        return data
+        return {**segment, "size": size, "sha256": digest}, data
 
     @contextmanager
     def _blame(self, segment: Segment) -> Iterator[None]:
@@ -343,9 +323,8 @@ class ReplayShard:
                 if len(index) not in (1, 4):
                     raise CheckpointError(f"{folder / INDEX} is malformed: fields are missing")
             except CheckpointError as error:
-                raise CheckpointError(
-                    f"{error}: move {folder} away to resume from the last checkpoint"
-                ) from None
+                remedy = f"move {folder} away to resume from the last checkpoint"
+                raise CheckpointError(f"{error}: {remedy}") from None
         # Until a restore is through the index has an owner only: it is begun again after a crash.
         self._put_index(index | {"owner": self._owner})
         if isinstance(folder, Path):
@@ -353,7 +332,7 @@ class ReplayShard:
                 self._disk.sync_folder(path)
             for leftover in folder.glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
-        if {"segments", "oldest_open", "seen"} <= index.keys():
+        if len(index) == 4:
             return index
         for name in self._listing(self._folder):
             (self._root / name).unlink()
@@ -362,15 +341,8 @@ class ReplayShard:
     def _write_index(self) -> str:
         """Record what the journal builds on; gives the first name that is not on its list yet."""
         segments, oldest_open = self._journal.listing()
-        self._put_index(
-            {
-                "owner": self._owner,
-                "segments": segments,
-                "oldest_open": oldest_open,
-                "seen": self._inherited,
-            },
-            self._journal.check_owner,
-        )
+        index = {"owner": self._owner, "segments": segments, "oldest_open": oldest_open}
+        self._put_index(index | {"seen": self._inherited}, self._journal.check_owner)
         return oldest_open
 
     def _put_index(self, index: dict[str, Any], check: Callable[[], None] = lambda: None) -> None:
