@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 from pydantic import AfterValidator, TypeAdapter, with_config
@@ -31,6 +31,7 @@ from typing_extensions import TypedDict
 
 from worldflux_dist import storage
 from worldflux_dist.settings import STRICT, Limited, Text, Whole
+from worldflux_dist.storage import CheckpointError
 
 RECENT = 20  # how many of the last values the progress line shows the mean of
 
@@ -315,12 +316,6 @@ class RunLog:
             self._tb.close()
             self._tb = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _scalars(self, env_steps: int, now: float, values: Mapping[str, float]) -> None:
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._write_event(Event(step=env_steps, wall_time=now, summary=Summary(value=scalars)))
@@ -341,15 +336,11 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
         for number, text in enumerate(iter(lambda: file.readline(MAX_LINE), b""), 1):
             try:
-                line = json.loads(text, parse_constant=_no_number)
-            except (ValueError, RecursionError):
+                line = storage.parse_json(text, path)
+            except CheckpointError:
                 logger.warning("line %d of %s is torn and left out", number, path)
                 continue
-            yield storage.in_form(line, form, storage.as_path(path), f"line {number}")
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(name)
+            yield storage.in_form(line, form, path, f"line {number}")
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:

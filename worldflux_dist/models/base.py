@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from gymnasium import Space
 from torch import Tensor, nn
@@ -46,26 +45,10 @@ class State:
         """Merge the two leading axes: (B, T, ...) -> (B * T, ...)."""
         return self.map(lambda value: value.flatten(0, 1))
 
-    def where(self, mask: Tensor, other: State) -> State:
-        """Rows of this state where mask (B,) is true, else of `other`."""
-
-        def choose(name: str, value: Tensor) -> Tensor:
-            shaped = mask.view(mask.shape + (1,) * (value.ndim - mask.ndim))
-            return torch.where(shaped, value, other.tensors[name])
-
-        return State({name: choose(name, value) for name, value in self.tensors.items()})
-
     @staticmethod
     def stack(states: Sequence[State], dim: int = 0) -> State:
         names = states[0].tensors
         return State({n: torch.stack([s.tensors[n] for s in states], dim) for n in names})
-
-    def numpy(self) -> dict[str, np.ndarray]:
-        return {name: value.detach().cpu().numpy() for name, value in self.tensors.items()}
-
-    @staticmethod
-    def from_numpy(arrays: dict[str, np.ndarray], device: Any = None) -> State:
-        return State({n: torch.as_tensor(value, device=device) for n, value in arrays.items()})
 
 
 pytree.register_pytree_node(

@@ -9,7 +9,6 @@ allocated, dtypes are plain numbers, and whatever is wrong ends in one ValueErro
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 import struct
@@ -22,6 +21,7 @@ import lz4.block
 import numpy as np
 from annotated_types import MaxLen
 from pydantic import FailFast, TypeAdapter, ValidationError
+from pydantic_core import to_json
 
 from worldflux_dist.data import FLAGS, Chunk
 from worldflux_dist.replay.marks import Key
@@ -76,7 +76,7 @@ class Record:
 
 def pack_head(compress: str, start: Numbering) -> bytes:
     """The beginning of a segment file."""
-    return MAGIC + _frame(_json({"format": FORMAT, "compress": compress, "start": start}), b"")
+    return MAGIC + _frame(to_json({"format": FORMAT, "compress": compress, "start": start}), b"")
 
 
 def pack_chunk(chunk: Chunk) -> tuple[bytes, bytes]:
@@ -90,15 +90,13 @@ def pack_chunk(chunk: Chunk) -> tuple[bytes, bytes]:
     for name, value in columns.items():
         if not _DTYPE.fullmatch(value.dtype.str):
             raise ValueError(f"chunk column {name} is {value.dtype}: only plain numbers are stored")
-    header = _json(
-        {
-            "key": chunk.key,
-            "streams": np.asarray(chunk.streams).tolist(),
-            "version": int(chunk.version),
-            "columns": [(name, v.dtype.str, v.shape) for name, v in columns.items()],
-        }
-    )
-    return header, b"".join(value.data for value in columns.values())
+    header = {
+        "key": chunk.key,
+        "streams": np.asarray(chunk.streams).tolist(),
+        "version": int(chunk.version),
+        "columns": [(name, v.dtype.str, v.shape) for name, v in columns.items()],
+    }
+    return to_json(header), b"".join(value.data for value in columns.values())
 
 
 def pack_record(compress: str, header: bytes, body: bytes) -> bytes:
@@ -120,18 +118,12 @@ def read_segment(data: bytes) -> tuple[Head, Iterator[Chunk]]:
     return head, (_chunk(head.compress, header, body) for header, body in frames)
 
 
-def _json(value: Any) -> bytes:
-    return _adapter(Any).dump_json(value)
-
-
-@functools.cache
-def _adapter(kind: Any) -> TypeAdapter:
-    return TypeAdapter(kind)
+_FORMS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (Head, Record)}
 
 
 def _parse(kind: type, text: Any) -> Any:
     try:
-        return _adapter(kind).validate_json(bytes(text), strict=True)
+        return _FORMS[kind].validate_json(bytes(text), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(
@@ -160,8 +152,8 @@ def _frames(rest: memoryview) -> Iterator[tuple[memoryview, memoryview]]:
 
 
 def _chunk(compress: str, header: memoryview, body: memoryview) -> Chunk:
-    found: Record = _parse(Record, header)
-    sizes = [_size(dtype, shape) for _, dtype, shape in found.columns]
+    record: Record = _parse(Record, header)
+    sizes = [_size(dtype, shape) for _, dtype, shape in record.columns]
     total = sum(sizes)
     if not 0 < total <= MAX_CHUNK or total > _RATIO * len(body) + 64:
         raise ValueError(f"a record claims {total} bytes of columns")
@@ -173,16 +165,16 @@ def _chunk(compress: str, header: memoryview, body: memoryview) -> Chunk:
     if len(body) != total:
         raise ValueError(f"a record has {len(body)} bytes of columns instead of {total}")
     columns, at = {}, 0
-    for (name, dtype, shape), size in zip(found.columns, sizes, strict=True):
+    for (name, dtype, shape), size in zip(record.columns, sizes, strict=True):
         columns[name] = np.frombuffer(body[at : at + size], np.dtype(dtype)).reshape(shape)
         at += size
     kinds = {"action": ("f", 3), "reward": ("f", 2)} | dict.fromkeys(FLAGS, ("b", 2))
     for name, kind in kinds.items():
         if name in columns and (columns[name].dtype.kind, columns[name].ndim) != kind:
             raise ValueError(f"a record's column {name} is of another kind")
-    streams, key = np.array(found.streams), found.key
+    streams, key = np.array(record.streams), record.key
     try:
-        return Chunk.from_columns(columns, streams=streams, version=found.version, key=key)
+        return Chunk.from_columns(columns, streams=streams, version=record.version, key=key)
     except KeyError as error:
         raise ValueError(f"a record lacks the column {error}") from None
 
