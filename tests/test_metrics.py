@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from metrics_page import markdown
 from rich.console import Console
 from small import FAMILY, family_batch, make_small
 
 from worldflux_dist.imaginer import Imaginer
 from worldflux_dist.learner import Learner, LearnerConfig
-from worldflux_dist.metrics import Recorder, RunLog, find, markdown, read_lines
+from worldflux_dist.metrics import Recorder, RunLog, find, read_lines
 from worldflux_dist.progress import SHOWN, Progress
 
 
@@ -154,7 +155,7 @@ def test_every_metric_of_a_gradient_step_is_in_the_table(family: str, part: str)
 
 
 def test_the_page_of_metrics_is_the_table() -> None:
-    """Written anew by: python -m worldflux_dist.metrics > docs/metrics.md"""
+    """Written anew by: python tests/metrics_page.py > docs/metrics.md"""
     assert (REPOSITORY / "docs" / "metrics.md").read_text() == markdown()
 
 

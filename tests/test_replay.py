@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from worldflux_dist.data import Chunk
 from worldflux_dist.replay import ReplayBuffer, ReplayConfig
-from worldflux_dist.replay.state import pack_numbers, unpack_numbers
+from worldflux_dist.replay.segment import pack_numbers, unpack_numbers
 from worldflux_dist.storage import write_json
 
 

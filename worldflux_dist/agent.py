@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter, with_config
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from typing_extensions import TypedDict
 
 from worldflux_dist import checkpoint, storage
@@ -141,32 +142,27 @@ class Agent(nn.Module):
             logged["row_losses"] = torch.stack(rows).sum(0)  # (num_rows,)
         return total, logged, behavior.path
 
-    def stages(self, part: str = "agent", rows: bool = False) -> dict[str, LossOf]:
-        """What a part learns from, by the names of its `optimizers`: the first loss is that of a
-        batch, with `row_losses` where `rows` are asked for, the second that of the path which the
-        first one gives. Raises ValueError for a behavior that does not learn in imagination."""
-        if part == "world_model":
-            return {"world_model": partial(self.world_model_loss, rows=rows)}
-        if part == "behavior":
-            self.imagining()
-            return {"imagined": self.imagined_loss}
-        return {"model": partial(self.forward, rows=rows), "policy": self.policy_loss}
+    def stages(
+        self, part: str = "agent", rows: bool = False
+    ) -> dict[str, tuple[Optimizer, LossOf]]:
+        """What a part learns from, by name and in order: optimizers and the losses they lower.
 
-    def optimizers(self, part: str = "agent") -> dict[str, torch.optim.Optimizer]:
-        """By stage, in order, all by the family's recipe unless said otherwise.
-
-        A policy that learns apart has its own recipe. Raises ValueError for the part "behavior" of
-        an agent that does not learn in imagination.
+        The first loss is that of a batch, with `row_losses` where `rows` are asked for, the second,
+        of a policy that learns apart and has a recipe of its own, that of the path which the first
+        one gives. All else goes by the family's recipe. Raises ValueError for the part "behavior"
+        of an agent that does not learn in imagination.
         """
+        family = self.world_model.optimizer
         if part == "world_model":
-            return {"world_model": self.world_model.optimizer(_learned(self.world_model))}
+            loss = partial(self.world_model_loss, rows=rows)
+            return {"world_model": (family(_learned(self.world_model)), loss)}
         if part == "behavior":
-            return {"imagined": self.world_model.optimizer(_learned(self.imagining()))}
+            return {"imagined": (family(_learned(self.imagining())), self.imagined_loss)}
         policy = self.behavior.policy_optimizer()
         apart = {id(p) for g in policy.param_groups for p in g["params"]} if policy else set()
-        params = [p for p in _learned(self) if id(p) not in apart]
-        first = {"model": self.world_model.optimizer(params)}
-        return first | {"policy": policy} if policy else first
+        optimizer = family([p for p in _learned(self) if id(p) not in apart])
+        model = {"model": (optimizer, partial(self.forward, rows=rows))}
+        return model | ({"policy": (policy, self.policy_loss)} if policy else {})
 
     def imagining(self) -> ActorCritic:
         """The behavior. Raises ValueError for one that does not learn in imagination."""
@@ -286,19 +282,15 @@ class Agent(nn.Module):
         A world model that is published alone goes to imaginers, too, who roll it forward.
         """
         wanted = self._needed(rolling=part == "world_model")
-        return {
-            name: value.detach().cpu().numpy().copy()
-            for name, value in self.part_state(part).items()
-            if name.startswith(wanted)
-        }
+        state = {n: x for n, x in self.part_state(part).items() if n.startswith(wanted)}
+        return {name: value.cpu().numpy().copy() for name, value in state.items()}
 
     def _needed(self, rolling: bool = False) -> tuple[str, ...]:
         """Prefixes of what acting, and with `rolling` also imagining, needs."""
         planning = self.planner is not None
         model = self.world_model.inference_modules(planning or rolling)
-        needed = [f"world_model.{name}." for name in model]
-        needed += [f"behavior.{name}." for name in self.behavior.inference_modules(planning)]
-        return tuple(needed)
+        behavior = self.behavior.inference_modules(planning)
+        return (*(f"world_model.{n}." for n in model), *(f"behavior.{n}." for n in behavior))
 
     def unused(self) -> list[str]:
         """Paths of the submodules that acting does not need."""

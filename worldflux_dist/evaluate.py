@@ -12,7 +12,7 @@ import torch
 from worldflux_dist.agent import Agent
 from worldflux_dist.data import Step
 from worldflux_dist.envs import EnvConfig, make_envs
-from worldflux_dist.envs.acting import Act, random_act
+from worldflux_dist.envs.base import Act, random_act
 from worldflux_dist.models.base import State
 from worldflux_dist.runner import EnvRunner
 

@@ -67,11 +67,7 @@ def learning_curve(
 
 
 def open_loop_gif(
-    truth: np.ndarray,
-    dream: np.ndarray,
-    path: Path,
-    context: int,
-    frames: np.ndarray | None = None,
+    truth: np.ndarray, dream: np.ndarray, path: Path, context: int, frames: np.ndarray | None = None
 ) -> None:
     """Animate truth against dream; the first `context` steps were seen, the rest dreamt.
 

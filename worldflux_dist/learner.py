@@ -107,10 +107,12 @@ class Learner:
             keep_freed_memory()
         self.config = config = _possible(config, self.device)
         self.agent, self.part, self.rows = agent.to(self.device), part, rows
-        self.optimizers, losses = agent.optimizers(part), agent.stages(part, rows)
-        if config.compile:
-            losses = {name: torch.compile(f, fullgraph=True) for name, f in losses.items()}
-        self._stages = {name: Stage(o, losses[name]) for name, o in self.optimizers.items()}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self._stages: dict[str, Stage] = {}
+        for name, (optimizer, loss) in agent.stages(part, rows).items():
+            self.optimizers[name] = optimizer
+            compiled = torch.compile(loss, fullgraph=True) if config.compile else loss
+            self._stages[name] = Stage(optimizer, compiled)
         self._shared: dict[str, DistributedDataParallel] = {}
         self.gradient_steps = self.rank = 0
         self.row_losses = np.zeros(0, np.float32)

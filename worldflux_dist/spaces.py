@@ -6,7 +6,9 @@ carried is refused here, with a remedy, before anything is trained.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -40,6 +42,10 @@ class ObsSpec:
     @property
     def dtype(self) -> Any:
         return np.uint8 if self.kind == "image" else np.float32
+
+    def of(self, raw: Any) -> Any:
+        """This one among all observations `raw`, as the environment gives them."""
+        return functools.reduce(operator.getitem, self.path, raw)
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class Spaces:
 
     def encode_obs(self, raw: Any) -> dict[str, np.ndarray]:
         """A batch of the env's own observations -> dict of (N, *shape) arrays."""
-        return {key: spec.convert(_at(raw, spec.path)) for key, spec in self.obs.items()}
+        return {key: spec.convert(np.asarray(spec.of(raw))) for key, spec in self.obs.items()}
 
     def decode_action(self, flat: np.ndarray) -> Any:
         """Flat actions (N, A) -> a batch of the env's own actions. Box values are clipped."""
@@ -138,12 +144,6 @@ def _leaves(space: gym_spaces.Space, path: tuple = ()) -> Iterator[tuple[tuple, 
             yield from _leaves(part, (*path, index))
     else:
         yield path, space
-
-
-def _at(nested: Any, path: tuple) -> Any:
-    for key in path:
-        nested = nested[key]
-    return np.asarray(nested)
 
 
 def _nest(space: gym_spaces.Space, values: dict[tuple, Any], path: tuple = ()) -> Any:

@@ -68,11 +68,7 @@ class ReturnNormalizer(nn.Module):
 
 
 def policy_loss(
-    log_prob: Tensor,
-    entropy: Tensor,
-    advantage: Tensor,
-    weight: Tensor,
-    entropy_scale: float,
+    log_prob: Tensor, entropy: Tensor, advantage: Tensor, weight: Tensor, entropy_scale: float
 ) -> Tensor:
     """-w_t (ln pi(a_t) sg(A_t) + eta H_t): REINFORCE for every kind of action, all (H, N)."""
     return -weight * (log_prob * advantage.detach() + entropy_scale * entropy)

@@ -11,10 +11,10 @@ from collections.abc import Callable
 import gymnasium
 
 from worldflux_dist.envs.atari import atari_envs, is_atari
-from worldflux_dist.envs.base import EnvConfig, Envs
+from worldflux_dist.envs.base import Act, EnvConfig, Envs, random_act
 from worldflux_dist.envs.single import single_envs
 
-__all__ = ["EnvConfig", "Envs", "make_envs"]
+__all__ = ["Act", "EnvConfig", "Envs", "make_envs", "random_act"]
 
 
 def make_envs(

@@ -100,6 +100,16 @@ class EnvConfig(Settings):
     max_episode_frames: Annotated[int, Ge(1), Le(2**31 - 1)] = 108_000
 
 
+# A policy: (obs, is_first, carry) -> (flat actions (N, A), carry); the carry is its own memory.
+Act = Callable[[dict[str, np.ndarray], np.ndarray, Any], tuple[np.ndarray, Any]]
+
+
+def random_act(spaces: Spaces, seed: int) -> Act:
+    """The policy that draws uniformly from the action space: every task's baseline."""
+    rng = np.random.default_rng(seed)
+    return lambda obs, is_first, carry: (spaces.random_action(rng, len(is_first)), None)
+
+
 class Envs:
     """N environments of one kind, stepped together. Owns the vector environment.
 

@@ -121,16 +121,12 @@ class Report:
             )
 
     def check_obs(self, raw: Any) -> None:
-        """Warn of oddities in one observation of the environment itself.
-
-        Raises ValueError where a run would fail.
-        """
+        """Warn of oddities in one observation. Raises ValueError where a run would fail."""
         assert self.spaces is not None
         for name, spec in self.spaces.obs.items():
-            leaf, value = spec.space, raw
+            leaf = spec.space
             try:
-                for key in spec.path:
-                    value = value[key]
+                value = spec.of(raw)
             except (KeyError, IndexError, TypeError):
                 raise ValueError(f"the observation lacks {name}: return all its parts") from None
             array = np.asarray(value)

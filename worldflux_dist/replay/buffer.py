@@ -28,8 +28,7 @@ from worldflux_dist.replay.columns import LARGE, Column, PackedColumn, RawColumn
 from worldflux_dist.replay.config import ReplayConfig
 from worldflux_dist.replay.marks import Key, Marks
 from worldflux_dist.replay.sampling import Sampler
-from worldflux_dist.replay.segment import Numbering
-from worldflux_dist.replay.state import pack_numbers, unpack_numbers
+from worldflux_dist.replay.segment import Numbering, pack_numbers, unpack_numbers
 
 Spec = dict[str, tuple[np.dtype, tuple[int, ...]]]  # dtype and shape of a step's columns
 

@@ -28,8 +28,17 @@ from worldflux_dist.data import Chunk
 from worldflux_dist.replay.buffer import ReplayBuffer
 from worldflux_dist.replay.config import ReplayConfig
 from worldflux_dist.replay.journal import INDEX, Journal
-from worldflux_dist.replay.segment import Numbering, pack_chunk, read_segment
-from worldflux_dist.replay.state import FOLDER, INDEX_FORM, MAX_SEGMENT, SEGMENT, STATES, Segment
+from worldflux_dist.replay.segment import (
+    FOLDER,
+    INDEX_FORM,
+    MAX_SEGMENT,
+    SEGMENT,
+    STATES,
+    Numbering,
+    Segment,
+    pack_chunk,
+    read_segment,
+)
 from worldflux_dist.storage import CheckpointError, Disk
 
 if TYPE_CHECKING:
