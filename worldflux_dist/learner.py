@@ -182,6 +182,8 @@ class Learner:
         if "row_losses" in logged[0]:
             rows = [metrics.pop("row_losses") for metrics in logged]
             self.row_losses = torch.cat(rows).cpu().numpy()
+        if len(logged) == 1:
+            return logged[0], paths
         return {key: torch.stack([m[key] for m in logged]).mean() for key in logged[0]}, paths
 
     def _parts(self, batch: Batch | Imagined) -> list[Any]:

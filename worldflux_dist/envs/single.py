@@ -15,8 +15,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from functools import partial
 from numbers import Integral
@@ -66,10 +66,13 @@ class Guard(gymnasium.Wrapper):
         own = self.env.metadata
         self.metadata = dict(own) if isinstance(own, dict) else {}
         self.info: dict[str, Any] = {}
-        self._patience = patience if _can_interrupt() else 0.0
         self._build, self._name, self._lane = build, name, lane
-        self._max_failures, self.failures, self._good = max_failures, 0, 0
-        self.num_failures, self._broken = 0, False
+        self._max_failures, self._patience = max_failures, 0.0
+        if patience and threading.current_thread() is threading.main_thread():
+            self._patience = patience
+            signal.signal(signal.SIGALRM, _interrupt)
+        self.failures = self.num_failures = self._good = 0
+        self._broken = False
         self._rng = np.random.default_rng()
         self._last: Any = None
 
@@ -85,8 +88,9 @@ class Guard(gymnasium.Wrapper):
                     self.env = self._build()
                     self._broken = False
                     seed = int(self._rng.integers(2**31))
-                with self._timed():
-                    obs, self.info = self.env.reset(seed=seed, options=options)
+                self._alarm(self._patience)
+                obs, self.info = self.env.reset(seed=seed, options=options)
+                self._alarm(0)
                 check_obs(self.observation_space, obs)
             except FAULTS as error:
                 self._failed(error)
@@ -96,8 +100,9 @@ class Guard(gymnasium.Wrapper):
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         try:
-            with self._timed():
-                obs, reward, terminated, truncated, self.info = self.env.step(action)
+            self._alarm(self._patience)
+            obs, reward, terminated, truncated, self.info = self.env.step(action)
+            self._alarm(0)
             check_obs(self.observation_space, obs)
             reward = number(reward)
             terminated, truncated = bool(terminated), bool(truncated)
@@ -111,22 +116,18 @@ class Guard(gymnasium.Wrapper):
         self._last = deepcopy(obs)
         return self._last, reward, terminated, truncated, {}
 
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        """Interrupt what is called in it after `patience` seconds, if this thread can be."""
-        can = self._patience and threading.current_thread() is threading.main_thread()
-        try:
-            if can:
-                signal.setitimer(signal.ITIMER_REAL, self._patience)
-            yield
-        finally:
-            if can:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+    def _alarm(self, seconds: float) -> None:
+        """Interrupt this thread then, if it can be; 0 takes it back."""
+        if self._patience and threading.current_thread() is threading.main_thread():
+            signal.setitimer(signal.ITIMER_REAL, seconds)
 
     def render(self) -> Any:
         """The environment's own drawing; None while it is broken."""
-        with self._timed():
+        try:
+            self._alarm(self._patience)
             return None if self._broken else self.env.render()
+        finally:
+            self._alarm(0)
 
     def close(self) -> None:
         """Close the environment; a broken one has been closed."""
@@ -134,12 +135,15 @@ class Guard(gymnasium.Wrapper):
             return
         self._broken = True
         try:
-            with self._timed():
-                self.env.close()
+            self._alarm(self._patience)
+            self.env.close()
         except FAULTS as error:
             logger.warning("env %s did not close: %s", self._name, what(error))
+        finally:
+            self._alarm(0)
 
     def _failed(self, error: BaseException) -> None:
+        self._alarm(0)
         self.failures += 1
         self.num_failures += 1
         self._good, self._broken = 0, True
@@ -156,16 +160,8 @@ class Guard(gymnasium.Wrapper):
             ) from error
 
 
-def _can_interrupt() -> bool:
-    """Make SIGALRM interrupt what takes too long; False in a thread, which has no signals."""
-    if threading.current_thread() is not threading.main_thread():
-        return False
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError("it did not come back in env.patience seconds")
-
-    signal.signal(signal.SIGALRM, interrupt)
-    return True
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise TimeoutError("it did not come back in env.patience seconds")
 
 
 def number(reward: Any) -> Any:
