@@ -32,8 +32,7 @@ from torch import Tensor, nn
 from worldflux_dist.data import Batch
 from worldflux_dist.models.base import LossOutput, Prediction, State, WorldModel
 from worldflux_dist.nn import distributions as dist
-from worldflux_dist.nn.gru import BlockGRU
-from worldflux_dist.nn.layers import MLP, BinOutput, Linear, NormedLinear
+from worldflux_dist.nn.layers import MLP, BinOutput, BlockGRU, Linear, NormedLinear
 from worldflux_dist.nn.optim import LaProp
 from worldflux_dist.nn.products import linear
 from worldflux_dist.nn.vision import ImageDecoder, ImageEncoder
