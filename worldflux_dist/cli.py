@@ -8,7 +8,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -192,15 +191,18 @@ def _check_shm() -> str:
     return f"{free / 2**30:.1f} GB free"
 
 
-def _check_env(env_id: str) -> str:
-    import numpy as np
+def _check_env(env_id: str) -> Callable[[], str]:
+    def check() -> str:
+        import numpy as np
 
-    from worldflux_dist.envs import EnvConfig, make_envs
+        from worldflux_dist.envs import EnvConfig, make_envs
 
-    envs = make_envs(EnvConfig(id=env_id), 0, num_envs=1)
-    envs.step(np.zeros((1, envs.spaces.action_dim), np.float32))
-    envs.close()
-    return "resets"
+        envs = make_envs(EnvConfig(id=env_id), 0, num_envs=1)
+        envs.step(np.zeros((1, envs.spaces.action_dim), np.float32))
+        envs.close()
+        return "resets"
+
+    return check
 
 
 def _check_ray() -> str:
@@ -219,9 +221,9 @@ _CHECKS: dict[str, Callable[[], str]] = {
     "memory": _check_memory,
     "shared memory": _check_shm,
     "torch": _check_torch,
-    **{
-        name: partial(_check_env, name) for name in ("CartPole-v1", "ALE/Pong-v5", "HalfCheetah-v5")
-    },
+    "CartPole-v1": _check_env("CartPole-v1"),
+    "ALE/Pong-v5": _check_env("ALE/Pong-v5"),
+    "HalfCheetah-v5": _check_env("HalfCheetah-v5"),
     "ray": _check_ray,
 }
 
