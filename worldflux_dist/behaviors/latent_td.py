@@ -99,10 +99,13 @@ class LatentTD(Behavior):
 
     # --------------------------------------------------------------------------------- policy
 
-    def policy(self, features: Tensor, noise: Tensor | None = None) -> Policy:
-        """Sampled actions with gradient; `noise` (..., A) as `dist.action_noise` draws it."""
+    def policy(self, features: Tensor, noise: Tensor | None = None, greedy: bool = False) -> Policy:
+        """Sampled actions with gradient; `noise` (..., A) as `dist.action_noise` draws it. With
+        `greedy` the likeliest ones."""
         raw = self.actor(features).float()
-        if noise is None:
+        if greedy:
+            noise = raw.new_zeros(*raw.shape[:-1], self.action_dim)
+        elif noise is None:
             noise = dist.action_noise(self.parts, raw.shape[:-1], raw.device)
         actions: list[Tensor] = []
         entropy = log_prob = torch.zeros(raw.shape[:-1], device=raw.device)
@@ -110,13 +113,14 @@ class LatentTD(Behavior):
         for part, logits, draw in zip(self.parts, raw.split(self.outs, -1), draws, strict=True):
             if part.kind == "discrete":
                 probs, logs = logits.softmax(-1), logits.log_softmax(-1)
-                onehot = dist.sample_onehot(probs, draw[..., 0])
+                sampled = dist.sample_onehot(probs, draw[..., 0])
+                onehot = dist.likeliest(logits) if greedy else sampled
                 actions.append(dist.straight_through(onehot, probs))
                 entropy = entropy - (probs * logs).sum(-1)
                 log_prob = log_prob + (onehot * logs).sum(-1)
             else:
                 mean, log_std = self.gaussian(logits)
-                actions.append(torch.tanh(mean + draw * log_std.exp()))
+                actions.append(torch.tanh(mean if greedy else mean + draw * log_std.exp()))
                 gaussian = -0.5 * draw**2 - log_std - 0.5 * math.log(2 * math.pi)
                 entropy = entropy - part.size * gaussian.sum(-1)
                 squashing = torch.log(F.relu(1 - actions[-1] ** 2) + 1e-6)
@@ -130,15 +134,7 @@ class LatentTD(Behavior):
         return mean, low + 0.5 * (high - low) * (torch.tanh(x) + 1)
 
     def act(self, features: Tensor, greedy: bool = False, noise: Tensor | None = None) -> Tensor:
-        if not greedy:
-            return self.policy(features, noise).action
-        raw, actions = self.actor(features).float(), []
-        for part, logits in zip(self.parts, raw.split(self.outs, -1), strict=True):
-            if part.kind == "discrete":
-                actions.append(dist.likeliest(logits))
-            else:
-                actions.append(torch.tanh(self.gaussian(logits)[0]))
-        return torch.cat(actions, -1)
+        return self.policy(features, noise, greedy).action
 
     # --------------------------------------------------------------------------------- values
 
