@@ -328,12 +328,12 @@ class Agent(nn.Module):
             path = folder / f"{name}.safetensors"
             arrays = storage.load_arrays(path)
             ours = {key: tuple(value.shape) for key, value in self.part_state(name).items()}
-            found = {key: value.shape for key, value in arrays.items()}
-            wrong = sorted(n for n in ours.keys() | found.keys() if ours.get(n) != found.get(n))
+            theirs = {key: value.shape for key, value in arrays.items()}
+            wrong = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
             if wrong:
                 raise storage.CheckpointError(
                     f"{path} holds another agent's weights ({len(wrong)} tensors differ, first "
-                    f"{wrong[0]}: {found.get(wrong[0])} there, {ours.get(wrong[0])} here)"
+                    f"{wrong[0]}: {theirs.get(wrong[0])} there, {ours.get(wrong[0])} here)"
                 )
             self.load_arrays(arrays)
 

@@ -188,10 +188,10 @@ def _manifest(folder: UPath) -> dict[str, Any]:
     """The manifest, of the right form and naming nothing outside; its files are not looked at."""
     path = _inside(folder, MANIFEST)
     manifest = storage.read_json(path)
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version != FORMAT:
         raise CheckpointError(
-            f"{path} has format {reprlib.repr(found)}, and this release reads {FORMAT}"
+            f"{path} has format {reprlib.repr(version)}, and this release reads {FORMAT}"
         )
     try:
         whole = manifest.get("sha256") == _manifest_digest(manifest)
@@ -269,10 +269,10 @@ def _names(folder: UPath) -> list[str]:
     if isinstance(folder, Path):
         paths = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
         return sorted(path.relative_to(folder).as_posix() for path in paths)
-    found: list[str] = []
+    paths_below: list[str] = []
     folder.fs.invalidate_cache()
     # Asked whether one file exists, a storage that does not answer may say no; this raises.
     with suppress(FileNotFoundError):
         for path, _, files in folder.fs.walk(folder.path, on_error="raise"):
-            found += [f"{path.rstrip('/')}/{name}" for name in files]
-    return sorted(path.removeprefix(folder.path.rstrip("/") + "/") for path in found)
+            paths_below += [f"{path.rstrip('/')}/{name}" for name in files]
+    return sorted(path.removeprefix(folder.path.rstrip("/") + "/") for path in paths_below)

@@ -257,8 +257,8 @@ def _write_gif(frames: list[np.ndarray], path: Path, fps: int) -> None:
     from PIL import Image, ImageColor
 
     sample = np.concatenate([frame.reshape(-1, 3) for frame in frames[:: len(frames) // 12 or 1]])
-    found = Image.fromarray(sample[None, :: len(sample) // 500_000 + 1]).quantize(248)
-    levels = np.reshape(found.getpalette() or [], (-1, 3)).astype(int)
+    common = Image.fromarray(sample[None, :: len(sample) // 500_000 + 1]).quantize(248)
+    levels = np.reshape(common.getpalette() or [], (-1, 3)).astype(int)
     own = np.array([ImageColor.getrgb(name) for name in (PAPER, INK, FAINT, OPEN, CLOSED, TRUTH)])
     # Pillow looks colours up coarsely: what is near one of ours would take its place.
     near = (np.abs(levels[:, None] - own).max(-1) < 8).any(1)

@@ -100,9 +100,9 @@ class ReplayShard:
         self._inherited: list[Any] = []  # marks from before this life
         saved = storage.in_form(list(saved), STATES, self._root)
         self.buffer = ReplayBuffer(config, [seed, index])
-        found = self._take_over()
-        if found is not None:
-            self._return(found, seed)
+        restored = self._take_over()
+        if restored is not None:
+            self._restart(restored, seed)
         elif len(saved) == num_shards and saved[index]["batch_length"] == config.batch_length:
             self._resume(saved[index])
         else:
@@ -209,7 +209,7 @@ class ReplayShard:
 
     # ------------------------------------------------------------------------------- restoring
 
-    def _return(self, index: dict[str, Any], seed: int) -> None:
+    def _restart(self, index: dict[str, Any], seed: int) -> None:
         """Go on within the same life: with all that is on disk, and new random numbers."""
         own = [name for name in self._listing(self._folder) if name >= index["oldest_open"]]
         unlisted: list[Segment] = [
