@@ -193,7 +193,7 @@ class _Search:
             first = elites[0, torch.arange(len(pick), device=pick.device), pick]
         new = self.planner.initial(len(first), mean.device)[:, :1]  # (B, 1, A)
         ahead = torch.cat([mean[1:].transpose(0, 1), new], 1)
-        return self.sample(first, std[0], noise.action, greedy), ahead
+        return self.choose(first, std[0], greedy), ahead
 
     def propose(self) -> Tensor:
         """The policy's own rollouts (H, B, P, A)."""
@@ -214,15 +214,14 @@ class _Search:
         split = [value.split(self.planner.sizes, -1) for value in values]
         return zip(self.planner.parts, *split, strict=True)
 
-    def sample(self, mean: Tensor, std: Tensor, noise: Tensor, greedy: bool = False) -> Tensor:
-        """Actions (..., A) of Gaussians cut to [-1, 1] and categoricals, or the likeliest ones."""
-        drawn = []
-        for part, center, spread, draw in self.parts(mean, std, noise):
-            if part.kind == "continuous":
-                drawn.append((center if greedy else center + spread * draw).clamp(-1, 1))
-            else:
-                sampled = dist.sample_onehot(center, draw[..., 0])
-                drawn.append(dist.likeliest(center) if greedy else sampled)
+    def sample(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        """Actions (..., A) from Gaussians cut to [-1, 1] and categoricals."""
+        drawn = [
+            (center + spread * draw).clamp(-1, 1)
+            if part.kind == "continuous"
+            else dist.sample_onehot(center, draw[..., 0])
+            for part, center, spread, draw in self.parts(mean, std, noise)
+        ]
         return torch.cat(drawn, -1)
 
     def score(self, actions: Tensor, value_noise: Any) -> Tensor:
@@ -261,3 +260,13 @@ class _Search:
             for part, center in self.parts(mean)
         ]
         return torch.cat(mixed, -1)
+
+    def choose(self, mean: Tensor, std: Tensor, greedy: bool) -> Tensor:
+        """The action (B, A) to take: `mean`, or around it while exploring."""
+        if not greedy:
+            return self.sample(mean, std, self.noise.action)
+        best = [
+            center.clamp(-1, 1) if part.kind == "continuous" else dist.likeliest(center)
+            for part, center in self.parts(mean)
+        ]
+        return torch.cat(best, -1)
