@@ -32,6 +32,8 @@ settings.register_profile("repeatable", derandomize=True, **slow_machine)
 settings.load_profile("repeatable")
 
 REPOSITORY = Path(__file__).parents[1]
+PATH = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+os.environ["PYTHONPATH"] = PATH  # processes that are started find the tests' modules
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -66,9 +68,8 @@ def a_ray(num_cpus: int, megabytes: int) -> Iterator[None]:
     """A Ray of its own, without a dashboard, whose workers find the tests' modules."""
     import ray
 
-    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", path)
+        patch.setenv("PYTHONPATH", PATH)
         ray.init(
             address="local",
             num_cpus=num_cpus,

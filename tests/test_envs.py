@@ -20,7 +20,7 @@ from worldflux_dist.data import Step
 from worldflux_dist.envs import EnvConfig, Envs, make_envs
 
 HERE = Path(__file__).stem
-TOY = "worldflux_dist.envs.toy"
+TOY = "toy_envs"
 
 
 class Counting(gymnasium.Env):

@@ -104,9 +104,7 @@ def test_vectors_with_frames(tmp_path: Path) -> None:
     dream = truth + 0.02 * time[:, None]
     frames = np.full((24, 40, 60, 3), (200, 40, 200), np.uint8)
     path = tmp_path / "a.gif"
-    open_loop_gif(
-        truth, dream, path, context=8, frames=frames, names=[f"dim {i}" for i in range(9)]
-    )
+    open_loop_gif(truth, dream, path, context=8, frames=frames)
     pictures = frames_of(path)
     assert len(pictures) == 24
     assert path.stat().st_size < 1_000_000

@@ -30,7 +30,7 @@ from worldflux_dist.learner import Learner
 from worldflux_dist.metrics import read_lines
 from worldflux_dist.models.base import families
 from worldflux_dist.replay import Limiter, ReplayConfig, ReplayShard
-from worldflux_dist.replay.state import STATES
+from worldflux_dist.replay.segment import STATES
 from worldflux_dist.settings import Settings
 from worldflux_dist.spaces import Spaces
 from worldflux_dist.storage import CheckpointError

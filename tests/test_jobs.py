@@ -135,7 +135,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{first + 1}",
         "RAY_TMPDIR": f"/tmp/wf{first}",  # the path of a socket in it is 107 bytes long at most
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": f"{TESTS.parent}",
+        "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
     }
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *ports]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--num-cpus=8"]

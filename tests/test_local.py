@@ -15,7 +15,7 @@ from small import FAMILY, family_batch, make_agent, make_small, perturbed, rando
 
 from worldflux_dist import local
 from worldflux_dist.envs import EnvConfig, make_envs
-from worldflux_dist.envs.acting import random_act
+from worldflux_dist.envs.base import random_act
 from worldflux_dist.learner import Learner, LearnerConfig
 from worldflux_dist.models.base import WorldModel, create_from_spaces
 from worldflux_dist.replay.buffer import ReplayBuffer, ReplayConfig
@@ -84,7 +84,7 @@ def trained_on_echo(family: str, runner: EnvRunner, spaces: Spaces, steps: int) 
 @FAMILY
 def test_state_and_reward_of_one_index_belong_together(family: str, discrete: bool) -> None:
     """EchoEnv's reward is the action that went in: one step off, it cannot be predicted."""
-    config = EnvConfig("worldflux_dist.envs.toy:EchoEnv", 8, {"discrete": discrete})
+    config = EnvConfig("toy_envs:EchoEnv", 8, {"discrete": discrete})
     envs = make_envs(config, seed=0)
     runner = EnvRunner(envs, random_act(envs.spaces, 0))
     model = trained_on_echo(family, runner, envs.spaces, 300)

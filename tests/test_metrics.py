@@ -5,17 +5,18 @@ import json
 import math
 import re
 import time
-from contextlib import redirect_stdout
+from contextlib import closing, redirect_stdout
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from metrics_page import markdown
 from rich.console import Console
 from small import FAMILY, family_batch, make_small
 
 from worldflux_dist.imaginer import Imaginer
 from worldflux_dist.learner import Learner, LearnerConfig
-from worldflux_dist.metrics import Recorder, RunLog, find, markdown, read_lines
+from worldflux_dist.metrics import Recorder, RunLog, find, read_lines
 from worldflux_dist.progress import SHOWN, Progress
 
 
@@ -33,7 +34,7 @@ def score(log: RunLog, env_steps: int, returns: list[float]) -> dict:
 
 def test_log_lines_and_scalars(tmp_path: Path) -> None:
     before = time.time()
-    with RunLog(tmp_path) as log:
+    with closing(RunLog(tmp_path)) as log:
         log.log(10, {"loss/recon": 2.5, "bad": math.nan, "worse": math.inf})
         log.log(20, {"loss/recon": 1.5})
     first, second = read_lines(tmp_path / "metrics.jsonl")
@@ -44,7 +45,7 @@ def test_log_lines_and_scalars(tmp_path: Path) -> None:
 
 
 def test_score_line(tmp_path: Path) -> None:
-    with RunLog(tmp_path) as log:
+    with closing(RunLog(tmp_path)) as log:
         returned = score(log, 100, [1.0, 3.0])
         with pytest.raises(ValueError, match="finite episode returns"):
             score(log, 200, [1.0, math.nan])
@@ -66,13 +67,13 @@ def test_score_line(tmp_path: Path) -> None:
 
 
 def test_resume_cuts_the_lost_life(tmp_path: Path) -> None:
-    with RunLog(tmp_path) as log:
+    with closing(RunLog(tmp_path)) as log:
         for step in (10, 20, 30):
             log.log(step, {"x": step})
             score(log, step, [step])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"env_steps": 40, "ti')  # killed here
-    with RunLog(tmp_path) as log:
+    with closing(RunLog(tmp_path)) as log:
         log.truncate_after(20)
         log.log(25, {"x": 2.5})
         score(log, 25, [2.5])
@@ -89,7 +90,7 @@ def test_torn_line_does_not_swallow_the_next(
     path.write_text('{"env_steps": 1, "time": 2.5}\n{"env_st')
     assert list(read_lines(path)) == [{"env_steps": 1, "time": 2.5}]
     assert "line 2" in caplog.text
-    with RunLog(tmp_path) as log:
+    with closing(RunLog(tmp_path)) as log:
         log.log(2, {})
     assert [line["env_steps"] for line in read_lines(path)] == [1, 2]
 
@@ -154,7 +155,7 @@ def test_every_metric_of_a_gradient_step_is_in_the_table(family: str, part: str)
 
 
 def test_the_page_of_metrics_is_the_table() -> None:
-    """Written anew by: python -m worldflux_dist.metrics > docs/metrics.md"""
+    """Written anew by: python tests/metrics_page.py > docs/metrics.md"""
     assert (REPOSITORY / "docs" / "metrics.md").read_text() == markdown()
 
 

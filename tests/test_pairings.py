@@ -254,7 +254,7 @@ def test_a_goal_without_a_planner_for_it_is_refused() -> None:
 def test_only_an_actor_critic_learns_in_imagination_alone() -> None:
     agent = make_small("tdmpc2")
     with pytest.raises(ValueError, match=r"set behavior.kind to actor_critic"):
-        agent.optimizers("behavior")
+        agent.stages("behavior")
     with pytest.raises(ValueError, match=r"no behavior.kind 'latent': did you mean 'latent_td'"):
         make_small("tdmpc2", behavior={"kind": "latent"})
 

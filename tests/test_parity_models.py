@@ -113,7 +113,7 @@ def test_constants(ref: Values) -> None:
         want = json.loads(str(ref.raw(f"meta/config_{kind}")))
         agent: Any = make_agent(kind)
         model, behavior = agent.world_model, agent.behavior
-        config, group = model.config, agent.optimizers()["model"].param_groups[0]
+        config, group = model.config, agent.stages()["model"][0].param_groups[0]
         assert group["lr"] == want["opt.lr"]
         assert group["agc"] == want["opt.agc"]
         assert group["eps"] == want["opt.eps"]

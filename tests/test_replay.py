@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from worldflux_dist.data import Chunk
 from worldflux_dist.replay import ReplayBuffer, ReplayConfig
-from worldflux_dist.replay.state import pack_numbers, unpack_numbers
+from worldflux_dist.replay.segment import pack_numbers, unpack_numbers
 from worldflux_dist.storage import write_json
 
 
@@ -48,6 +48,19 @@ def filled(config, num_chunks=8, streams=(0, 1), num=7, seed=0, image=False):
     for seq in range(num_chunks):
         buffer.add(make_chunk(streams, seq * num, num, seq, image=image))
     return buffer
+
+
+def stats(buffer):
+    """Sizes and counters."""
+    return {
+        "num_steps": buffer.num_steps,
+        "num_windows": buffer._num_windows,
+        "nbytes": buffer.nbytes,
+        "streams": len(buffer._tails),
+        "online": len(buffer._online),
+        "online_dropped": buffer.online_dropped,
+        "duplicates": buffer.duplicates,
+    }
 
 
 def assert_windows_hold_together(batch):
@@ -91,7 +104,7 @@ def test_any_chunks_give_whole_windows_within_capacity(length, blocks, online, c
     if sum(time.values()) <= (blocks - 4) * length:  # nothing evicted
         assert buffer.num_steps == sum(time.values())
         windows = sum(max(0, count - length + 1) for count in time.values())
-        assert buffer.stats()["num_windows"] == windows
+        assert stats(buffer)["num_windows"] == windows
 
 
 def test_windows_are_drawn_uniformly_over_all_starts():
@@ -136,7 +149,7 @@ def test_online_queue_trains_each_fresh_segment_once_and_first():
     seen = [tuple(row) for _ in range(4) for row in buffer.sample().obs["obs"][:, 0].astype(int)]
     assert sorted(seen) == [(s, t) for s in (0, 1) for t in range(0, 24, 4)]
     assert [t for s, t in seen if s == 0] == sorted(t for s, t in seen if s == 0)
-    assert buffer.stats()["online"] == 0
+    assert stats(buffer)["online"] == 0
     buffer.add(make_chunk([0, 1], 24, 4, 4))
     batch = buffer.sample(batch_size=20)
     np.testing.assert_array_equal(batch.obs["obs"][:2, 0], [[0, 24], [1, 24]])
@@ -146,13 +159,13 @@ def test_online_queue_trains_each_fresh_segment_once_and_first():
 def test_evicted_online_segments_are_dropped_and_counted():
     buffer = filled(ReplayConfig(8, 4, capacity=16), num_chunks=10, streams=(0,), num=4)
     assert buffer.online_dropped == 6
-    assert buffer.stats()["online"] == 4
+    assert stats(buffer)["online"] == 4
     assert buffer.sample().obs["obs"][:4, 0, 1].tolist() == [24, 28, 32, 36]
 
 
 def test_no_online_queue_when_switched_off():
     buffer = filled(ReplayConfig(4, 4, 1000, online=False))
-    assert buffer.stats()["online"] == 0
+    assert stats(buffer)["online"] == 0
     assert buffer.ready
 
 
@@ -225,7 +238,7 @@ def test_the_seed_decides_the_samples():
 
 def test_chunks_that_do_not_fit_are_refused():
     buffer = filled(ReplayConfig(2, 4, 40))
-    before = buffer.stats()
+    before = stats(buffer)
     with pytest.raises(ValueError, match=r"obs/image is .* not None"):
         buffer.add(make_chunk((0, 1), 56, 7, 8, image=True))
     wide = make_chunk((0, 1), 56, 7, 8)
@@ -238,7 +251,7 @@ def test_chunks_that_do_not_fit_are_refused():
         buffer.add(ragged)
     with pytest.raises(ValueError, match="too few for 7 streams"):
         buffer.add(make_chunk((2, 3, 4, 5, 6), 0, 7, 0, writer="x"))
-    assert buffer.stats() == before
+    assert stats(buffer) == before
     assert buffer.add(make_chunk((0, 1), 56, 7, 8)) == 14  # a refused chunk is not a known one
 
 
@@ -259,7 +272,7 @@ def test_a_buffer_takes_no_memory_before_it_fills_and_gives_it_back() -> None:
     """Also in a process whose allocator was told to keep what is freed."""
     code = (
         "import numpy as np, psutil; from worldflux_dist.nn import memory\n"
-        "from worldflux_dist.replay.memory import zeros\n"
+        "from worldflux_dist.replay.columns import zeros\n"
         "memory.keep_freed_memory(); rss = psutil.Process().memory_info; start = rss().rss\n"
         "for _ in range(3):\n"
         "    rows = zeros((2**30,), np.dtype(np.uint8)); assert rss().rss - start < 2**24\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_replay import assert_windows_hold_together, make_chunk
+from test_replay import assert_windows_hold_together, make_chunk, stats
 from upath import UPath
 
 from worldflux_dist.replay import FencedError, ReplayConfig, ReplayShard
@@ -53,7 +53,7 @@ def assert_whole(batch):
 
 
 def assert_same(one, other):
-    assert one.stats() == other.stats()
+    assert stats(one) == stats(other)
     if one.ready:
         ours, theirs = one.sample().columns(), other.sample().columns()
         for name in ours:
@@ -104,12 +104,12 @@ def test_a_state_is_of_the_moment_it_was_sealed(make):
     shard = make()
     fill(shard, 0, 23)
     pending = shard.seal()
-    before, stats = blocks(shard.buffer), shard.buffer.stats()
+    before, sizes = blocks(shard.buffer), stats(shard.buffer)
     fill(shard, 23, 60)
     shard.seal().result(10)
     fill(shard, 60, 61)
     other = make("0002", [pending.result(10)])
-    assert (blocks(other.buffer), other.buffer.stats()) == (before, stats)
+    assert (blocks(other.buffer), stats(other.buffer)) == (before, sizes)
 
 
 @pytest.mark.parametrize("capacity", [32, 500])
@@ -150,7 +150,7 @@ def test_a_restart_within_a_life_finds_what_is_durable(make):
     assert back.report().durable_steps == back.report().total_steps == 40 * 14
     assert back.add(make_chunk((0, 1), 39 * 7, 7, 39)) == 0
     assert back.add(make_chunk((0, 1), 40 * 7, 7, 40)) == 14
-    assert back.buffer.stats()["online"] <= 2  # only what is new is fresh
+    assert stats(back.buffer)["online"] <= 2  # only what is new is fresh
 
 
 def test_unwritten_steps_are_durable_within_the_interval(make):

@@ -6,6 +6,7 @@ import fcntl
 import re
 import time
 import urllib.request
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def test_a_run_is_read_from_its_directory(run_dir: Path) -> None:
-    with RunLog(run_dir) as log:
+    with closing(RunLog(run_dir)) as log:
         log.log(500, {})
         log.log(1000, LINE)
         for returns, method in (([9.0, 11.0], "dreamerv3:size12m"), ([1.0], "random")):

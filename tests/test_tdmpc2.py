@@ -231,7 +231,7 @@ def test_the_value_is_the_mean_and_the_target_the_least_of_two_qs() -> None:
 
 def test_the_encoder_learns_slower() -> None:
     agent = make_tdmpc2(learning_rate=1e-2)
-    optimizer = agent.optimizers()["model"]
+    optimizer = agent.stages()["model"][0]
     assert isinstance(optimizer, ClippedAdam)
     slow = {id(p) for p in agent.world_model.encoder.parameters()}
     first, rest = optimizer.param_groups

@@ -8,7 +8,7 @@ from env_steps import collect, zeros
 
 from worldflux_dist.envs import EnvConfig, make_envs
 
-TOY = "worldflux_dist.envs.toy"
+TOY = "toy_envs"
 
 
 @pytest.mark.parametrize("discrete", [False, True])

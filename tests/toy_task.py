@@ -17,10 +17,10 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from toy_envs import BanditEnv
 
 from worldflux_dist import config
 from worldflux_dist.distributed.ending import Outcome
-from worldflux_dist.envs.toy import BanditEnv
 from worldflux_dist.evaluate import Evaluation
 from worldflux_dist.metrics import read_lines
 
@@ -41,7 +41,7 @@ model_options:
   learning_rate: 1.5e-3
   warmup: 50
 behavior: {{horizon: 3, entropy_scale: 0.1}}
-env: {{id: "worldflux_dist.envs.toy:BanditEnv", num_envs: 4}}
+env: {{id: "toy_envs:BanditEnv", num_envs: 4}}
 replay: {{batch_size: 32, batch_length: 6, capacity: 20000}}
 train:
   env_steps: 4096

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, NotRequired
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, with_config
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from typing_extensions import TypedDict
 
 from worldflux_dist import checkpoint, storage
@@ -26,23 +27,17 @@ from worldflux_dist.behaviors.actor_critic import ActorCritic
 from worldflux_dist.behaviors.base import Behavior, BehaviorLoss, Imagined
 from worldflux_dist.behaviors.planner import Planner, PlannerConfig
 from worldflux_dist.data import Batch
-from worldflux_dist.models.base import (
-    LossOutput,
-    Rollout,
-    State,
-    create_from_spaces,
-    with_options,
-)
+from worldflux_dist.models.base import LossOutput, Rollout, State, create_from_spaces
 from worldflux_dist.nn.memory import Allowance, read_only
-from worldflux_dist.settings import STRICT, Text
+from worldflux_dist.settings import STRICT, Text, parse
 from worldflux_dist.spaces import Spaces
 
 if TYPE_CHECKING:
     from upath import UPath
 
 
+@with_config(STRICT)
 class _Recipe(TypedDict):
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     model: Text
     model_options: dict[str, Any]
     behavior: dict[str, Any]
@@ -80,9 +75,8 @@ class Agent(nn.Module):
         self.spaces = spaces
         self.world_model = create_from_spaces(model, spaces, **(model_options or {}))
         kind, config = behavior_config(self.world_model.native["behavior"], behavior or {})
-        planning = with_options(
-            PlannerConfig(), self.world_model.native["planner"] | (planner or {}), "planner"
-        )
+        options = self.world_model.native["planner"] | (planner or {})
+        planning = parse(PlannerConfig(), options, "planner has no option {}")
         self.recipe: dict[str, Any] = {
             "model": model,
             "model_options": dict(model_options or {}),
@@ -141,37 +135,34 @@ class Agent(nn.Module):
         logged = {f"loss/{name}": mean.detach() for name, mean in means.items()}
         logged |= {"loss": total.detach()} | metrics | behavior.metrics
         if num_rows is not None:
-            rows = {n: x.detach().reshape(num_rows, -1).mean(1) for n, x in losses.items()}
-            weighted = [scales.get(n, 1.0) * x for n, x in rows.items()]
-            logged["row_losses"] = torch.stack(weighted).sum(0)  # (num_rows,)
+            rows = [
+                scales.get(name, 1.0) * loss.detach().reshape(num_rows, -1).mean(1)
+                for name, loss in losses.items()
+            ]
+            logged["row_losses"] = torch.stack(rows).sum(0)  # (num_rows,)
         return total, logged, behavior.path
 
-    def stages(self, part: str = "agent", rows: bool = False) -> dict[str, LossOf]:
-        """What a part learns from, by the names of its `optimizers`: the first loss is that of a
-        batch, with `row_losses` where `rows` are asked for, the second that of the path which the
-        first one gives. Raises ValueError for a behavior that does not learn in imagination."""
-        if part == "world_model":
-            return {"world_model": partial(self.world_model_loss, rows=rows)}
-        if part == "behavior":
-            self.imagining()
-            return {"imagined": self.imagined_loss}
-        return {"model": partial(self.forward, rows=rows), "policy": self.policy_loss}
+    def stages(
+        self, part: str = "agent", rows: bool = False
+    ) -> dict[str, tuple[Optimizer, LossOf]]:
+        """What a part learns from, by name and in order: optimizers and the losses they lower.
 
-    def optimizers(self, part: str = "agent") -> dict[str, torch.optim.Optimizer]:
-        """By stage, in order, all by the family's recipe unless said otherwise.
-
-        A policy that learns apart has its own recipe. Raises ValueError for the part "behavior" of
-        an agent that does not learn in imagination.
+        The first loss is that of a batch, with `row_losses` where `rows` are asked for, the second,
+        of a policy that learns apart and has a recipe of its own, that of the path which the first
+        one gives. All else goes by the family's recipe. Raises ValueError for the part "behavior"
+        of an agent that does not learn in imagination.
         """
+        family = self.world_model.optimizer
         if part == "world_model":
-            return {"world_model": self.world_model.optimizer(_learned(self.world_model))}
+            loss = partial(self.world_model_loss, rows=rows)
+            return {"world_model": (family(_learned(self.world_model)), loss)}
         if part == "behavior":
-            return {"imagined": self.world_model.optimizer(_learned(self.imagining()))}
+            return {"imagined": (family(_learned(self.imagining())), self.imagined_loss)}
         policy = self.behavior.policy_optimizer()
         apart = {id(p) for g in policy.param_groups for p in g["params"]} if policy else set()
-        params = [p for p in _learned(self) if id(p) not in apart]
-        first = {"model": self.world_model.optimizer(params)}
-        return first | {"policy": policy} if policy else first
+        optimizer = family([p for p in _learned(self) if id(p) not in apart])
+        model = {"model": (optimizer, partial(self.forward, rows=rows))}
+        return model | ({"policy": (policy, self.policy_loss)} if policy else {})
 
     def imagining(self) -> ActorCritic:
         """The behavior. Raises ValueError for one that does not learn in imagination."""
@@ -224,31 +215,37 @@ class Agent(nn.Module):
             carry["plan"] = self.planner.initial(num, self.device)
         return carry
 
+    @property
+    def needs_goal(self) -> bool:
+        """Whether plans need a goal that has not been given yet."""
+        return self._plans_to_goal and self._goal is None
+
+    @property
+    def _plans_to_goal(self) -> bool:
+        return self.planner is not None and self.planner.config.objective == "goal"
+
     def _goal_features(self) -> Tensor | None:
         """Features (1, F) of the goal, where plans have one."""
-        if self.planner is None or self.planner.config.objective != "goal":
-            return None
         if self.needs_goal:
             raise ValueError(
                 "planner.objective is goal and there is none: set planner.goal or call "
                 "Agent.set_goal(obs)"
             )
+        if not self._plans_to_goal:
+            return None
         return self.world_model.features(self.world_model.encode(self._goal))
-
-    @property
-    def needs_goal(self) -> bool:
-        """Whether plans need a goal that has not been given yet."""
-        goal = self.planner is not None and self.planner.config.objective == "goal"
-        return goal and self._goal is None
 
     def set_goal(self, obs: Any) -> None:
         """Plan from now on to where `obs`, one observation of the environment's own, is seen.
 
         Raises ValueError where planner.objective is not goal.
         """
-        if self.planner is None or self.planner.config.objective != "goal":
+        if not self._plans_to_goal:
             raise ValueError("a goal needs planner.objective goal and a planner.method")
-        self._goal = self.spaces.encode_obs(_each(obs, lambda value: np.asarray(value)[None]))
+        self._goal = self._encode_one(obs)
+
+    def _encode_one(self, obs: Any) -> dict[str, np.ndarray]:
+        return self.spaces.encode_obs(_each(obs, lambda value: np.asarray(value)[None]))
 
     def _flat_goal(self, goal: tuple[float, ...]) -> dict[str, np.ndarray]:
         (key, spec), *more = self.spaces.obs.items()
@@ -264,9 +261,8 @@ class Agent(nn.Module):
 
         The agent remembers what it saw: call `reset()` when an episode begins.
         """
-        converted = self.spaces.encode_obs(_each(obs, lambda value: np.asarray(value)[None]))
         first = np.array([self._carry is None])
-        action, self._carry = self.act_batch(converted, first, self._carry, greedy)
+        action, self._carry = self.act_batch(self._encode_one(obs), first, self._carry, greedy)
         return _each(self.spaces.decode_action(action), operator.itemgetter(0))
 
     def reset(self) -> None:
@@ -286,19 +282,15 @@ class Agent(nn.Module):
         A world model that is published alone goes to imaginers, too, who roll it forward.
         """
         wanted = self._needed(rolling=part == "world_model")
-        return {
-            name: value.detach().cpu().numpy().copy()
-            for name, value in self.part_state(part).items()
-            if name.startswith(wanted)
-        }
+        state = {n: x for n, x in self.part_state(part).items() if n.startswith(wanted)}
+        return {name: value.cpu().numpy().copy() for name, value in state.items()}
 
     def _needed(self, rolling: bool = False) -> tuple[str, ...]:
         """Prefixes of what acting, and with `rolling` also imagining, needs."""
         planning = self.planner is not None
         model = self.world_model.inference_modules(planning or rolling)
-        needed = [f"world_model.{name}." for name in model]
-        needed += [f"behavior.{name}." for name in self.behavior.inference_modules(planning)]
-        return tuple(needed)
+        behavior = self.behavior.inference_modules(planning)
+        return (*(f"world_model.{n}." for n in model), *(f"behavior.{n}." for n in behavior))
 
     def unused(self) -> list[str]:
         """Paths of the submodules that acting does not need."""
@@ -334,14 +326,14 @@ class Agent(nn.Module):
         differ."""
         for name in PARTS if part == "agent" else (part,):
             path = folder / f"{name}.safetensors"
-            arrays, _ = storage.load_arrays(path)
+            arrays = storage.load_arrays(path)
             ours = {key: tuple(value.shape) for key, value in self.part_state(name).items()}
-            found = {key: value.shape for key, value in arrays.items()}
-            wrong = sorted(n for n in ours.keys() | found.keys() if ours.get(n) != found.get(n))
+            theirs = {key: value.shape for key, value in arrays.items()}
+            wrong = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
             if wrong:
                 raise storage.CheckpointError(
                     f"{path} holds another agent's weights ({len(wrong)} tensors differ, first "
-                    f"{wrong[0]}: {found.get(wrong[0])} there, {ours.get(wrong[0])} here)"
+                    f"{wrong[0]}: {theirs.get(wrong[0])} there, {ours.get(wrong[0])} here)"
                 )
             self.load_arrays(arrays)
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Lt
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from worldflux_dist import storage
@@ -50,8 +50,8 @@ class _File(TypedDict):
     sha256: Text
 
 
+@with_config(STRICT)
 class _Manifest(TypedDict):
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     format: Any
     step: Annotated[int, Ge(0), Lt(10**10)]
     counters: dict[str, Any]
@@ -119,18 +119,17 @@ def abandon(folder: UPath) -> None:
             _remove(folder)
 
 
-def newest(root: UPath, part: str = "") -> tuple[UPath, dict[str, Any]] | None:
+def newest(root: UPath) -> tuple[UPath, dict[str, Any]] | None:
     """The newest checkpoint that verifies and its manifest, or None where there is none yet.
 
-    With `part` only the files whose names begin with it are read. Logs one sentence about each
-    broken one passed over. Raises CheckpointError if all are broken, since starting over unasked
-    would overwrite the run. A storage that does not answer is an error too, OSError or its driver's
-    own: a good checkpoint must not pass for a broken one.
+    Logs one sentence about each broken one passed over. Raises CheckpointError if all are broken,
+    since starting over unasked would overwrite the run. A storage that does not answer is an error
+    too, OSError or its driver's own: a good checkpoint must not pass for a broken one.
     """
     broken: list[Exception] = []
     for folder in _folders(root):
         try:
-            manifest = verify(folder, part)
+            manifest = verify(folder)
         except (CheckpointError, FileNotFoundError) as error:  # the latter: removed meanwhile
             broken.append(error)
             continue
@@ -154,15 +153,13 @@ def kept(root: UPath) -> list[dict[str, Any]]:
     return manifests
 
 
-def verify(folder: UPath, part: str = "") -> dict[str, Any]:
-    """Check every file, or those of one part, against the manifest and return it.
+def verify(folder: UPath) -> dict[str, Any]:
+    """Check every file against the manifest and return it.
 
     Raises CheckpointError naming the first file that is missing, changed or outside the folder.
     """
     manifest = _manifest(folder)
     for name, expected in manifest["files"].items():
-        if not name.startswith(part):
-            continue
         path = _inside(folder, name)
         size = storage.size(path)
         if size != expected["size"]:
@@ -191,10 +188,10 @@ def _manifest(folder: UPath) -> dict[str, Any]:
     """The manifest, of the right form and naming nothing outside; its files are not looked at."""
     path = _inside(folder, MANIFEST)
     manifest = storage.read_json(path)
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version != FORMAT:
         raise CheckpointError(
-            f"{path} has format {reprlib.repr(found)}, and this release reads {FORMAT}"
+            f"{path} has format {reprlib.repr(version)}, and this release reads {FORMAT}"
         )
     try:
         whole = manifest.get("sha256") == _manifest_digest(manifest)
@@ -272,10 +269,10 @@ def _names(folder: UPath) -> list[str]:
     if isinstance(folder, Path):
         paths = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
         return sorted(path.relative_to(folder).as_posix() for path in paths)
-    found: list[str] = []
+    paths_below: list[str] = []
     folder.fs.invalidate_cache()
     # Asked whether one file exists, a storage that does not answer may say no; this raises.
     with suppress(FileNotFoundError):
         for path, _, files in folder.fs.walk(folder.path, on_error="raise"):
-            found += [f"{path.rstrip('/')}/{name}" for name in files]
-    return sorted(path.removeprefix(folder.path.rstrip("/") + "/") for path in found)
+            paths_below += [f"{path.rstrip('/')}/{name}" for name in files]
+    return sorted(path.removeprefix(folder.path.rstrip("/") + "/") for path in paths_below)

@@ -122,26 +122,24 @@ class Config(Settings):
     imagination: ImaginationConfig = field(default_factory=ImaginationConfig)
 
     def check(self) -> None:
-        if self.replay.batch_size % self.scale.num_learners:
-            raise ValueError(
-                f"replay.batch_size {self.replay.batch_size} cannot be shared by "
-                f"scale.num_learners {self.scale.num_learners}: make it a multiple of them"
-            )
-        rows = self.replay.batch_size // self.scale.num_learners
+        size, queue = self.replay.batch_size, self.imagination.queue_size
+        sharing = {"scale.num_learners": self.scale.num_learners}
+        if self.imagination.mode == "actors":
+            sharing["imagination.num_policy_learners"] = self.imagination.num_policy_learners
+        for name, num in sharing.items():
+            if size % num:
+                raise ValueError(
+                    f"replay.batch_size {size} cannot be shared by {name} {num}: make it a "
+                    "multiple of them"
+                )
+        rows = size // self.scale.num_learners
         if rows % self.learner.accumulate:
             raise ValueError(
                 f"learner.accumulate {self.learner.accumulate} must divide a learner's {rows} rows"
             )
-        apart = self.imagination.mode == "actors"
-        if apart and self.replay.batch_size % self.imagination.num_policy_learners:
+        if queue < self.imagination.num_policy_learners:
             raise ValueError(
-                f"replay.batch_size {self.replay.batch_size} cannot be shared by "
-                f"imagination.num_policy_learners {self.imagination.num_policy_learners}: make it "
-                "a multiple of them"
-            )
-        if self.imagination.queue_size < self.imagination.num_policy_learners:
-            raise ValueError(
-                f"imagination.queue_size is {self.imagination.queue_size}: it must be at least "
+                f"imagination.queue_size is {queue}: it must be at least "
                 f"imagination.num_policy_learners, {self.imagination.num_policy_learners}"
             )
 
@@ -181,8 +179,6 @@ def from_dict(values: dict[str, Any]) -> Config:
     try:
         plain = json.loads(json.dumps(values, default=_plain))
         parsed: Config = parse(Config(), plain, "unknown config key {}")
-    except ConfigError:
-        raise
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return parsed
@@ -217,16 +213,15 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1)
-        if len(text) > MAX_BYTES:
-            raise ConfigError(f"{path} has more than {MAX_BYTES} bytes, which is no config")
-        values = yaml.load(text.decode(), _Loader)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    if len(text) > MAX_BYTES:
+        raise ConfigError(f"{path} has more than {MAX_BYTES} bytes, which is no config")
+    try:
+        values = yaml.load(text.decode(), _Loader)
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not text in UTF-8: give a YAML file") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     values = {} if values is None else values
     if not isinstance(values, dict):

@@ -20,10 +20,11 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 FLAGS = ("is_first", "is_last", "is_terminal")
+COLUMNS = ("action", "reward", *FLAGS)  # beside the observations
 
 
 @dataclass
@@ -44,26 +45,27 @@ class Steps:
     def columns(self) -> dict[str, Any]:
         """Flat mapping of column names to arrays; observations are named `obs/<key>`."""
         named = {f"obs/{key}": value for key, value in self.obs.items()}
-        return named | {name: getattr(self, name) for name in ("action", "reward", *FLAGS)}
+        return named | {name: getattr(self, name) for name in COLUMNS}
 
     @classmethod
     def from_columns(cls, columns: dict[str, Any], **more: Any) -> Self:
         obs = {name[4:]: value for name, value in columns.items() if name.startswith("obs/")}
-        rest = {name: columns[name] for name in ("action", "reward", *FLAGS)}
+        rest = {name: columns[name] for name in COLUMNS}
         return cls(obs=obs, **rest, **more)
 
     def map(self, function: Callable[[Any], Any]) -> Self:
         """Apply `function` to every column, keeping whatever else the class carries."""
-        more = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in STEP_FIELDS}
         columns = {name: function(value) for name, value in self.columns().items()}
-        return type(self).from_columns(columns, **more)
+        names = {f.name for f in fields(self)} - {"obs", *COLUMNS}
+        return type(self).from_columns(columns, **{name: getattr(self, name) for name in names})
+
+    def rows(self, index: Any) -> Self:
+        """The selected rows of the leading axis."""
+        return self.map(lambda value: value[index])
 
     @property
     def nbytes(self) -> int:
         return sum(value.nbytes for value in self.columns().values())
-
-
-STEP_FIELDS = tuple(f.name for f in fields(Steps))
 
 
 class Step(Steps):
@@ -88,10 +90,8 @@ class Chunk(Steps):
         return int(self.reward.size)
 
     def rows(self, index: Any) -> Chunk:
-        """The chunk of the selected environments only; a part has a key of its own."""
-        part = self.map(lambda value: value[index])
-        part.streams = self.streams[index]
-        return part
+        """The chunk of the selected environments only."""
+        return replace(super().rows(index), streams=self.streams[index])
 
     def check(self) -> None:
         """Assert the time convention."""

@@ -12,7 +12,7 @@ import torch
 from worldflux_dist.agent import Agent
 from worldflux_dist.data import Step
 from worldflux_dist.envs import EnvConfig, make_envs
-from worldflux_dist.envs.acting import Act, random_act
+from worldflux_dist.envs.base import Act, random_act
 from worldflux_dist.models.base import State
 from worldflux_dist.runner import EnvRunner
 
@@ -89,8 +89,7 @@ def open_loop(
             states.append(model.update(states[-1], went_in, steps[t].obs))
         else:
             states.append(model.transition(states[-1], went_in))
-    key = next((k for k, s in agent.spaces.obs.items() if s.kind == "image"), None)
-    key = key or next(iter(agent.spaces.obs))
+    key = next(iter(agent.spaces.images or agent.spaces.obs))
     decoded = model.decode(State.stack(states), ("obs",)).preds["obs"]
     dream = (decoded[key] if isinstance(decoded, dict) else decoded)[:, 0].cpu().numpy()
     truth = np.stack([step.obs[key][0] for step in steps])

@@ -67,19 +67,13 @@ def learning_curve(
 
 
 def open_loop_gif(
-    truth: np.ndarray,
-    dream: np.ndarray,
-    path: Path,
-    context: int,
-    frames: np.ndarray | None = None,
-    names: Sequence[str] | None = None,
-    fps: int = 15,
+    truth: np.ndarray, dream: np.ndarray, path: Path, context: int, frames: np.ndarray | None = None
 ) -> None:
     """Animate truth against dream; the first `context` steps were seen, the rest dreamt.
 
     Images: truth and dream (T, H, W, C) uint8 with C 1 or 3, as panels truth, dream and absolute
-    error. Vectors: truth and dream (T, n), the first 6 dims as lines with `names`, beside the
-    env's rendered `frames` (T, h, w, 3) uint8 if given. Raises ValueError for other shapes.
+    error. Vectors: truth and dream (T, n), the first 6 dims as lines, beside the env's rendered
+    `frames` (T, h, w, 3) uint8 if given. Raises ValueError for other shapes.
     """
     if truth.shape != dream.shape or truth.ndim not in (2, 4) or not len(truth):
         raise ValueError(
@@ -91,8 +85,8 @@ def open_loop_gif(
     if truth.ndim == 4:
         pictures = _image_pictures(truth, dream, context)
     else:
-        pictures = _vector_pictures(truth, dream, context, frames, names)
-    video(pictures, path, fps)
+        pictures = _vector_pictures(truth, dream, context, frames)
+    video(pictures, path)
 
 
 def video(frames: Iterable[np.ndarray], path: Path, fps: int = 15) -> None:
@@ -114,27 +108,27 @@ def _image_pictures(truth: np.ndarray, dream: np.ndarray, context: int) -> list[
         raise ValueError(f"images must be uint8, got {truth.dtype} and {dream.dtype}")
     error = np.abs(truth.astype(np.int16) - dream).astype(np.uint8)
     scale = max(1, round(PANEL_HEIGHT / truth.shape[1]))
-    panels = {
-        name: np.broadcast_to(images, (*images.shape[:3], 3)).repeat(scale, 1).repeat(scale, 2)
-        for name, images in (("truth", truth), ("dream", dream), ("error", error))
-    }
+    large = [
+        np.broadcast_to(images, (*images.shape[:3], 3)).repeat(scale, 1).repeat(scale, 2)
+        for images in (truth, dream, error)
+    ]
     return [
-        _image_picture({name: panel[t] for name, panel in panels.items()}, t, len(truth), context)
-        for t in range(len(truth))
+        _image_picture(panels, t, len(truth), context)
+        for t, panels in enumerate(zip(*large, strict=True))
     ]
 
 
-def _image_picture(panels: dict[str, np.ndarray], t: int, total: int, context: int) -> np.ndarray:
+def _image_picture(panels: Sequence[np.ndarray], t: int, total: int, context: int) -> np.ndarray:
     """One frame: bordered panels (h, w, 3) in a row, captions above, progress below."""
     from PIL import Image, ImageDraw, ImageFont
 
-    height, width = panels["truth"].shape[:2]
+    height, width = panels[0].shape[:2]
     full_width = 3 * (width + 2 * BORDER) + 4 * MARGIN
     full_height = CAPTION + height + 2 * BORDER + FOOTER
     color = OPEN if t < context else CLOSED
     picture = Image.new("RGB", (full_width, full_height), PAPER)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=15)
-    for column, (name, panel) in enumerate(panels.items()):
+    for column, (name, panel) in enumerate(zip(("truth", "dream", "error"), panels, strict=True)):
         left = MARGIN + column * (width + 2 * BORDER + MARGIN)
         right, bottom = left + width + 2 * BORDER - 1, CAPTION + height + 2 * BORDER - 1
         draw.text(((left + right) / 2, CAPTION / 2), name, INK, font, anchor="mm")
@@ -160,11 +154,7 @@ def _phase(t: int, context: int) -> str:
 
 
 def _vector_pictures(
-    truth: np.ndarray,
-    dream: np.ndarray,
-    context: int,
-    frames: np.ndarray | None,
-    names: Sequence[str] | None,
+    truth: np.ndarray, dream: np.ndarray, context: int, frames: np.ndarray | None
 ) -> list[np.ndarray]:
     """Lines that grow with time; only what moves is drawn anew for each frame."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -172,13 +162,12 @@ def _vector_pictures(
     from matplotlib.patches import Rectangle
 
     wide = frames is not None
-    labels = list(names) if names else [f"obs[{i}]" for i in range(truth.shape[1])]
     figure = Figure(figsize=(9.6 if wide else 7, 4.6), dpi=100)
     canvas = FigureCanvasAgg(figure)
     left = 0.025 if wide else 0.13
     around = {"left": left, "right": 0.985, "top": 0.86, "bottom": 0.1, "wspace": 0.28}
     sides = figure.add_gridspec(1, 1 + wide, width_ratios=(1, 1.35)[: 1 + wide], **around)
-    tracks = _tracks(figure, sides[0, -1], truth, dream, labels[:MAX_DIMS], context)
+    tracks = _tracks(figure, sides[0, -1], truth, dream, context)
     caption = figure.text(left, 0.93, "", fontsize=13, fontweight="bold", va="center")
     moving = [*(line for line, _ in tracks), caption]
     if frames is not None:
@@ -208,33 +197,29 @@ def _vector_pictures(
 
 
 def _tracks(
-    figure: Any,
-    place: Any,
-    truth: np.ndarray,
-    dream: np.ndarray,
-    labels: list[str],
-    context: int,
+    figure: Any, place: Any, truth: np.ndarray, dream: np.ndarray, context: int
 ) -> list[tuple[Any, np.ndarray]]:
     """Dims in stacked small axes, truth over dream; below, the mean absolute error of all dims.
     Each line, still empty, with the values that it is to show."""
     tracks: list[tuple[Any, np.ndarray]] = []
-    rows = place.subgridspec(len(labels) + 1, 1, hspace=0.25)
-    for row, label in enumerate([*labels, "error"]):
-        axes = figure.add_subplot(rows[row, 0])
+    num = min(truth.shape[1], MAX_DIMS)
+    rows = place.subgridspec(num + 1, 1, hspace=0.25)
+    for row in range(num + 1):
+        axes, error = figure.add_subplot(rows[row, 0]), row == num
         curves = (
             [(np.abs(truth - dream).mean(1), ERROR, "error")]
-            if row == len(labels)
+            if error
             else [(dream[:, row], DREAM, "dream"), (truth[:, row], TRUTH, "truth")]
         )
         _plain(axes)
         axes.axvspan(0, context - 0.5, color=OPEN, alpha=0.12, linewidth=0)
         axes.set_xlim(0, max(len(truth) - 1, 1))
-        axes.set_ylim(*_limits([values for values, _, _ in curves], from_zero=label == "error"))
-        name = label.replace(" ", "\n")
-        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, color=INK)
+        axes.set_ylim(*_limits([values for values, _, _ in curves], from_zero=error))
+        label = "error" if error else f"obs[{row}]"
+        axes.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9, color=INK)
         axes.set_yticks([])
         axes.grid(visible=False)
-        if row < len(labels):
+        if not error:
             axes.tick_params(labelbottom=False, length=0)
         for values, color, name in curves:
             width = 3.2 if name == "dream" else 1.5
@@ -272,8 +257,8 @@ def _write_gif(frames: list[np.ndarray], path: Path, fps: int) -> None:
     from PIL import Image, ImageColor
 
     sample = np.concatenate([frame.reshape(-1, 3) for frame in frames[:: len(frames) // 12 or 1]])
-    found = Image.fromarray(sample[None, :: len(sample) // 500_000 + 1]).quantize(248)
-    levels = np.reshape(found.getpalette() or [], (-1, 3)).astype(int)
+    common = Image.fromarray(sample[None, :: len(sample) // 500_000 + 1]).quantize(248)
+    levels = np.reshape(common.getpalette() or [], (-1, 3)).astype(int)
     own = np.array([ImageColor.getrgb(name) for name in (PAPER, INK, FAINT, OPEN, CLOSED, TRUTH)])
     # Pillow looks colours up coarsely: what is near one of ours would take its place.
     near = (np.abs(levels[:, None] - own).max(-1) < 8).any(1)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import operator
 import os
 import re
 import shutil
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from annotated_types import Ge, Le
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, with_config
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import TypedDict
@@ -108,10 +107,12 @@ class Learner:
             keep_freed_memory()
         self.config = config = _possible(config, self.device)
         self.agent, self.part, self.rows = agent.to(self.device), part, rows
-        self.optimizers, losses = agent.optimizers(part), agent.stages(part, rows)
-        if config.compile:
-            losses = {name: torch.compile(f, fullgraph=True) for name, f in losses.items()}
-        self._stages = {name: Stage(o, losses[name]) for name, o in self.optimizers.items()}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self._stages: dict[str, Stage] = {}
+        for name, (optimizer, loss) in agent.stages(part, rows).items():
+            self.optimizers[name] = optimizer
+            compiled = torch.compile(loss, fullgraph=True) if config.compile else loss
+            self._stages[name] = Stage(optimizer, compiled)
         self._shared: dict[str, DistributedDataParallel] = {}
         self.gradient_steps = self.rank = 0
         self.row_losses = np.zeros(0, np.float32)
@@ -168,7 +169,6 @@ class Learner:
         """Compute a stage's gradients; gives the metrics and what the next stage starts from."""
         stage, shared = self._stages[name], self._shared.get(name)
         self.optimizers[name].zero_grad(set_to_none=True)
-        rows: list[Tensor] = []
         logged: list[dict[str, Tensor]] = []
         paths: list[Any] = []
         for part in given:
@@ -177,16 +177,14 @@ class Learner:
                 with self._autocast(), _compiled():
                     loss, metrics, path = (shared or stage)(part)
                 (loss / len(given)).backward(inputs=list(stage.params))
-            if "row_losses" in metrics:
-                rows.append(metrics.pop("row_losses"))
             logged.append(metrics)
             paths.append(path)
-        if rows:
+        if "row_losses" in logged[0]:
+            rows = [metrics.pop("row_losses") for metrics in logged]
             self.row_losses = torch.cat(rows).cpu().numpy()
         if len(logged) == 1:
             return logged[0], paths
-        means = {key: torch.stack([each[key] for each in logged]).mean() for key in logged[0]}
-        return means, paths
+        return {key: torch.stack([m[key] for m in logged]).mean() for key in logged[0]}, paths
 
     def _parts(self, batch: Batch | Imagined) -> list[Any]:
         """A batch of tensors in `accumulate` parts of equally many rows."""
@@ -196,10 +194,8 @@ class Learner:
                 f"a learner gets {rows} rows at a time, which cannot be taken in "
                 f"learner.accumulate {num} parts: make replay.batch_size a multiple of it"
             )
-        parts = [slice(i * rows // num, (i + 1) * rows // num) for i in range(num)]
-        if isinstance(batch, Imagined):
-            return [batch.rows(part) for part in parts]
-        return [batch.map(operator.itemgetter(part)) for part in parts]
+        parts = [slice(i, i + rows // num) for i in range(0, rows, rows // num)]
+        return [batch.rows(part) for part in parts]
 
     def _tensor(self, value: np.ndarray) -> Tensor:
         tensor = read_only(value)  # no copy: losses read a batch and do not change it
@@ -253,7 +249,7 @@ class Learner:
         steps = self._load_optimizers(folder)
         self.gradient_steps = steps if gradient_steps is None else gradient_steps
         if self._random_path(folder).exists():
-            random, _ = storage.load_arrays(self._random_path(folder))
+            random = storage.load_arrays(self._random_path(folder))
             torch.set_rng_state(torch.from_numpy(random["cpu"].copy()))
             if self.device.type == "cuda" and "cuda" in random:
                 torch.cuda.set_rng_state(torch.from_numpy(random["cuda"].copy()), self.device)
@@ -262,23 +258,21 @@ class Learner:
         return folder / f"rng-{self.part}-{self.rank}.safetensors"
 
     def _save_optimizers(self, folder: UPath) -> None:
-        tensors, scalars = {}, {}
+        tensors, groups = {}, {}
         for name, optimizer in self.optimizers.items():
             saved = optimizer.state_dict()
             for index, entry in saved["state"].items():
                 for key, value in entry.items():
                     tensors[f"{name}/{index}/{key}"] = value.cpu().numpy()
-            scalars[name] = saved["param_groups"]
+            groups[name] = saved["param_groups"]
         storage.save_arrays(folder / f"learner-{self.part}.safetensors", tensors)
-        storage.write_json(
-            folder / f"learner-{self.part}.json",
-            {"gradient_steps": self.gradient_steps, "param_groups": scalars},
-        )
+        counts = {"gradient_steps": self.gradient_steps, "param_groups": groups}
+        storage.write_json(folder / f"learner-{self.part}.json", counts)
 
     def _load_optimizers(self, folder: UPath) -> int:
         """Moments and counts as they were saved; rates and the like are those of the config."""
         where = folder / f"learner-{self.part}.json"
-        arrays, _ = storage.load_arrays(folder / f"learner-{self.part}.safetensors")
+        arrays = storage.load_arrays(folder / f"learner-{self.part}.safetensors")
         saved: Any = storage.read_form(where, _SAVED)
         for name, optimizer in self.optimizers.items():
             groups, before = optimizer.state_dict()["param_groups"], saved["param_groups"].get(name)
@@ -299,8 +293,8 @@ class _Group(TypedDict):
     steps: NotRequired[Whole]
 
 
+@with_config(STRICT)
 class _Saved(TypedDict):
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     gradient_steps: Whole
     param_groups: dict[str, list[_Group]]
 

@@ -14,7 +14,7 @@ import torch
 from worldflux_dist.agent import Agent
 from worldflux_dist.config import Config
 from worldflux_dist.envs import make_envs
-from worldflux_dist.envs.acting import random_act
+from worldflux_dist.envs.base import random_act
 from worldflux_dist.evaluate import Evaluation, evaluate
 from worldflux_dist.learner import Learner
 from worldflux_dist.replay.buffer import ReplayBuffer

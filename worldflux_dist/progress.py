@@ -86,9 +86,12 @@ class Progress:
         assert values.keys() <= SHOWN | {"env_steps"}, values.keys()
         with self._lock:
             self._values |= values
+            now, steps = time.monotonic(), self._count("env_steps")
             if self._phase == "train" and self._training_from is None:
-                self._training_from = (time.monotonic(), self._count("env_steps"))
-            self._sample()
+                self._training_from = (now, steps)
+            self._samples.append((now, steps, self._count("gradient_steps")))
+            while now - self._samples[0][0] > RATE_WINDOW and len(self._samples) > 2:
+                self._samples.popleft()
 
     def print(self, text: str) -> None:
         """Print a line of text above the live display, or into the log."""
@@ -110,12 +113,6 @@ class Progress:
 
     def _count(self, name: str) -> int:
         return int(self._values[name])
-
-    def _sample(self) -> None:
-        now = time.monotonic()
-        self._samples.append((now, self._count("env_steps"), self._count("gradient_steps")))
-        while now - self._samples[0][0] > RATE_WINDOW and len(self._samples) > 2:
-            self._samples.popleft()
 
     def _rates(self) -> dict[str, float | str]:
         """Env steps and gradient steps per second, recently and within this phase."""

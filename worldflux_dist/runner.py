@@ -15,7 +15,7 @@ import numpy as np
 
 from worldflux_dist.data import Chunk, Step, new_incarnation
 from worldflux_dist.envs import Envs
-from worldflux_dist.envs.acting import Act
+from worldflux_dist.envs.base import Act
 
 EPISODE_LIMIT = 50_000  # steps of an evaluation's episode; the longest Atari game has 27,000
 

@@ -6,7 +6,9 @@ carried is refused here, with a remedy, before anything is trained.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +16,11 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces as gym_spaces
 
+# How gymnasium, numpy and Python meet what is no space.
+_NO_SPACE = (
+    *(ValueError, TypeError, LookupError, AssertionError, AttributeError),
+    *(ArithmeticError, RecursionError),
+)
 MAX_SIZE = 2**22  # numbers in one observation from a file, as in a picture of 1024 x 1024 x 4
 NO_STACKS = (
     "(leave frame stacking out, world models have memory; flatten what is no image, for example "
@@ -36,6 +43,10 @@ class ObsSpec:
     def dtype(self) -> Any:
         return np.uint8 if self.kind == "image" else np.float32
 
+    def of(self, raw: Any) -> Any:
+        """This one among all observations `raw`, as the environment gives them."""
+        return functools.reduce(operator.getitem, self.path, raw)
+
 
 @dataclass(frozen=True)
 class ActionPart:
@@ -49,11 +60,12 @@ class Spaces:
     """An environment's spaces as the system sees them, with the conversions both ways.
 
     Observations become a dict of arrays (`{"obs": ...}` for a single one): images as uint8
-    (H, W, C), all else as flat float32 vectors, discrete ones as one-hots. Actions become one
-    float vector of length `action_dim`: one-hots for Discrete, MultiDiscrete and MultiBinary,
-    [-1, 1] for Box, concatenated for Dict and Tuple. `action_leaves` holds, in that order, each
-    part's path, space and ActionParts. Raises ValueError, with a remedy, for spaces it cannot
-    carry. All conversions take and return batches (a leading axis of environments).
+    (H, W, C), all else as flat float32 vectors, discrete ones as one-hots; `vectors` and `images`
+    are their sorted names. Actions become one float vector of length `action_dim`: one-hots for
+    Discrete, MultiDiscrete and MultiBinary, [-1, 1] for Box, concatenated for Dict and Tuple.
+    `action_leaves` holds, in that order, each part's path, space and ActionParts. Raises
+    ValueError, with a remedy, for spaces it cannot carry. All conversions take and return batches
+    (a leading axis of environments).
     """
 
     def __init__(self, observation: gym_spaces.Space, action: gym_spaces.Space) -> None:
@@ -64,13 +76,17 @@ class Spaces:
             if name in self.obs:
                 raise ValueError(f"two observations are named {name!r} inside: rename one of them")
             self.obs[name] = replace(_obs_spec(leaf), path=path, space=leaf)
+        self.vectors, self.images = (
+            [name for name, spec in sorted(self.obs.items()) if spec.kind == kind]
+            for kind in ("vector", "image")
+        )
         self.action_leaves = [(path, leaf, _action_parts(leaf)) for path, leaf in _leaves(action)]
         self.action_parts = tuple(part for _, _, parts in self.action_leaves for part in parts)
         self.action_dim = sum(part.size for part in self.action_parts)
 
     def encode_obs(self, raw: Any) -> dict[str, np.ndarray]:
         """A batch of the env's own observations -> dict of (N, *shape) arrays."""
-        return {key: spec.convert(_at(raw, spec.path)) for key, spec in self.obs.items()}
+        return {key: spec.convert(np.asarray(spec.of(raw))) for key, spec in self.obs.items()}
 
     def decode_action(self, flat: np.ndarray) -> Any:
         """Flat actions (N, A) -> a batch of the env's own actions. Box values are clipped."""
@@ -104,11 +120,9 @@ class Spaces:
         for name in ("observation", "action"):
             try:
                 made[name] = space_from_json(saved[name])
-            # How gymnasium, numpy and Python meet what is no space.
-            except (ValueError, TypeError, LookupError, AssertionError, AttributeError) as error:
-                raise ValueError(f"spaces.{name} is malformed: {_line(error)}") from error
-            except (ArithmeticError, RecursionError) as error:
-                raise ValueError(f"spaces.{name} is malformed: {_line(error)}") from error
+            except _NO_SPACE as error:
+                said = f"{type(error).__name__} {' '.join(str(error).split()):.200}"
+                raise ValueError(f"spaces.{name} is malformed: {said}") from error
         return cls(**made)
 
     def __reduce__(self) -> Any:
@@ -130,12 +144,6 @@ def _leaves(space: gym_spaces.Space, path: tuple = ()) -> Iterator[tuple[tuple, 
             yield from _leaves(part, (*path, index))
     else:
         yield path, space
-
-
-def _at(nested: Any, path: tuple) -> Any:
-    for key in path:
-        nested = nested[key]
-    return np.asarray(nested)
 
 
 def _nest(space: gym_spaces.Space, values: dict[tuple, Any], path: tuple = ()) -> Any:
@@ -276,10 +284,6 @@ def space_to_json(space: gym_spaces.Space) -> dict[str, Any]:
         "shape": list(space.shape),
         "dtype": np.dtype(space.dtype).name,
     }
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__} {' '.join(str(error).split()):.200}"
 
 
 def _shape(saved: Any) -> tuple[int, ...]:

@@ -179,9 +179,9 @@ def parse_json(data: bytes, path: UPath | Path | str) -> Any:
         raise CheckpointError(f"{path} is corrupt or truncated: {error}") from error
 
 
-def read_form(path: UPath, form: TypeAdapter[Form], where: str = "") -> Form:
+def read_form(path: UPath, form: TypeAdapter[Form]) -> Form:
     """Read JSON of a form. Raises CheckpointError naming the file and the first wrong field."""
-    return in_form(read_json(path), form, path, where)
+    return in_form(read_json(path), form, path)
 
 
 def in_form(value: Any, form: TypeAdapter[Form], path: UPath | Path | str, where: str = "") -> Form:
@@ -210,9 +210,7 @@ def _refuse(name: str) -> None:
 # ------------------------------------------------------------------------------------- arrays
 
 
-def save_arrays(
-    path: UPath, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None
-) -> None:
+def save_arrays(path: UPath, arrays: dict[str, np.ndarray]) -> None:
     """Write named arrays of any shape and layout as safetensors. Raises OSError."""
     from safetensors import SafetensorError
     from safetensors.numpy import save, save_file
@@ -220,9 +218,9 @@ def save_arrays(
     ordered = {name: np.asarray(value, order="C") for name, value in arrays.items()}
     try:
         if isinstance(path, Path):
-            save_file(ordered, path, metadata)
+            save_file(ordered, path)
         else:
-            path.write_bytes(save(ordered, metadata))
+            path.write_bytes(save(ordered))
     except SafetensorError as error:
         # The library reports the system's error in words only; callers need the number.
         number = re.search(r"\(os error (\d+)\)", str(error))
@@ -231,26 +229,19 @@ def save_arrays(
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
-def load_arrays(path: UPath) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Read the arrays and metadata of `save_arrays`.
+def load_arrays(path: UPath) -> dict[str, np.ndarray]:
+    """Read the arrays of `save_arrays`.
 
     Raises CheckpointError if they are missing, broken or larger than this machine's memory.
     """
-    from safetensors import SafetensorError, safe_open
-    from safetensors.numpy import load
+    from safetensors import SafetensorError
+    from safetensors.numpy import load, load_file
 
     num = size(path)
     if num > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise CheckpointError(f"{path} has {num} bytes, more than this machine's memory")
     try:
-        if isinstance(path, Path):
-            with safe_open(path, "numpy") as file:
-                names = file.keys()  # not iterable itself
-                return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-        content = path.read_bytes()
-        arrays = load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        return arrays, header.get("__metadata__", {})
+        return load_file(path) if isinstance(path, Path) else load(path.read_bytes())
     # The last four are how the library meets shapes and types that numpy does not have.
     except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is corrupt or truncated: {error}") from error

@@ -19,7 +19,7 @@ from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode
 
 from worldflux_dist.envs import EnvConfig, make_envs
-from worldflux_dist.envs.acting import random_act
+from worldflux_dist.envs.base import random_act
 from worldflux_dist.replay import ReplayBuffer, ReplayConfig
 from worldflux_dist.runner import EnvRunner
 

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from annotated_types import Ge, Le
 from torch import Tensor, nn
 
@@ -69,27 +68,22 @@ class Actor(nn.Module):
         ]
 
     def sample(
-        self,
-        policy: list[tuple[Tensor, ...]],
-        greedy: bool = False,
-        noise: Tensor | None = None,
+        self, policy: list[tuple[Tensor, ...]], greedy: bool = False, noise: Tensor | None = None
     ) -> Tensor:
         """Flat actions (..., A); `greedy` takes the most probable one, `noise` (..., A) fixes the
         draws (see `dist.action_noise`)."""
         chosen = []
         draws = [None] * len(self.parts) if noise is None else noise.split(self.sizes, -1)
-        for params, draw in zip(policy, draws, strict=True):
-            if len(params) == 2:
-                mean, std = params
-                normal = torch.randn_like(std) if draw is None else draw
-                chosen.append(mean if greedy else mean + std * normal)
-            elif greedy:
-                best = params[0].argmax(-1)
-                chosen.append(F.one_hot(best, params[0].shape[-1]).to(params[0].dtype))
+        for (first, *std), draw in zip(policy, draws, strict=True):
+            if greedy:
+                chosen.append(first if std else dist.likeliest(first))
+            elif std:
+                normal = torch.randn_like(first) if draw is None else draw
+                chosen.append(first + std[0] * normal)
             else:
-                shape, device = params[0].shape[:-1], params[0].device
+                shape, device = first.shape[:-1], first.device
                 uniform = torch.rand(shape, device=device) if draw is None else draw[..., 0]
-                chosen.append(dist.sample_onehot(params[0].softmax(-1), uniform))
+                chosen.append(dist.sample_onehot(first.softmax(-1), uniform))
         return torch.cat(chosen, -1)
 
     def log_prob_and_entropy(
@@ -179,11 +173,9 @@ class ActorCritic(Behavior):
         # lambda-returns R_t of the imagined states, and what a state counts: that it is reached
         with torch.no_grad():
             value = torch.cat([self._predict(logits), self.value(features[-1:])])
-            target = returns.lambda_return(
-                imagined.rewards, imagined.continues, value[1:], c.lambda_
-            )
-            going = torch.cat([imagined.start_continue[None], imagined.continues[:-1]])
-            weight = going.cumprod(0)
+            rewards, going = imagined.rewards, imagined.continues
+            target = returns.lambda_return(rewards, going, value[1:], c.lambda_)
+            weight = torch.cat([imagined.start_continue[None], going[:-1]]).cumprod(0)
             scale = self.normalizer.update(target)
             advantage = (target - value[:-1]) / scale
 
@@ -194,9 +186,8 @@ class ActorCritic(Behavior):
         actor = returns.policy_loss(log_prob, entropy, advantage, weight, c.entropy_scale)
 
         # critic: towards R_t, and towards the slow critic
-        critic = returns.value_loss(
-            logits, target, self._slow_value(features[:-1]), weight, self.bins
-        )
+        slow = self._slow_value(features[:-1])
+        critic = returns.value_loss(logits, target, slow, weight, self.bins)
 
         # critic on replayed steps, whose rewards are real: every bootstrap, intermediate ones too,
         # is the imagined return of that state; nothing is learned on a step that ends an episode
@@ -217,7 +208,7 @@ class ActorCritic(Behavior):
             "return_scale": scale,
             "value": value.mean(),
             "policy_entropy": entropy.mean().detach(),
-            "reward_imagined": imagined.rewards.mean(),
+            "reward_imagined": rewards.mean(),
         }
         losses = {"policy": actor, "value": critic, "replay_value": replay_critic}
         return BehaviorLoss(losses, metrics)
@@ -232,8 +223,5 @@ class ActorCritic(Behavior):
     @torch.no_grad()
     def update_targets(self) -> None:
         """slow <- slow_rate * critic + (1 - slow_rate) * slow, after every gradient step."""
-        torch._foreach_lerp_(
-            list(self.slow_critic.parameters()),
-            list(self.critic.parameters()),
-            self.config.slow_rate,
-        )
+        slow, critic = self.slow_critic.parameters(), self.critic.parameters()
+        torch._foreach_lerp_(list(slow), list(critic), self.config.slow_rate)

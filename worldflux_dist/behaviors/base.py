@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,42 +46,29 @@ class Imagined:
     @classmethod
     def of(cls, world_model: WorldModel, rollout: Rollout, batch: Batch) -> Imagined:
         """A rollout from the flattened states of `batch`, as policies and critics see it."""
-        return cls(
-            world_model.features(rollout.states).detach(),
-            rollout.actions,
-            rollout.rewards,
-            rollout.continues,
-            rollout.start_continue,
-            batch.reward,
-            batch.is_last,
-            batch.is_terminal,
-        )
+        features = world_model.features(rollout.states).detach()
+        taken = (rollout.actions, rollout.rewards, rollout.continues, rollout.start_continue)
+        return cls(features, *taken, batch.reward, batch.is_last, batch.is_terminal)
+
+    def _arrays(self) -> dict[str, Any]:
+        return {n: x for n, x in vars(self).items() if not isinstance(x, int | None)}
 
     def map(self, function: Callable[[Any], Any]) -> Imagined:
         """Apply `function` to every array."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        kept = (int, type(None))
-        changed = {n: function(v) for n, v in values.items() if not isinstance(v, kept)}
-        return Imagined(**values | changed)
+        return replace(self, **{name: function(x) for name, x in self._arrays().items()})
 
     def rows(self, index: slice) -> Imagined:
         """What was imagined from these rows (a slice of B without a step)."""
         num, length = self.reward.shape
         first, last, _ = index.indices(num)
         starts = slice(first * length, last * length)
-        return Imagined(
-            self.features[:, starts],
-            self.actions[:, starts],
-            self.rewards[:, starts],
-            self.continues[:, starts],
-            self.start_continue[starts],
-            self.reward[index],
-            self.is_last[index],
-            self.is_terminal[index],
-            None if self.log_prob is None else self.log_prob[:, starts],
-            self.model_version,
-            self.policy_version,
-        )
+
+        def part(name: str, value: Any) -> Any:
+            if name in ("reward", "is_last", "is_terminal"):
+                return value[index]
+            return value[starts] if name == "start_continue" else value[:, starts]
+
+        return replace(self, **{name: part(name, x) for name, x in self._arrays().items()})
 
 
 @dataclass

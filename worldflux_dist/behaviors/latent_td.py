@@ -87,9 +87,8 @@ class LatentTD(Behavior):
         out = partial(Linear, size_out=sum(self.outs), std=0.02)
         self.actor = MishMLP(feature_dim, width, out)
         bins = partial(BinOutput, bins=101)
-        self.qs = Ensemble(
-            config.num_q, lambda: MishMLP(feature_dim + self.action_dim, width, bins)
-        )
+        size_in = feature_dim + self.action_dim
+        self.qs = Ensemble(config.num_q, lambda: MishMLP(size_in, width, bins))
         self.target_qs = copy.deepcopy(self.qs).requires_grad_(False)
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("bins", dist.symlog_bins(101), persistent=False)
@@ -100,10 +99,13 @@ class LatentTD(Behavior):
 
     # --------------------------------------------------------------------------------- policy
 
-    def policy(self, features: Tensor, noise: Tensor | None = None) -> Policy:
-        """Sampled actions with gradient; `noise` (..., A) as `dist.action_noise` draws it."""
+    def policy(self, features: Tensor, noise: Tensor | None = None, greedy: bool = False) -> Policy:
+        """Sampled actions with gradient; `noise` (..., A) as `dist.action_noise` draws it. With
+        `greedy` the likeliest ones."""
         raw = self.actor(features).float()
-        if noise is None:
+        if greedy:
+            noise = raw.new_zeros(*raw.shape[:-1], self.action_dim)
+        elif noise is None:
             noise = dist.action_noise(self.parts, raw.shape[:-1], raw.device)
         actions: list[Tensor] = []
         entropy = log_prob = torch.zeros(raw.shape[:-1], device=raw.device)
@@ -111,13 +113,14 @@ class LatentTD(Behavior):
         for part, logits, draw in zip(self.parts, raw.split(self.outs, -1), draws, strict=True):
             if part.kind == "discrete":
                 probs, logs = logits.softmax(-1), logits.log_softmax(-1)
-                onehot = dist.sample_onehot(probs, draw[..., 0])
+                sampled = dist.sample_onehot(probs, draw[..., 0])
+                onehot = dist.likeliest(logits) if greedy else sampled
                 actions.append(dist.straight_through(onehot, probs))
                 entropy = entropy - (probs * logs).sum(-1)
                 log_prob = log_prob + (onehot * logs).sum(-1)
             else:
                 mean, log_std = self.gaussian(logits)
-                actions.append(torch.tanh(mean + draw * log_std.exp()))
+                actions.append(torch.tanh(mean if greedy else mean + draw * log_std.exp()))
                 gaussian = -0.5 * draw**2 - log_std - 0.5 * math.log(2 * math.pi)
                 entropy = entropy - part.size * gaussian.sum(-1)
                 squashing = torch.log(F.relu(1 - actions[-1] ** 2) + 1e-6)
@@ -131,21 +134,13 @@ class LatentTD(Behavior):
         return mean, low + 0.5 * (high - low) * (torch.tanh(x) + 1)
 
     def act(self, features: Tensor, greedy: bool = False, noise: Tensor | None = None) -> Tensor:
-        if not greedy:
-            return self.policy(features, noise).action
-        raw, actions = self.actor(features).float(), []
-        for part, logits in zip(self.parts, raw.split(self.outs, -1), strict=True):
-            if part.kind == "discrete":
-                actions.append(F.one_hot(logits.argmax(-1), part.size).float())
-            else:
-                actions.append(torch.tanh(self.gaussian(logits)[0]))
-        return torch.cat(actions, -1)
+        return self.policy(features, noise, greedy).action
 
     # --------------------------------------------------------------------------------- values
 
-    def q(self, features: Tensor, action: Tensor, pair: Tensor) -> Tensor:
+    def q(self, features: Tensor, action: Tensor, pair: Tensor, dropout: float = 0.0) -> Tensor:
         """Expected returns (2, ...) of the two named Qs."""
-        logits = self.qs(torch.cat([features, action], -1), pair)
+        logits = self.qs(torch.cat([features, action], -1), pair, dropout)
         return dist.symexp(dist.twohot_predict(logits, self.bins))
 
     def value(self, features: Tensor, noise: Any = None) -> Tensor:
@@ -210,13 +205,11 @@ class LatentTD(Behavior):
         """Mean of two Qs (...) at the action or, for a single discrete one, averaged over all."""
         dropout = self.config.dropout
         if len(self.parts) > 1 or self.parts[0].kind != "discrete":
-            logits = self.qs(torch.cat([features, action], -1), pair, dropout)
-            return dist.symexp(dist.twohot_predict(logits, self.bins)).mean(0)
+            return self.q(features, action, pair, dropout).mean(0)
         num = self.action_dim
         choices = torch.eye(num, device=features.device).expand(*features.shape[:-1], num, num)
         each = features.unsqueeze(-2).expand(*choices.shape[:-1], -1)
-        logits = self.qs(torch.cat([each, choices], -1), pair, dropout)
-        q = dist.symexp(dist.twohot_predict(logits, self.bins)).mean(0)  # (..., actions)
+        q = self.q(each, choices, pair, dropout).mean(0)  # (..., actions)
         return (self.actor(features).float().softmax(-1) * q.detach()).sum(-1)
 
     @torch.no_grad()

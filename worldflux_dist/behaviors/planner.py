@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from annotated_types import Ge, Le, Lt, MaxLen
 from torch import Tensor
 
@@ -109,12 +108,8 @@ class Planner:
             )
         self.config, self.parts, self.weighted = config, parts, method == "mppi"
         self.sizes = [part.size for part in parts]
-        start = [
-            torch.zeros(part.size)
-            if part.kind == "continuous"
-            else torch.full((part.size,), 1 / part.size)
-            for part in parts
-        ]
+        means = [0.0 if part.kind == "continuous" else 1 / part.size for part in parts]
+        start = [torch.full((size,), mean) for size, mean in zip(self.sizes, means, strict=True)]
         self._start = torch.cat(start)
 
     def initial(self, num: int, device: Any) -> Tensor:
@@ -157,28 +152,24 @@ class Planner:
         bfloat16 = self.config.precision == "bfloat16"
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             noise = noise or self.draw(len(mean), world_model, behavior, device)
-            search = _Search(self, world_model, behavior, state, goal, noise)
+            start = world_model.essential(state)
+            search = _Search(self, world_model, behavior, start, goal, noise)
             return search.run(mean.transpose(0, 1), greedy)
 
 
+@dataclass
 class _Search:
     """One call of `plan`. Time-major: distributions are (H, B, A), candidates (H, B, N, A)."""
 
-    def __init__(
-        self,
-        planner: Planner,
-        world_model: WorldModel,
-        behavior: Behavior,
-        state: State,
-        goal: Tensor | None,
-        noise: PlanNoise,
-    ) -> None:
-        self.planner, self.config, self.noise = planner, planner.config, noise
-        self.world_model, self.behavior, self.goal = world_model, behavior, goal
-        self.state = world_model.essential(state)
+    planner: Planner
+    world_model: WorldModel
+    behavior: Behavior
+    state: State  # its essential part
+    goal: Tensor | None
+    noise: PlanNoise
 
     def run(self, mean: Tensor, greedy: bool) -> tuple[Tensor, Tensor]:
-        c, noise = self.config, self.noise
+        c, noise = self.planner.config, self.noise
         std = torch.full_like(mean, c.max_std)
         proposed = self.propose()
         for i in range(c.iterations):
@@ -206,10 +197,10 @@ class _Search:
 
     def propose(self) -> Tensor:
         """The policy's own rollouts (H, B, P, A)."""
-        draws = self.noise.proposals
-        if not self.config.proposals:
+        draws, num = self.noise.proposals, self.planner.config.proposals
+        if not num:
             return draws
-        state, actions = self.expanded(self.config.proposals), []
+        state, actions = self.expanded(num), []
         for h, draw in enumerate(draws):
             action = self.behavior.act(self.world_model.features(state), noise=draw.flatten(0, 1))
             action = action.clamp(-1, 1)  # a policy may leave it to the environment to clip
@@ -263,7 +254,7 @@ class _Search:
 
     def smooth(self, mean: Tensor) -> Tensor:
         """Keep every class possible."""
-        share = self.config.smoothing
+        share = self.planner.config.smoothing
         mixed = [
             center if part.kind == "continuous" else (1 - share) * center + share / part.size
             for part, center in self.parts(mean)
@@ -275,9 +266,7 @@ class _Search:
         if not greedy:
             return self.sample(mean, std, self.noise.action)
         best = [
-            center.clamp(-1, 1)
-            if part.kind == "continuous"
-            else F.one_hot(center.argmax(-1), part.size).to(center.dtype)
+            center.clamp(-1, 1) if part.kind == "continuous" else dist.likeliest(center)
             for part, center in self.parts(mean)
         ]
         return torch.cat(best, -1)

@@ -51,32 +51,24 @@ class ReturnNormalizer(nn.Module):
     low: Tensor
     high: Tensor
 
-    def __init__(self, rate: float = 0.01, percentiles: tuple[float, float] = (5, 95)) -> None:
+    def __init__(self, rate: float = 0.01) -> None:
         super().__init__()
-        self.rate, self.percentiles = rate, percentiles
+        self.rate = rate
         self.register_buffer("low", torch.zeros(()))
         self.register_buffer("high", torch.zeros(()))
 
     @torch.no_grad()
     def update(self, returns: Tensor) -> Tensor:
         """Take in returns of any shape, those of all ranks; gives the scale ()."""
-        low, high = percentiles(returns, self.percentiles)
+        low, high = percentiles(returns, (5, 95))
         # A broken batch stops the run; it must not break the average that is saved.
         self.low.lerp_(torch.where(low.isfinite(), low, self.low), self.rate)
         self.high.lerp_(torch.where(high.isfinite(), high, self.high), self.rate)
-        return self.scale
-
-    @property
-    def scale(self) -> Tensor:
         return (self.high - self.low).clamp(min=1)
 
 
 def policy_loss(
-    log_prob: Tensor,
-    entropy: Tensor,
-    advantage: Tensor,
-    weight: Tensor,
-    entropy_scale: float,
+    log_prob: Tensor, entropy: Tensor, advantage: Tensor, weight: Tensor, entropy_scale: float
 ) -> Tensor:
     """-w_t (ln pi(a_t) sg(A_t) + eta H_t): REINFORCE for every kind of action, all (H, N)."""
     return -weight * (log_prob * advantage.detach() + entropy_scale * entropy)

@@ -23,7 +23,7 @@ from worldflux_dist.distributed.shard import ShardReport, shard_name
 from worldflux_dist.distributed.supervision import life_seed, raise_if_gone
 from worldflux_dist.distributed.weights import WeightReader, poll_by
 from worldflux_dist.envs import make_envs
-from worldflux_dist.envs.acting import random_act
+from worldflux_dist.envs.base import random_act
 from worldflux_dist.nn.memory import keep_freed_memory
 from worldflux_dist.runner import EnvRunner, Episode
 

@@ -28,7 +28,7 @@ from worldflux_dist import checkpoint, config, figures, storage
 from worldflux_dist.evaluate import OpenLoop
 from worldflux_dist.metrics import RunLog, read_lines
 from worldflux_dist.replay.limiter import Limiter
-from worldflux_dist.replay.state import ShardState
+from worldflux_dist.replay.segment import ShardState
 from worldflux_dist.settings import STRICT, Whole, differences
 
 if TYPE_CHECKING:

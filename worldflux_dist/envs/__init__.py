@@ -11,10 +11,10 @@ from collections.abc import Callable
 import gymnasium
 
 from worldflux_dist.envs.atari import atari_envs, is_atari
-from worldflux_dist.envs.base import EnvConfig, Envs
+from worldflux_dist.envs.base import Act, EnvConfig, Envs, random_act
 from worldflux_dist.envs.single import single_envs
 
-__all__ = ["EnvConfig", "Envs", "make_envs"]
+__all__ = ["Act", "EnvConfig", "Envs", "make_envs", "random_act"]
 
 
 def make_envs(
@@ -33,5 +33,5 @@ def make_envs(
     """
     num = num_envs or config.num_envs
     if build is None and is_atari(config.id):
-        return atari_envs(config, seed, num, render)
+        return atari_envs(config, seed, num)
     return single_envs(config, seed, num, render, build)

@@ -6,13 +6,15 @@ here from EnvConfig and none is left to it.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import ale_py
 import gymnasium
 import numpy as np
 from ale_py.vector_env import AtariVectorEnv
-from gymnasium.vector import AutoresetMode, VectorObservationWrapper
+from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers.vector import TransformObservation
 
 from worldflux_dist.envs.base import EnvConfig, Envs
 from worldflux_dist.spaces import Spaces
@@ -25,20 +27,7 @@ def is_atari(env_id: str) -> bool:
     return env_id.startswith("ALE/") and env_id in gymnasium.registry
 
 
-class OneFrame(VectorObservationWrapper):
-    """Takes the frame-stack axis away: (N, 1, H, W[, 3]) -> (N, H, W[, 3])."""
-
-    def __init__(self, env: AtariVectorEnv) -> None:
-        super().__init__(env)
-        stacked = env.single_observation_space
-        assert isinstance(stacked, gymnasium.spaces.Box)
-        self.single_observation_space = gymnasium.spaces.Box(0, 255, stacked.shape[1:], np.uint8)
-
-    def observations(self, observations: Any) -> Any:
-        return observations[:, 0]
-
-
-def atari_envs(config: EnvConfig, seed: int, num_envs: int, render: bool) -> Envs:
+def atari_envs(config: EnvConfig, seed: int, num_envs: int) -> Envs:
     """`num_envs` games of `config.id`; frames come from the observations, drawing is not needed."""
     if config.kwargs:
         raise ValueError(
@@ -48,31 +37,33 @@ def atari_envs(config: EnvConfig, seed: int, num_envs: int, render: bool) -> Env
     frames = config.max_episode_frames
     if config.max_episode_steps:
         frames = min(frames, config.max_episode_steps * config.frame_skip)
-    vector = OneFrame(
-        AtariVectorEnv(
-            gymnasium.spec(config.id).kwargs["game"],
-            num_envs,
-            # More threads buy nothing per CPU-second; more runners do.
-            num_threads=1,
-            max_num_frames_per_episode=frames,
-            repeat_action_probability=config.repeat_action_probability,
-            full_action_space=config.full_action_space,
-            continuous=False,
-            autoreset_mode=AutoresetMode.NEXT_STEP,
-            img_height=config.image_size,
-            img_width=config.image_size,
-            grayscale=config.grayscale,
-            stack_num=1,
-            frameskip=config.frame_skip,
-            maxpool=True,
-            noop_max=config.noop_max,
-            # `episodic_life` would restart the whole game at every lost life. `life_loss_info`
-            # ends the episode only; the reset row that follows is one no-op in the same game.
-            episodic_life=False,
-            life_loss_info=config.terminal_on_life_loss,
-            reward_clipping=config.reward_clipping,
-            use_fire_reset=config.use_fire_reset,
-        )
+    games: Any = AtariVectorEnv(
+        gymnasium.spec(config.id).kwargs["game"],
+        num_envs,
+        # More threads buy nothing per CPU-second; more runners do.
+        num_threads=1,
+        max_num_frames_per_episode=frames,
+        repeat_action_probability=config.repeat_action_probability,
+        full_action_space=config.full_action_space,
+        continuous=False,
+        autoreset_mode=AutoresetMode.NEXT_STEP,
+        img_height=config.image_size,
+        img_width=config.image_size,
+        grayscale=config.grayscale,
+        stack_num=1,
+        frameskip=config.frame_skip,
+        maxpool=True,
+        noop_max=config.noop_max,
+        # `episodic_life` would restart the whole game at every lost life. `life_loss_info`
+        # ends the episode only; the reset row that follows is one no-op in the same game.
+        episodic_life=False,
+        life_loss_info=config.terminal_on_life_loss,
+        reward_clipping=config.reward_clipping,
+        use_fire_reset=config.use_fire_reset,
     )
+    shape = games.single_observation_space.shape[1:]  # (1, H, W[, 3]) -> (H, W[, 3])
+    frame = gymnasium.spaces.Box(0, 255, shape, np.uint8)
+    one_frame = partial(np.squeeze, axis=1)
+    vector = TransformObservation(games, one_frame, single_observation_space=frame)
     spaces = Spaces(vector.single_observation_space, vector.single_action_space)
     return Envs(vector, spaces, seed, action_repeat=config.frame_skip)

@@ -100,6 +100,16 @@ class EnvConfig(Settings):
     max_episode_frames: Annotated[int, Ge(1), Le(2**31 - 1)] = 108_000
 
 
+# A policy: (obs, is_first, carry) -> (flat actions (N, A), carry); the carry is its own memory.
+Act = Callable[[dict[str, np.ndarray], np.ndarray, Any], tuple[np.ndarray, Any]]
+
+
+def random_act(spaces: Spaces, seed: int) -> Act:
+    """The policy that draws uniformly from the action space: every task's baseline."""
+    rng = np.random.default_rng(seed)
+    return lambda obs, is_first, carry: (spaces.random_action(rng, len(is_first)), None)
+
+
 class Envs:
     """N environments of one kind, stepped together. Owns the vector environment.
 
@@ -201,10 +211,10 @@ class Envs:
                     "no video frames, the environment cannot draw: %s (%s)",
                     *(what(error), SET_GL),
                 )
-        for key, spec in self.spaces.obs.items():
-            if spec.kind == "image" and self._obs is not None:
-                return np.broadcast_to(self._obs[key][0], (*spec.shape[:2], 3))
-        return None
+        if not self.spaces.images or self._obs is None:
+            return None
+        image = self._obs[self.spaces.images[0]][0]
+        return np.broadcast_to(image, (*image.shape[:2], 3))
 
     def close(self) -> None:
         self.vector.close()

@@ -31,7 +31,7 @@ from gymnasium.vector.utils import batch_space, iterate
 from worldflux_dist.envs import make_envs
 from worldflux_dist.envs.atari import is_atari
 from worldflux_dist.envs.base import FAILED, FAULTS, EnvConfig, warned, what
-from worldflux_dist.envs.single import Guard, builder, check_obs, time_limits
+from worldflux_dist.envs.single import Guard, builder, check_obs, number, time_limits
 from worldflux_dist.spaces import ActionPart, ObsSpec, Spaces
 
 LOOK_STEPS, LOOK_SECONDS = 300, 1.0  # of the bare environment, every value looked at
@@ -121,16 +121,12 @@ class Report:
             )
 
     def check_obs(self, raw: Any) -> None:
-        """Warn of oddities in one observation of the environment itself.
-
-        Raises ValueError where a run would fail.
-        """
+        """Warn of oddities in one observation. Raises ValueError where a run would fail."""
         assert self.spaces is not None
         for name, spec in self.spaces.obs.items():
-            leaf, value = spec.space, raw
+            leaf = spec.space
             try:
-                for key in spec.path:
-                    value = value[key]
+                value = spec.of(raw)
             except (KeyError, IndexError, TypeError):
                 raise ValueError(f"the observation lacks {name}: return all its parts") from None
             array = np.asarray(value)
@@ -248,10 +244,7 @@ def _step(env: gymnasium.Env, action: Any, report: Report) -> bool:
         )
     obs, reward, terminated, truncated, _ = result
     report.check_obs(obs)
-    if isinstance(reward, np.ndarray) and reward.size == 1:
-        reward = reward.item()
-    if not _is_number(reward):
-        raise ValueError(f"the reward is {reward!r}: return one finite number, as float(reward)")
+    number(reward)
     return bool(terminated or truncated)
 
 
@@ -315,13 +308,6 @@ def _run(config: EnvConfig, seed: int, report: Report) -> None:
             )
         if envs.failing:
             raise RuntimeError("it failed, and did not show that it goes on afterwards: repair it")
-
-
-def _is_number(reward: Any) -> bool:
-    try:
-        return np.ndim(reward) == 0 and bool(np.isfinite(np.float32(reward)))
-    except (TypeError, ValueError):
-        return False
 
 
 def _one_line(value: Any) -> str:

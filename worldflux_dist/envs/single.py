@@ -66,10 +66,13 @@ class Guard(gymnasium.Wrapper):
         own = self.env.metadata
         self.metadata = dict(own) if isinstance(own, dict) else {}
         self.info: dict[str, Any] = {}
-        self._patience = patience if _can_interrupt() else 0.0
         self._build, self._name, self._lane = build, name, lane
-        self._max_failures, self.failures, self._good = max_failures, 0, 0
-        self.num_failures, self._broken = 0, False
+        self._max_failures, self._patience = max_failures, 0.0
+        if patience and threading.current_thread() is threading.main_thread():
+            self._patience = patience
+            signal.signal(signal.SIGALRM, _interrupt)
+        self.failures = self.num_failures = self._good = 0
+        self._broken = False
         self._rng = np.random.default_rng()
         self._last: Any = None
 
@@ -101,10 +104,8 @@ class Guard(gymnasium.Wrapper):
             obs, reward, terminated, truncated, self.info = self.env.step(action)
             self._alarm(0)
             check_obs(self.observation_space, obs)
-            reward = np.asarray(reward).item()  # some hand out an array of one
+            reward = number(reward)
             terminated, truncated = bool(terminated), bool(truncated)
-            if not math.isfinite(np.float32(reward)):
-                raise ValueError(f"the reward is {reward}")
         except FAULTS as error:
             self._failed(error)
             return self._last, 0.0, False, True, {}
@@ -159,16 +160,19 @@ class Guard(gymnasium.Wrapper):
             ) from error
 
 
-def _can_interrupt() -> bool:
-    """Make SIGALRM interrupt what takes too long; False in a thread, which has no signals."""
-    if threading.current_thread() is not threading.main_thread():
-        return False
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise TimeoutError("it did not come back in env.patience seconds")
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError("it did not come back in env.patience seconds")
 
-    signal.signal(signal.SIGALRM, interrupt)
-    return True
+def number(reward: Any) -> Any:
+    """A reward as a number; some hand out an array of one. Raises ValueError for all else."""
+    try:
+        value = np.asarray(reward).item()
+        if math.isfinite(np.float32(value)):
+            return value
+    except (TypeError, ValueError):
+        value = reward
+    raise ValueError(f"the reward is {value!r}: return one finite number, as float(reward)")
 
 
 def check_obs(space: gymnasium.Space, obs: Any) -> None:
@@ -261,7 +265,14 @@ def builder(config: EnvConfig, render: bool) -> Callable[[], gymnasium.Env]:
 
     def attempt(more: dict[str, Any]) -> gymnasium.Env:
         # A copy for each, because environments take apart what they are given.
-        return limited(make(**deepcopy(config.kwargs), **more), config.max_episode_steps)
+        env, limit = make(**deepcopy(config.kwargs), **more), config.max_episode_steps
+        if not limit:
+            return env
+        for inner in time_limits(env):
+            # A shorter one is lifted: inside a wrapper that repeats actions it counts other steps.
+            if inner._max_episode_steps < limit:
+                inner._max_episode_steps = sys.maxsize
+        return gymnasium.wrappers.TimeLimit(env, limit)
 
     def build() -> gymnasium.Env:
         if drawing:
@@ -294,25 +305,8 @@ def _can_draw(own: Callable[..., Any]) -> bool:
 
 def time_limits(env: gymnasium.Env) -> list[gymnasium.wrappers.TimeLimit]:
     """The time limits of an environment, from the outermost to the innermost."""
-    found = []
-    while isinstance(env, gymnasium.Wrapper):
-        if isinstance(env, gymnasium.wrappers.TimeLimit):
-            found.append(env)
-        env = env.env
-    return found
-
-
-def limited(env: gymnasium.Env, limit: int) -> gymnasium.Env:
-    """`env` with episodes of at most `limit` steps, 0 for its own limit; shorter ones are lifted.
-
-    They may count steps of another kind, inside a wrapper that repeats actions.
-    """
-    if not limit:
-        return env
-    for inner in time_limits(env):
-        if inner._max_episode_steps < limit:
-            inner._max_episode_steps = sys.maxsize
-    return gymnasium.wrappers.TimeLimit(env, limit)
+    inner = time_limits(env.env) if isinstance(env, gymnasium.Wrapper) else []
+    return [env, *inner] if isinstance(env, gymnasium.wrappers.TimeLimit) else inner
 
 
 def _make_registered(name: str, **kwargs: Any) -> gymnasium.Env:

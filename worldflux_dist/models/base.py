@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from gymnasium import Space
 from torch import Tensor, nn
@@ -46,26 +45,10 @@ class State:
         """Merge the two leading axes: (B, T, ...) -> (B * T, ...)."""
         return self.map(lambda value: value.flatten(0, 1))
 
-    def where(self, mask: Tensor, other: State) -> State:
-        """Rows of this state where mask (B,) is true, else of `other`."""
-
-        def choose(name: str, value: Tensor) -> Tensor:
-            shaped = mask.view(mask.shape + (1,) * (value.ndim - mask.ndim))
-            return torch.where(shaped, value, other.tensors[name])
-
-        return State({name: choose(name, value) for name, value in self.tensors.items()})
-
     @staticmethod
     def stack(states: Sequence[State], dim: int = 0) -> State:
         names = states[0].tensors
         return State({n: torch.stack([s.tensors[n] for s in states], dim) for n in names})
-
-    def numpy(self) -> dict[str, np.ndarray]:
-        return {name: value.detach().cpu().numpy() for name, value in self.tensors.items()}
-
-    @staticmethod
-    def from_numpy(arrays: dict[str, np.ndarray], device: Any = None) -> State:
-        return State({n: torch.as_tensor(value, device=device) for n, value in arrays.items()})
 
 
 pytree.register_pytree_node(
@@ -207,11 +190,9 @@ class WorldModel(nn.Module, ABC):
         obs = self.tensors(obs)
         num = len(next(iter(obs.values())))
         state = self.initial(num)
-        like = next(iter(state.tensors.values()))
-        action = torch.zeros(num, self.spaces.action_dim, device=like.device)
-        return self.update(
-            state, action, obs, torch.ones(num, dtype=torch.bool, device=like.device)
-        )
+        device = next(iter(state.tensors.values())).device
+        action = torch.zeros(num, self.spaces.action_dim, device=device)
+        return self.update(state, action, obs, torch.ones_like(action[:, 0], dtype=torch.bool))
 
     @torch.no_grad()
     def observe(self, batch: Batch, noise: Tensor | None = None) -> State:
@@ -249,13 +230,8 @@ class WorldModel(nn.Module, ABC):
             taken.append(action)
         path = State.stack(states)
         preds = self.decode(path, ("reward", "continue")).preds
-        return Rollout(
-            path,
-            torch.stack(taken),
-            preds["reward"][1:],
-            preds["continue"][1:],
-            preds["continue"][0],
-        )
+        reward, going = preds["reward"], preds["continue"]
+        return Rollout(path, torch.stack(taken), reward[1:], going[1:], going[0])
 
     def tensors(self, obs: Any) -> dict[str, Tensor]:
         """Converted observations (see `Spaces.encode_obs`) as tensors on the model's device."""
@@ -277,15 +253,6 @@ def families() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(folder) if m.name != "base")
 
 
-def with_options(config: Any, options: dict[str, Any], name: str) -> Any:
-    """The settings `config` with some fields replaced.
-
-    Raises ValueError for an unknown option, naming the nearest, and for a value that is not
-    allowed.
-    """
-    return parse(config, options, f"{name} has no option {{}}")
-
-
 def create_from_spaces(name: str, spaces: Spaces, **options: Any) -> WorldModel:
     """As create_world_model, from Spaces already made."""
     family, _, preset = name.partition(":")
@@ -295,7 +262,9 @@ def create_from_spaces(name: str, spaces: Spaces, **options: Any) -> WorldModel:
     names = [f"{family}:{p}" for p in module.PRESETS]
     if preset not in module.PRESETS:
         raise ValueError(f"no preset {name!r:.100}: {nearest(name, names)}")
-    return module.Model(spaces, with_options(module.PRESETS[preset], options, name))
+    return module.Model(
+        spaces, parse(module.PRESETS[preset], options, f"{name} has no option {{}}")
+    )
 
 
 def create_world_model(

@@ -32,8 +32,7 @@ from torch import Tensor, nn
 from worldflux_dist.data import Batch
 from worldflux_dist.models.base import LossOutput, Prediction, State, WorldModel
 from worldflux_dist.nn import distributions as dist
-from worldflux_dist.nn.gru import BlockGRU
-from worldflux_dist.nn.layers import MLP, BinOutput, Linear, NormedLinear
+from worldflux_dist.nn.layers import MLP, BinOutput, BlockGRU, Linear, NormedLinear
 from worldflux_dist.nn.optim import LaProp
 from worldflux_dist.nn.products import linear
 from worldflux_dist.nn.vision import ImageDecoder, ImageEncoder
@@ -96,13 +95,11 @@ class Encoder(nn.Module):
 
     def __init__(self, spaces: Spaces, config: DreamerV3Config) -> None:
         super().__init__()
-        self.vectors, self.images = _keys(spaces)
+        self.vectors, self.images = spaces.vectors, spaces.images
         size = sum(spaces.obs[key].shape[0] for key in self.vectors)
         self.mlp = MLP(size, config.units, 3) if self.vectors else None
-        cnns = [
-            ImageEncoder(spaces.obs[key].shape, config.depth, config.multipliers)
-            for key in self.images
-        ]
+        shapes = [spaces.obs[key].shape for key in self.images]
+        cnns = [ImageEncoder(shape, config.depth, config.multipliers) for shape in shapes]
         self.cnns = nn.ModuleList(cnns)
         self.size_out = sum(cnn.size_out for cnn in cnns) + config.units * bool(self.vectors)
 
@@ -119,23 +116,12 @@ class Decoder(nn.Module):
 
     def __init__(self, spaces: Spaces, config: DreamerV3Config) -> None:
         super().__init__()
-        self.vectors, self.images = _keys(spaces)
-        stoch = config.groups * config.classes
-        self.mlp = MLP(stoch + config.deter, config.units, 3) if self.vectors else None
-        self.outs = nn.ModuleList(
-            Linear(config.units, spaces.obs[key].shape[0]) for key in self.vectors
-        )
-        self.cnns = nn.ModuleList(
-            ImageDecoder(
-                spaces.obs[key].shape,
-                config.deter,
-                stoch,
-                config.units,
-                config.depth,
-                config.multipliers,
-            )
-            for key in self.images
-        )
+        c, stoch = config, config.groups * config.classes
+        self.vectors, self.images = spaces.vectors, spaces.images
+        self.mlp = MLP(stoch + c.deter, c.units, 3) if self.vectors else None
+        self.outs = nn.ModuleList(Linear(c.units, spaces.obs[k].shape[0]) for k in self.vectors)
+        sizes = (c.deter, stoch, c.units, c.depth, c.multipliers)
+        self.cnns = nn.ModuleList(ImageDecoder(spaces.obs[k].shape, *sizes) for k in self.images)
 
     def forward(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:
         decoded = {}
@@ -145,13 +131,6 @@ class Decoder(nn.Module):
         for key, cnn in zip(self.images, self.cnns, strict=True):
             decoded[key] = cnn(deter, stoch)
         return decoded
-
-
-def _keys(spaces: Spaces) -> tuple[list[str], list[str]]:
-    kinds = {key: spec.kind for key, spec in sorted(spaces.obs.items())}
-    return [k for k, v in kinds.items() if v == "vector"], [
-        k for k, v in kinds.items() if v == "image"
-    ]
 
 
 class DreamerV3(WorldModel):
@@ -188,13 +167,9 @@ class DreamerV3(WorldModel):
     # ------------------------------------------------------------------------- five verbs
 
     def initial(self, batch_size: int) -> State:
-        c, like = self.config, self.core.hid_bias
-        return State(
-            {
-                "deter": like.new_zeros(batch_size, c.deter),
-                "stoch": like.new_zeros(batch_size, c.groups, c.classes),
-            }
-        )
+        c, zeros = self.config, self.core.hid_bias.new_zeros
+        deter, stoch = zeros(batch_size, c.deter), zeros(batch_size, c.groups, c.classes)
+        return State({"deter": deter, "stoch": stoch})
 
     def update(
         self,
@@ -207,13 +182,8 @@ class DreamerV3(WorldModel):
         if is_first is None:
             is_first = torch.zeros(len(action), dtype=torch.bool, device=action.device)
         tokens = self.encoder(self.tensors(obs))
-        states, _ = self.filter(
-            tokens[:, None],
-            action[:, None],
-            is_first[:, None],
-            state,
-            None if noise is None else noise[:, None],
-        )
+        noise = None if noise is None else noise[:, None]
+        states, _ = self.filter(tokens[:, None], action[:, None], is_first[:, None], state, noise)
         return states[:, 0]
 
     def filter(
@@ -230,43 +200,30 @@ class DreamerV3(WorldModel):
         action becomes the zero vector, not class 0). `noise` (B, T, G) is uniform in [0, 1).
         Always in float32: its many small products gain less from bfloat16 than the casts cost.
         """
+        c = self.config
         # Autocast does not know the meta device, on which plans are made.
         device = "cpu" if tokens.is_meta else tokens.device.type
         with torch.autocast(device, enabled=False):
-            return self._filter(tokens.float(), action, is_first, start, noise)
-
-    def _filter(
-        self,
-        tokens: Tensor,
-        action: Tensor,
-        is_first: Tensor,
-        start: State,
-        noise: Tensor | None,
-    ) -> tuple[State, Tensor]:
-        c = self.config
-        keep = (~is_first).to(action.dtype).unsqueeze(-1)  # (B, T, 1)
-        acted = self.core.embed_action(action * keep)
-        layer, out = self.posterior
-        assert isinstance(layer, NormedLinear)
-        by_deter, by_tokens = layer.linear.weight.split([c.deter, tokens.shape[-1]], 1)
-        looked = linear(tokens, by_tokens, layer.linear.bias)  # all steps at once
-        if noise is None:
-            noise = torch.rand(*action.shape[:2], c.groups, device=action.device)
-        deter, stoch = start.tensors["deter"], start.tensors["stoch"].flatten(-2)
-        weights = self.core.hidden_weights()
-        deters, stochs, logits = [], [], []
-        steps = zip(*(x.unbind(1) for x in (keep, acted, looked, noise)), strict=True)
-        for going, move, look, draw in steps:
-            deter = self.core(deter * going, stoch * going, move, weights)
-            x = linear(deter, by_deter) + look
-            logit = out(F.silu(layer.norm(x))).unflatten(-1, (c.groups, c.classes))
-            sample = self.sample(logit, draw)
-            stoch = sample.flatten(-2)
-            deters.append(deter)
-            stochs.append(sample)
-            logits.append(logit)
-        states = State({"deter": torch.stack(deters, 1), "stoch": torch.stack(stochs, 1)})
-        return states, torch.stack(logits, 1)
+            keep = (~is_first).to(action.dtype).unsqueeze(-1)  # (B, T, 1)
+            acted = self.core.embed_action(action * keep)
+            layer, out = self.posterior
+            assert isinstance(layer, NormedLinear)
+            by_deter, by_tokens = layer.linear.weight.split([c.deter, tokens.shape[-1]], 1)
+            looked = linear(tokens.float(), by_tokens, layer.linear.bias)  # all steps at once
+            if noise is None:
+                noise = torch.rand(*action.shape[:2], c.groups, device=action.device)
+            deter, stoch = start.tensors["deter"], start.tensors["stoch"].flatten(-2)
+            weights = self.core.hidden_weights()
+            states, logits = [], []
+            steps = zip(*(x.unbind(1) for x in (keep, acted, looked, noise)), strict=True)
+            for going, move, look, draw in steps:
+                deter = self.core(deter * going, stoch * going, move, weights)
+                x = F.silu(layer.norm(linear(deter, by_deter) + look))
+                logits.append(out(x).unflatten(-1, (c.groups, c.classes)))
+                sample = self.sample(logits[-1], draw)
+                stoch = sample.flatten(-2)
+                states.append(State({"deter": deter, "stoch": sample}))
+            return State.stack(states, 1), torch.stack(logits, 1)
 
     def _seen(self, batch: Batch, start: State, noise: Tensor | None) -> tuple[State, Tensor]:
         flat = {key: value.flatten(0, 1) for key, value in batch.obs.items()}

@@ -35,15 +35,7 @@ from torch import Tensor, nn
 from worldflux_dist.data import Batch
 from worldflux_dist.models.base import LossOutput, Prediction, State, WorldModel
 from worldflux_dist.nn import distributions as dist
-from worldflux_dist.nn.layers import (
-    MISH,
-    MLP,
-    SIMPLEX,
-    BinOutput,
-    Linear,
-    MishMLP,
-    NormedLinear,
-)
+from worldflux_dist.nn.layers import MISH, MLP, SIMPLEX, BinOutput, Linear, MishMLP, NormedLinear
 from worldflux_dist.nn.optim import ClippedAdam
 from worldflux_dist.nn.vision import StridedEncoder, random_shift
 from worldflux_dist.settings import Count, Layers, Positive, Scale, Settings, Share, Units
@@ -129,8 +121,7 @@ class Encoder(nn.Module):
     def __init__(self, spaces: Spaces, config: TDMPC2Config) -> None:
         super().__init__()
         c = config
-        self.vectors = [k for k, s in sorted(spaces.obs.items()) if s.kind == "vector"]
-        self.images = [k for k, s in sorted(spaces.obs.items()) if s.kind == "image"]
+        self.vectors, self.images = spaces.vectors, spaces.images
         cnns = [StridedEncoder(spaces.obs[k].shape, c.frames, c.channels) for k in self.images]
         self.cnns = nn.ModuleList(cnns)
         size = sum(cnn.size_out for cnn in cnns)
@@ -173,17 +164,10 @@ class TDMPC2(WorldModel):
         self.reward = MishMLP(size, units, partial(BinOutput, bins=101))
         self.terminal = None if c.termination == "none" else MishMLP(c.latent, units, logit)
         self.register_buffer("bins", dist.symlog_bins(101), persistent=False)
-        self.loss_scales = {
-            "consistency": c.consistency_scale,
-            "reward": c.reward_scale,
-            "termination": c.termination_scale,
-        }
+        names = ("consistency", "reward", "termination")
+        self.loss_scales = {name: getattr(c, f"{name}_scale") for name in names}
         self.native = {
-            "behavior": {
-                "kind": "latent_td",
-                "num_q": c.num_q,
-                "target_rate": c.target_rate,
-            },
+            "behavior": {"kind": "latent_td", "num_q": c.num_q, "target_rate": c.target_rate},
             "planner": {
                 "method": "auto",
                 "samples": c.plan_samples,
@@ -195,13 +179,11 @@ class TDMPC2(WorldModel):
         }
 
     def optimizer(self, params: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-        c, slow = self.config, {id(p) for p in self.encoder.parameters()}
+        c, encoder = self.config, {id(p) for p in self.encoder.parameters()}
+        slow = [p for p in params if id(p) in encoder]
         groups = [
-            {
-                "params": [p for p in params if id(p) in slow],
-                "lr": c.learning_rate * c.encoder_rate,
-            },
-            {"params": [p for p in params if id(p) not in slow]},
+            {"params": slow, "lr": c.learning_rate * c.encoder_rate},
+            {"params": [p for p in params if id(p) not in encoder]},
         ]
         return ClippedAdam(groups, c.learning_rate, c.clip)
 
@@ -339,10 +321,8 @@ class TDMPC2(WorldModel):
     def _encode(self, obs: dict[str, Tensor], steps: slice, noise: Tensor | None) -> Tensor:
         part = {key: value[:, steps] for key, value in obs.items()}
         flat = {key: value.flatten(0, 1) for key, value in part.items()}
-        shape = next(iter(part.values())).shape[:2]
-        return self.encoder(
-            flat, None if noise is None else noise[:, steps].flatten(0, 1)
-        ).unflatten(0, shape)
+        noise = None if noise is None else noise[:, steps].flatten(0, 1)
+        return self.encoder(flat, noise).unflatten(0, next(iter(part.values())).shape[:2])
 
 
 def _windows(batch: Batch, length: int) -> Batch:

@@ -34,10 +34,10 @@ def symexp_bins(num: int = 255) -> Tensor:
     return torch.cat([half, -half[: num // 2].flip(0)])
 
 
-def symlog_bins(num: int = 101, high: float = 10.0) -> Tensor:
-    """`num` bins linspace(-high, high) in symlog space. Not to be mixed up with symexp_bins: here
+def symlog_bins(num: int = 101) -> Tensor:
+    """`num` bins linspace(-10, 10) in symlog space. Not to be mixed up with symexp_bins: here
     targets go through symlog and predictions through symexp."""
-    half = torch.linspace(-high, 0, (num + 1) // 2)
+    half = torch.linspace(-10, 0, (num + 1) // 2)
     return torch.cat([half, -half[: num // 2].flip(0)])
 
 
@@ -93,6 +93,11 @@ def sample_onehot(probs: Tensor, noise: Tensor) -> Tensor:
     return F.pad(passed, (1, 0), value=1.0) - F.pad(passed, (0, 1))
 
 
+def likeliest(x: Tensor) -> Tensor:
+    """The one-hot (..., C) of the largest of x, logits or probabilities."""
+    return F.one_hot(x.argmax(-1), x.shape[-1]).to(x.dtype)
+
+
 def straight_through(onehot: Tensor, probs: Tensor) -> Tensor:
     """onehot + p - sg(p): the value of the sample, the gradient of the probabilities."""
     return onehot + (probs - probs.detach())
@@ -122,10 +127,5 @@ def normal_entropy(std: Tensor) -> Tensor:
 def action_noise(parts: Sequence[ActionPart], shape: Sequence[int], device: Any) -> Tensor:
     """Draws (*shape, A) that fix a sampled action: standard normal for continuous parts, uniform
     in [0, 1) for discrete ones, which use the first of their entries."""
-    draws = [
-        torch.randn(*shape, part.size, device=device)
-        if part.kind == "continuous"
-        else torch.rand(*shape, part.size, device=device)
-        for part in parts
-    ]
-    return torch.cat(draws, -1)
+    draw = {"continuous": torch.randn, "discrete": torch.rand}
+    return torch.cat([draw[part.kind](*shape, part.size, device=device) for part in parts], -1)

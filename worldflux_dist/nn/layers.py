@@ -1,4 +1,4 @@
-"""The layers and MLPs of all families: dense, block-diagonal, normalised, ensembles.
+"""The layers and MLPs of all families: dense, block-diagonal, normalised, recurrent, ensembles.
 
 A `Kind` says which norm and activation follow a dense layer and how its weights start. DreamerV3's
 (SILU) start as a normal cut at two sigma and rescaled so that their standard deviation is
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldflux_dist.nn.activations import mish, simnorm
+from worldflux_dist.nn.activations import mish, simnorm, tanh
 from worldflux_dist.nn.products import block_linear, linear
 
 CUT_NORMAL_STD = 1.1368  # sigma of the normal that has standard deviation 1 after the cut
@@ -123,6 +123,57 @@ class NormedLinear(nn.Module):
     def forward(self, x: Tensor, dropout: float = 0.0) -> Tensor:
         x = self.linear(x)
         return self.activation(self.norm(F.dropout(x, dropout) if dropout else x))
+
+
+class BlockGRU(nn.Module):
+    """DreamerV3's core: block g of the hidden layer reads its slice of deter and all three inputs,
+    as one dense product and a batched one. The rows of the inputs that all blocks share are the
+    last ones of its weight (in, D)."""
+
+    def __init__(self, deter: int, stoch: int, action: int, hidden: int, blocks: int) -> None:
+        super().__init__()
+        self.deter, self.blocks = deter, blocks
+        self.in_deter = NormedLinear(deter, hidden)
+        self.in_stoch = NormedLinear(stoch, hidden)
+        self.in_action = NormedLinear(action, hidden)
+        self.hid_weight = nn.Parameter(torch.empty(deter // blocks + 3 * hidden, deter))
+        self.hid_bias = nn.Parameter(torch.zeros(deter))
+        self.hid_norm = RMSNorm(deter)
+        self.gates = BlockLinear(deter, 3 * deter, blocks)
+        init_weight(self.hid_weight, deter + blocks * 3 * hidden)
+
+    def embed_action(self, action: Tensor) -> Tensor:
+        """a / max(1, |a|) -> (..., hidden); independent of the state, so done for all steps."""
+        return self.in_action(action / action.detach().abs().clamp(min=1))
+
+    def hidden_weights(self) -> tuple[Tensor, Tensor]:
+        """(blocks, D / blocks, D / blocks) for a block's own slice and (D, 3 hidden) for what all
+        read. A loop over time takes them once: their gradients are then added up once, too."""
+        size = self.deter // self.blocks
+        own, shared = self.hid_weight.split([size, len(self.hid_weight) - size])
+        return own.view(size, self.blocks, size).transpose(0, 1), shared.t()
+
+    def forward(
+        self,
+        deter: Tensor,
+        stoch: Tensor,
+        action: Tensor,
+        weights: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """deter (B, D), stoch (B, G * C), embedded action (B, hidden) -> deter (B, D).
+
+        r, c, u per block; c = tanh(sigmoid(r) * c), u = sigmoid(u - 1),
+        deter' = u c + (1 - u) deter
+        """
+        own, shared = weights or self.hidden_weights()
+        inputs = torch.cat([self.in_deter(deter), self.in_stoch(stoch), action], -1)
+        x = block_linear(deter, own, self.hid_bias) + linear(inputs, shared)
+        x = self.gates(F.silu(self.hid_norm(x))).unflatten(-1, (self.blocks, 3, -1))
+        reset, candidate, update = x.unbind(-2)  # (B, blocks, D / blocks) each
+        candidate = tanh(torch.sigmoid(reset) * candidate)
+        old = deter.unflatten(-1, (self.blocks, -1))
+        new = torch.lerp(old, candidate.to(old.dtype), torch.sigmoid(update - 1).to(old.dtype))
+        return new.flatten(-2)
 
 
 class MLP(nn.Sequential):

@@ -16,7 +16,6 @@ behind them; a window never spans missing steps; a chunk counts once, however of
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,12 +24,11 @@ from typing import Any
 import numpy as np
 
 from worldflux_dist.data import Batch, Chunk
-from worldflux_dist.replay.columns import LARGE, Column, PackedColumn, RawColumn
+from worldflux_dist.replay.columns import LARGE, Column, PackedColumn, RawColumn, step_bytes
 from worldflux_dist.replay.config import ReplayConfig
 from worldflux_dist.replay.marks import Key, Marks
 from worldflux_dist.replay.sampling import Sampler
-from worldflux_dist.replay.segment import Numbering
-from worldflux_dist.replay.state import pack_numbers, unpack_numbers
+from worldflux_dist.replay.segment import Numbering, pack_numbers, unpack_numbers
 
 Spec = dict[str, tuple[np.dtype, tuple[int, ...]]]  # dtype and shape of a step's columns
 
@@ -74,56 +72,43 @@ class ReplayBuffer:
     @property
     def nbytes(self) -> int:
         """Memory of the stored steps, in bytes; packed columns as they are packed."""
-        packed = [c for c in self._columns.values() if isinstance(c, PackedColumn)]
-        raw = self.bytes_per_step - sum(_step_bytes(c.dtype, c.shape) for c in packed)
-        return self.num_steps * raw + sum(column.nbytes for column in packed)
-
-    def stats(self) -> dict[str, int]:
-        """Sizes and counters for the metrics."""
-        return {
-            "num_steps": self.num_steps,
-            "num_windows": self._num_windows,
-            "nbytes": self.nbytes,
-            "streams": len(self._tails),
-            "online": len(self._online),
-            "online_dropped": self.online_dropped,
-            "duplicates": self.duplicates,
-        }
+        return sum(
+            c.nbytes
+            if isinstance(c, PackedColumn)
+            else self.num_steps * step_bytes(c.dtype, c.shape)
+            for c in self._columns.values()
+        )
 
     # -------------------------------------------------------------------------------- inserting
 
-    def add(self, chunk: Chunk) -> int:
+    def add(self, chunk: Chunk, once: bool = True) -> int:
         """Store a chunk (N, T) of any N and T; returns the number of steps stored.
 
-        A chunk whose key has been seen stores nothing and returns 0. A stream goes on where it
-        stopped if the chunk is the writer's next one or begins with a reset; a reset after an
-        unfinished episode (a restarted runner) truncates that episode. Otherwise steps are
-        missing, and no window will span the gap. Raises ValueError where columns, dtypes or
-        shapes differ from the first chunk's, or where the capacity cannot serve all streams.
+        A chunk whose key has been seen stores nothing and returns 0, but for one out of a journal
+        (not `once`), which holds each one once. A stream goes on where it stopped if the chunk is
+        the writer's next one or begins with a reset; a reset after an unfinished episode (a
+        restarted runner) truncates that episode. Otherwise steps are missing, and no window will
+        span the gap. Raises ValueError where columns, dtypes or shapes differ from the first
+        chunk's, or where the capacity cannot serve all streams.
         """
-        columns = self._admit(chunk)
-        if not self.marks.add(chunk.key):
-            self.duplicates += 1
-            return 0
-        return self._store(chunk, columns)
-
-    def _admit(self, chunk: Chunk) -> dict[str, np.ndarray]:
         columns = chunk.columns()
         streams = _streams(chunk, columns)
-        if not self._columns:
-            self._reserve(_spec(columns))
+        self._reserve(columns)
         self._check(columns, streams)
-        return columns
-
-    def _store(self, chunk: Chunk, columns: dict[str, np.ndarray]) -> int:
-        for row, stream in enumerate(np.asarray(chunk.streams).tolist()):
+        if not self.marks.add(chunk.key) and once:
+            self.duplicates += 1
+            return 0
+        for row, stream in enumerate(streams):
             self._extend(stream, {name: value[row] for name, value in columns.items()}, chunk.key)
         self.total_steps += chunk.num_steps
         return chunk.num_steps
 
-    def _reserve(self, spec: Spec) -> None:
-        """Reserve the ring for columns of the given dtypes and shapes per step."""
-        size = sum(_step_bytes(*column) for column in spec.values())
+    def _reserve(self, like: dict[str, np.ndarray]) -> None:
+        """Reserve the ring for columns like these, unless it is there."""
+        if self._columns:
+            return
+        spec = _spec(like)
+        size = sum(step_bytes(*column) for column in spec.values())
         steps = self.config.capacity
         if self.config.capacity_bytes:
             steps = min(steps, self.config.capacity_bytes // size)
@@ -132,22 +117,21 @@ class ReplayBuffer:
                 f"replay capacity_bytes {self.config.capacity_bytes} is too small: a step takes "
                 f"{size} bytes and at least {2 * self._length} steps are needed"
             )
-        num = steps // self._length
+        num, columns = steps // self._length, {}
+        packing = self.config.storage == "lz4"
         try:
-            self._columns = {name: self._column(num, *column) for name, column in spec.items()}
+            for name, column in spec.items():
+                kind = PackedColumn if packing and step_bytes(*column) >= LARGE else RawColumn
+                columns[name] = kind(num, self._length, *column)
         except (MemoryError, OSError) as error:
             raise RuntimeError(
                 f"{num} x {self._length} steps of {size} bytes do not fit in memory: lower capacity"
             ) from error
-        self._num_blocks, self.bytes_per_step = num, size
+        self._columns, self._num_blocks, self.bytes_per_step = columns, num, size
         self._fill = [0] * num  # steps in each block
         self._next = np.full(num, -1)  # the block where the stream goes on, -1: none yet
         self._starts = np.zeros(num, np.int64)  # windows that begin in the block, at offsets 0..
         self._sampler = Sampler(self._starts, self._length, self.config.shares, self._rng)
-
-    def _column(self, num_blocks: int, dtype: np.dtype, shape: tuple[int, ...]) -> Column:
-        packed = self.config.storage == "lz4" and _step_bytes(dtype, shape) >= LARGE
-        return (PackedColumn if packed else RawColumn)(num_blocks, self._length, dtype, shape)
 
     def _check(self, columns: dict[str, np.ndarray], streams: list[int | str]) -> None:
         ours = {name: (c.dtype, c.shape) for name, c in self._columns.items()}
@@ -274,11 +258,11 @@ class ReplayBuffer:
         """Places (B,), block x batch_length + offset: fresh segments, then drawn ones."""
         num = min(size, len(self._online)) if online else 0
         fresh = [self._online.popitem(last=False)[0] for _ in range(num)]
-        found = np.array(fresh, np.int64) * self._length
-        if len(fresh) == size:
-            return found
-        drawn = self._sampler.draw(size - len(fresh), self.first, self.end, self._num_windows)
-        return np.concatenate([found, drawn])
+        places = np.array(fresh, np.int64) * self._length
+        if num == size:
+            return places
+        drawn = self._sampler.draw(size - num, self.first, self.end, self._num_windows)
+        return np.concatenate([places, drawn])
 
     def prioritize(self, ids: np.ndarray, values: np.ndarray) -> None:
         """Set the priorities (B,) of blocks that `sample_with_ids` named; evicted ones are ignored.
@@ -318,8 +302,7 @@ class ReplayBuffer:
         steps in between: it has cut all streams there, and numbers are skipped. Raises ValueError
         for a numbering that cannot be.
         """
-        if not self._columns:
-            self._reserve(_spec(chunk.columns()))
+        self._reserve(chunk.columns())
         wrong = [t for t in start.tails if not 0 < t[4] <= self._length or t[1] >= start.end]
         wrong += [t for t in start.tails if not -1 <= t[2] < t[1] or t[1] < start.first]
         if wrong or start.first < 0 or start.end < max(self.end, start.first):
@@ -343,12 +326,6 @@ class ReplayBuffer:
         self.total_steps = start.total_steps
         self.marks.merge(start.seen)
 
-    def replay(self, chunk: Chunk) -> int:
-        """Store a chunk out of a journal, which holds each one once. Raises as `add`."""
-        columns = self._admit(chunk)
-        self.marks.add(chunk.key)
-        return self._store(chunk, columns)
-
     def forget(self, end: int) -> None:
         """Evict the blocks before `end`."""
         while self.first < end:
@@ -371,9 +348,8 @@ class ReplayBuffer:
         a queue that cannot be unpacked.
         """
         full = {b for b in range(self.first, self.end) if self._starts[b % self._num_blocks]}
-        online = state.get("online", []) if self.config.online else []
-        if isinstance(online, str):  # an earlier release wrote a list
-            online = unpack_numbers(online, self._num_blocks)
+        packed = state.get("online") if self.config.online else None
+        online = unpack_numbers(packed, self._num_blocks) if packed else []
         self._online = OrderedDict((block, None) for block in online if block in full)
         self.online_dropped = state.get("online_dropped", 0)
         self.duplicates = state.get("duplicates", 0)
@@ -381,10 +357,6 @@ class ReplayBuffer:
             self._sampler.load_state(state.get("priorities", {}))
         if "rng" in state:
             self._rng.bit_generator.state = state["rng"]
-
-
-def _step_bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
-    return dtype.itemsize * math.prod(shape)
 
 
 def _spec(columns: dict[str, np.ndarray]) -> Spec:

@@ -8,15 +8,27 @@ the price is paid when a window is read. Memory is taken up only where steps hav
 from __future__ import annotations
 
 import math
+import mmap
+from collections.abc import Callable
 
 import lz4.block
 import numpy as np
 
-from worldflux_dist.replay.memory import zeros
-
 LARGE = 1024  # bytes per step from which copying slices beats np.take, and packing pays
 
 Places = list[tuple[int, int, int]]  # slot, offset and following slot of each window
+
+
+def zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array of zeros that takes no memory where nobody has written, and gives it all back.
+
+    numpy's own come from malloc, which a learner in the same process tells to keep what it frees
+    (nn/memory.py): a second buffer would then be cleared by hand, and touched, from end to end.
+    Raises OSError where the system has not as much.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    pages = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, np.uint8, size).view(dtype).reshape(shape)
 
 
 class RawColumn:
@@ -25,24 +37,19 @@ class RawColumn:
     def __init__(
         self, num_blocks: int, length: int, dtype: np.dtype, shape: tuple[int, ...]
     ) -> None:
-        self.array = zeros((num_blocks, length, *shape), dtype)
         self.dtype, self.shape, self._length = dtype, shape, length
-        self._large = dtype.itemsize * math.prod(shape) >= LARGE
+        self.array = zeros((num_blocks, length, *shape), dtype)
 
     def write(self, slot: int, start: int, rows: np.ndarray) -> None:
         self.array[slot, start : start + len(rows)] = rows
 
     def gather(self, out: np.ndarray, index: np.ndarray, places: Places) -> None:
         """Fill `out` (B, T, *shape); `index` (B, T) counts all steps of the ring."""
-        if not self._large:
+        if step_bytes(self.dtype, self.shape) >= LARGE:
+            _copy(self.array.__getitem__, places, out)
+        else:
             # The mode matters: with the default one numpy takes a detour through a copy.
-            steps = self.array.reshape(-1, *self.shape)
-            steps.take(index, axis=0, out=out, mode="clip")
-            return
-        for window, (slot, offset, follower) in zip(out, places, strict=True):
-            window[: self._length - offset] = self.array[slot, offset:]
-            if offset:
-                window[self._length - offset :] = self.array[follower, :offset]
+            self.array.reshape(-1, *self.shape).take(index, axis=0, out=out, mode="clip")
 
 
 class PackedColumn:
@@ -53,7 +60,7 @@ class PackedColumn:
     ) -> None:
         self.dtype, self.shape, self._length = dtype, shape, length
         self._blocks: list[bytes | np.ndarray | None] = [None] * num_blocks
-        self._size = length * dtype.itemsize * math.prod(shape)
+        self._size = length * step_bytes(dtype, shape)
         self.nbytes = 0
 
     def write(self, slot: int, start: int, rows: np.ndarray) -> None:
@@ -66,16 +73,12 @@ class PackedColumn:
             self.nbytes += self._size
         block[start : start + len(rows)] = rows
         if start + len(rows) == self._length:
-            packed = lz4.block.compress(block, store_size=False)
-            self._blocks[slot] = packed
+            packed = self._blocks[slot] = lz4.block.compress(block, store_size=False)
             self.nbytes += len(packed) - self._size
 
     def gather(self, out: np.ndarray, index: np.ndarray, places: Places) -> None:
         """Fill `out` (B, T, *shape), unpacking one or two blocks for each window."""
-        for window, (slot, offset, follower) in zip(out, places, strict=True):
-            window[: self._length - offset] = self._block(slot)[offset:]
-            if offset:
-                window[self._length - offset :] = self._block(follower)[:offset]
+        _copy(self._block, places, out)
 
     def _block(self, slot: int) -> np.ndarray:
         block = self._blocks[slot]
@@ -84,6 +87,18 @@ class PackedColumn:
             return np.frombuffer(raw, self.dtype).reshape(self._length, *self.shape)
         assert block is not None, slot
         return block
+
+
+def _copy(block: Callable[[int], np.ndarray], places: Places, out: np.ndarray) -> None:
+    """Fill `out` (B, T, *shape) from one or two blocks (T, *shape) for each window."""
+    for window, (slot, offset, follower) in zip(out, places, strict=True):
+        window[: len(window) - offset] = block(slot)[offset:]
+        if offset:
+            window[len(window) - offset :] = block(follower)[:offset]
+
+
+def step_bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
+    return dtype.itemsize * math.prod(shape)
 
 
 Column = RawColumn | PackedColumn

@@ -2,11 +2,11 @@
 
 A journal is a row of segment files (segment.py). The newest is kept in memory and written whole,
 every `flush_every` seconds, in place of its shorter self, so that no file ever ends torn; once it
-is large enough it is closed and never changes again. One thread packs and writes, so the shard
-never waits for the disk, unless `pending_bytes` are waiting there already.
+is large enough it is closed and never changes again. One thread packs and writes, task by task, so
+the shard never waits for the disk, unless `pending_bytes` are waiting there already.
 
-    append -> raw records -> packed blobs -> file          one _Segment, oldest first
-              (shard)        (thread)        (thread)
+    append -> raw records -> packed records -> file        one _Segment, oldest first
+              (shard)        (thread)          (thread)
 
 When the disk fails the shard goes on, `degraded`: records wait in memory, the oldest are dropped
 and counted when there are too many, and writing is tried again at each flush. What must stay true:
@@ -20,11 +20,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +34,7 @@ from worldflux_dist.data import Chunk
 from worldflux_dist.replay import segment
 from worldflux_dist.replay.config import ReplayConfig
 from worldflux_dist.replay.marks import Key, Marks
-from worldflux_dist.replay.segment import Numbering
+from worldflux_dist.replay.segment import Numbering, Segment
 from worldflux_dist.storage import Disk
 
 if TYPE_CHECKING:
@@ -45,21 +47,15 @@ class FencedError(RuntimeError):
     """Another process has taken over this shard's folder; this one must stop."""
 
 
-@dataclass(frozen=True)
-class SegmentInfo:
-    """A closed segment: its name below the replay folder, and the ring's `end` after it."""
-
-    name: str
-    size: int
-    sha256: str
-    steps: int
-    end: int
-
-
-@dataclass
+@dataclass(eq=False)
 class _Record:
+    """A chunk that was stored, after which the ring held the blocks `first` .. `end`.
+
+    `data` are the bytes of its columns and, once it is packed, all that is appended to the file.
+    """
+
     header: bytes
-    body: bytes
+    data: bytes
     steps: int
     key: Key
     first: int
@@ -68,27 +64,30 @@ class _Record:
 
 @dataclass(eq=False)
 class _Segment:
-    """A segment not yet closed on disk: records not yet packed, packed ones, and how many of those
-    are written. `doubtful`: a write failed, so the file may hold more than is known."""
+    """A segment not yet closed on disk. Of its records the first `packed` are packed, of these the
+    first `written` are on disk and `attempted` are being written. `doubtful`: a write failed, so
+    the file may hold more than is known."""
 
     name: str
     head: bytes
     cut: bool
-    raw: deque[_Record] = field(default_factory=deque)
-    blobs: list[bytes] = field(default_factory=list)
-    packed: list[_Record] = field(default_factory=list)  # of the blobs, without their bodies
-    size: int = 0
+    records: list[_Record] = field(default_factory=list)
+    packed: int = 0
     written: int = 0
     attempted: int = 0
+    size: int = 0  # bytes of the packed records
     closed: bool = False
     dropped: bool = False
     doubtful: bool = False
 
     @property
+    def raw(self) -> int:
+        """How many records are not packed yet."""
+        return len(self.records) - self.packed
+
+    @property
     def unwritten(self) -> bool:
-        if self.doubtful and self.blobs:
-            return True
-        return bool(self.raw) or self.written < len(self.blobs)
+        return self.written < len(self.records) or (self.doubtful and self.packed > 0)
 
 
 class Journal:
@@ -102,7 +101,7 @@ class Journal:
         folder: str,
         owner: str,
         start: Numbering,
-        known: list[SegmentInfo],
+        known: list[Segment],
         number: int,
         disk: Disk,
     ) -> None:
@@ -116,11 +115,11 @@ class Journal:
         self._errno = errno.EIO
         self._fenced = False
         self._open: deque[_Segment] = deque()  # oldest first; the last one takes the records
-        self._pending = 0
-        self._waiting: list[tuple[Future, Callable[[], Any]]] = []
-        self._hurry = self._stopping = self._ended = False
-        self._wake = threading.Condition()
-        self._begin(start, cut=True)
+        self._pending = 0  # bytes that are not on disk
+        self._lock = threading.Lock()  # of the open segments and of what is counted
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._ended = False
+        self.roll(start, cut=True)
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
@@ -131,16 +130,13 @@ class Journal:
 
         Raises FencedError.
         """
-        with self._wake:
-            while self._pending and self._pending + size > self.config.pending_bytes:
-                self.check()
-                if not self.degraded:
-                    self._hurry = True
-                    self._wake.notify_all()
-                    self._wake.wait()
-                elif not self._drop_oldest():
-                    break  # all that is left is being written at this moment
+        while self._pending and self._pending + size > self.config.pending_bytes:
             self.check()
+            if not self.degraded:
+                self.flush().exception()  # waits until all is written, or cannot be
+            elif not self._drop_oldest():
+                break  # all that is left is being written at this moment
+        self.check()
 
     def check(self) -> None:
         """Raise FencedError if another process owns the folder, RuntimeError once closed."""
@@ -164,17 +160,23 @@ class Journal:
         return bool(self.degraded) or self._open[-1].dropped
 
     def roll(self, start: Numbering, cut: bool) -> None:
-        """Close the segment and begin one with the numbering `start`."""
-        with self._wake:
-            self._begin(start, cut)
+        """Close the segment, if there is one, and begin one with the numbering `start`."""
+        name = f"{self._folder}/{self._number:06}.seg"
+        self._number += 1
+        with self._lock:
+            if self._open:
+                self._open[-1].closed = True
+            self._open.append(_Segment(name, segment.pack_head(self.config.compress, start), cut))
+        if not self.degraded:
+            self._tasks.put(self._write_all)
 
     def append(self, chunk: Chunk, packed: tuple[bytes, bytes], first: int, end: int) -> None:
         """Take a chunk that was stored, after which the ring holds blocks `first` .. `end`."""
-        found = _Record(*packed, chunk.num_steps, chunk.key, first, end)
-        with self._wake:
-            self._open[-1].raw.append(found)
-            self._pending += len(found.body)
-            self._wake.notify_all()
+        record = _Record(*packed, chunk.num_steps, chunk.key, first, end)
+        with self._lock:
+            self._open[-1].records.append(record)
+            self._pending += len(record.data)
+        self._tasks.put(self._pack_one)
 
     def flush(self, result: Callable[[], Any] = lambda: None) -> Future:
         """Write what has been appended. The future gives `result()`, called when all is on disk.
@@ -183,107 +185,10 @@ class Journal:
         """
         future: Future = Future()
         future.set_running_or_notify_cancel()  # it cannot be cancelled any more
-        with self._wake:
-            self._waiting.append((future, result))
-            self._wake.notify_all()
-            if self._ended:
-                self._answer()
-        return future
 
-    @property
-    def newest(self) -> str:
-        """The name of the segment that takes the next record."""
-        return self._open[-1].name
-
-    def listing(self) -> tuple[list[SegmentInfo], str]:
-        """The closed segments, and the name of the first that is not closed on disk yet."""
-        with self._wake:
-            return list(self.segments), self._open[0].name
-
-    def forget_evicted(self) -> None:
-        """Take segments off the list whose steps are all evicted, by what is on disk."""
-        with self._wake:
-            first = self.durable_first
-            self.segments = [info for info in self.segments if info.end > first]
-
-    def close(self) -> None:
-        """Write what is left, if the disk allows, and end the thread."""
-        with self._wake:
-            self._stopping = True
-            self._wake.notify_all()
-        self._thread.join()
-
-    def _begin(self, start: Numbering, cut: bool) -> None:
-        if self._open:
-            self._open[-1].closed = True
-        name = f"{self._folder}/{self._number:06}.seg"
-        self._number += 1
-        self._open.append(_Segment(name, segment.pack_head(self.config.compress, start), cut))
-        self._wake_up()
-
-    def _wake_up(self) -> None:
-        with self._wake:
-            self._wake.notify_all()
-
-    def _drop_oldest(self) -> bool:
-        """Drop the oldest unwritten records and all that build on them; false if there are none."""
-        lost = False
-        for part in self._open:
-            if lost and part.cut:
-                break
-            if not (part.unwritten and not part.dropped) and not lost:
-                continue
-            keep = max(part.written, part.attempted)
-            gone = [*part.packed[keep:], *part.raw]
-            if not gone:
-                continue
-            lost = part.dropped = True
-            self.dropped_steps += sum(record.steps for record in gone)
-            self._pending -= sum(map(len, part.blobs[keep:])) + sum(len(r.body) for r in part.raw)
-            del part.blobs[keep:], part.packed[keep:]
-            part.raw.clear()
-        return lost
-
-    # ------------------------------------------------------------------------ the journal's thread
-
-    def _run(self) -> None:
-        try:
-            self._work()
-        finally:
-            with self._wake:
-                self._ended = True
-                self._answer()
-                self._wake.notify_all()
-
-    def _work(self) -> None:
-        due = time.monotonic() + self.config.flush_every
-        while not (self._fenced or self._stopping):
-            with self._wake:
-                self._wake.wait_for(self._has_work, max(0.0, due - time.monotonic()))
-                asked, num_raw = len(self._waiting), sum(len(part.raw) for part in self._open)
-                write = self._write_now()
-                self._hurry = False
-            for _ in range(num_raw):
-                self._pack_one()
-            if write or time.monotonic() >= due:
-                self._write_all()
-                due = time.monotonic() + self.config.flush_every
-            self._answer(asked)
-
-    def _write_now(self) -> bool:
-        closed = any(part.closed for part in self._open) and not self.degraded
-        return bool(self._waiting) or self._hurry or self._stopping or closed
-
-    def _has_work(self) -> bool:
-        return self._write_now() or any(part.raw for part in self._open)
-
-    def _answer(self, num: int | None = None) -> None:
-        """Answer the first `num` who wait, or all; what they appended has been tried."""
-        with self._wake:
-            num = len(self._waiting) if num is None else num
-            answered, self._waiting = self._waiting[:num], self._waiting[num:]
-        for future, result in answered:
+        def answer() -> None:
             try:
+                self._write_all()
                 self.check()
                 if self.degraded:
                     raise OSError(self._errno, self.degraded)
@@ -291,29 +196,93 @@ class Journal:
             except (OSError, RuntimeError) as error:
                 future.set_exception(error)
 
+        self._tasks.put(answer)
+        if self._ended:
+            self._answer_rest()
+        return future
+
+    @property
+    def newest(self) -> str:
+        """The name of the segment that takes the next record."""
+        return self._open[-1].name
+
+    def listing(self) -> tuple[list[Segment], str]:
+        """The closed segments that hold steps which are not evicted, by what is on disk, and the
+        name of the first segment that is not closed on disk yet."""
+        with self._lock:
+            self.segments = [s for s in self.segments if s["end"] > self.durable_first]
+            return list(self.segments), self._open[0].name
+
+    def close(self) -> None:
+        """Write what is left, if the disk allows, and end the thread."""
+        self._tasks.put(self._write_all)
+        self._tasks.put(None)
+        self._thread.join()
+
+    def _drop_oldest(self) -> bool:
+        """Drop the oldest unwritten records and all that build on them; false if there are none."""
+        with self._lock:
+            lost = False
+            for part in self._open:
+                if lost and part.cut:
+                    break
+                keep = max(part.written, part.attempted)
+                gone = part.records[keep:]
+                if not gone or (part.dropped and not lost):
+                    continue
+                lost = part.dropped = True
+                self.dropped_steps += sum(record.steps for record in gone)
+                self._pending -= sum(len(record.data) for record in gone)
+                del part.records[keep:]
+                part.packed = keep
+            return lost
+
+    # ------------------------------------------------------------------------ the journal's thread
+
+    def _run(self) -> None:
+        due = time.monotonic() + self.config.flush_every
+        try:
+            while not self._fenced:
+                with suppress(queue.Empty):
+                    task = self._tasks.get(timeout=max(0.0, due - time.monotonic()))
+                    if task is None:
+                        break
+                    task()
+                if time.monotonic() >= due:
+                    self._write_all()
+                    due = time.monotonic() + self.config.flush_every
+        finally:
+            self._ended = True
+            self._answer_rest()
+
+    def _answer_rest(self) -> None:
+        """Once the thread has ended: the flushes that nothing has answered."""
+        with suppress(queue.Empty):
+            while True:
+                task = self._tasks.get_nowait()
+                if task is not None:
+                    task()
+
     def _pack_one(self) -> None:
-        with self._wake:
+        with self._lock:
             part = next((part for part in self._open if part.raw), None)
             if part is None:
                 return  # dropped meanwhile
-            found = part.raw.popleft()
-        blob = segment.pack_record(self.config.compress, found.header, found.body)
-        with self._wake:
-            self._pending -= len(found.body)
-            found.body = b""
-            if part.dropped:
-                self.dropped_steps += found.steps
-            else:
-                part.blobs.append(blob)
-                part.packed.append(found)
-                part.size += len(blob)
-                self._pending += len(blob)
-            self._wake.notify_all()
+            record = part.records[part.packed]
+        packed = segment.pack_record(self.config.compress, record.header, record.data)
+        with self._lock:
+            if record in part.records:  # not dropped meanwhile
+                self._pending += len(packed) - len(record.data)
+                record.data = packed
+                part.packed += 1
+                part.size += len(packed)
 
     def _write_all(self) -> None:
         """One attempt at everything packed; sets or clears `degraded`."""
+        if self._fenced or self._ended:
+            return
         try:
-            with self._wake:
+            with self._lock:
                 parts = list(self._open)
             for part in parts:
                 self._write(part)
@@ -327,40 +296,43 @@ class Journal:
                 f"free space or repair it, writing is tried again every "
                 f"{self.config.flush_every:g} s"
             )
-        self._wake_up()
 
     def _write(self, part: _Segment) -> None:
-        with self._wake:
-            data, part.attempted = [part.head, *part.blobs], len(part.blobs)
-        done, whole = part.attempted, b""
+        with self._lock:
+            done = part.attempted = part.packed
+            records = part.records[:done]
+        fresh = records[part.written :]
         try:
-            if done > part.written or (done and part.doubtful):
-                whole = b"".join(data)
-                self._disk.replace(self._root / part.name, whole, self.check_owner)
+            if fresh or (done and part.doubtful):
+                data = b"".join([part.head, *(record.data for record in records)])
+                self._disk.replace(self._root / part.name, data, self.check_owner)
         except BaseException:
-            part.doubtful = True
+            part.attempted, part.doubtful = 0, True
             raise
-        finally:
-            part.attempted = 0
-        with self._wake:
-            for found in part.packed[part.written : done]:
-                self.durable.add(found.key)
-                self.durable_steps += found.steps
-                self.durable_first = found.first
-            self._pending -= sum(map(len, part.blobs[part.written : done]))
-            part.written, part.doubtful = done, False
+        with self._lock:
+            for record in fresh:
+                self.durable.add(record.key)
+                self.durable_steps += record.steps
+                self.durable_first = record.first
+                self._pending -= len(record.data)
+            part.written, part.attempted, part.doubtful = done, 0, False
             if part.closed and not part.unwritten:
                 self._open.remove(part)
                 if done:
-                    self.segments.append(_info(part, whole or b"".join([part.head, *part.blobs])))
-            self._wake.notify_all()
+                    self.segments.append(_closed(part))
 
     def check_owner(self) -> None:
-        found = json.loads((self._root / self._folder / INDEX).read_bytes())
-        if found["owner"] != self._owner:
-            raise FencedError(f"{self._folder} belongs to {found['owner']}")
+        owner = json.loads((self._root / self._folder / INDEX).read_bytes())["owner"]
+        if owner != self._owner:
+            raise FencedError(f"{self._folder} belongs to {owner}")
 
 
-def _info(part: _Segment, data: bytes) -> SegmentInfo:
-    digest, last = hashlib.sha256(data).hexdigest(), part.packed[-1]
-    return SegmentInfo(part.name, len(data), digest, sum(r.steps for r in part.packed), last.end)
+def _closed(part: _Segment) -> Segment:
+    data = b"".join([part.head, *(record.data for record in part.records)])
+    return {
+        "name": part.name,
+        "size": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "steps": sum(record.steps for record in part.records),
+        "end": part.records[-1].end,
+    }

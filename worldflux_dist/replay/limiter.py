@@ -87,14 +87,9 @@ class Limiter:
 
     def state_dict(self) -> dict[str, Any]:
         """The counters as JSON; the debt exactly, as the text of a fraction."""
-        return {
-            "env_steps": self.env_steps,
-            "gradient_steps": self.gradient_steps,
-            "forgiven": self.forgiven,
-            "redone": self.redone,
-            "again": self._again,
-            "debt": str(self._debt),
-        }
+        names = ("env_steps", "gradient_steps", "forgiven", "redone")
+        counters = {name: getattr(self, name) for name in names}
+        return counters | {"again": self._again, "debt": str(self._debt)}
 
     def load_state_dict(self, state: dict[str, Any], num_steps: int = 0) -> None:
         """Continue from saved counters; the ratio may have changed since.
@@ -104,11 +99,9 @@ class Limiter:
         so that a resume does not begin with a storm of catching up; the fraction of a gradient
         step is kept, and so are steps that were lost with learners.
         """
-        debt = Fraction(state["debt"])
-        self._again = state["again"]
+        debt, self._again = Fraction(state["debt"]), state["again"]
         allowed = self.max_owed + math.ceil((self.prefill + num_steps) * self._per_step)
-        allowed += self._again
-        excess = max(0, math.floor(debt) - allowed)
+        excess = max(0, math.floor(debt) - allowed - self._again)
         self._debt = debt - excess
         self.env_steps, self.gradient_steps = state["env_steps"], state["gradient_steps"]
         self.forgiven, self.redone = state["forgiven"] + excess, state["redone"]

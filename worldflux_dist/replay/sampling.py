@@ -89,7 +89,7 @@ class Sampler:
     def _scattered(self, num: int, first: int, end: int, tries: float, recent: bool) -> np.ndarray:
         # Rejection keeps it exact at a cost that depends on how full blocks are, not how many.
         low, high = first * self._length, end * self._length
-        found = [np.empty(0, np.int64)]
+        places = [np.empty(0, np.int64)]
         while num > 0:
             size = min(int(1.2 * num * tries) + 4, 1 << 20)
             if recent:
@@ -100,9 +100,9 @@ class Sampler:
             else:
                 drawn = self._rng.integers(low, high, size=size)
             slot, offset = drawn // self._length % len(self._starts), drawn % self._length
-            found.append(drawn[offset < self._starts[slot]][:num])
-            num -= len(found[-1])
-        return np.concatenate(found)
+            places.append(drawn[offset < self._starts[slot]][:num])
+            num -= len(places[-1])
+        return np.concatenate(places)
 
     def _prioritized(self, num: int, first: int) -> np.ndarray:
         if not num:

@@ -1,4 +1,4 @@
-"""The file format of journal segments: chunks as framed JSON headers and packed column bytes.
+"""What a shard leaves on disk: the format of journal segments, and the forms of its states.
 
     MAGIC | frame: Head as JSON | frame: Record as JSON, then its columns, packed | frame ...
     frame = sizes of both parts, CRC-32 of both, the parts
@@ -9,24 +9,33 @@ allocated, dtypes are plain numbers, and whatever is wrong ends in one ValueErro
 
 from __future__ import annotations
 
-import functools
+import base64
 import math
 import re
 import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 import lz4.block
 import numpy as np
-from annotated_types import MaxLen
-from pydantic import FailFast, TypeAdapter, ValidationError
+from annotated_types import Ge, Le, Lt, MaxLen
+from pydantic import (
+    AfterValidator,
+    FailFast,
+    Strict,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)
+from pydantic_core import to_json
+from typing_extensions import TypedDict
 
 from worldflux_dist.data import FLAGS, Chunk
 from worldflux_dist.replay.marks import Key
-from worldflux_dist.replay.state import Mark, Seen
-from worldflux_dist.settings import Limited, Text, Whole
+from worldflux_dist.settings import STRICT, Limited, Text, Whole
 
 FORMAT = 1
 MAGIC = b"WFD-REPLAY\r\n\x1a\n"
@@ -37,6 +46,8 @@ _RATIO = 255  # no lz4 block expands to more than this many times its size
 _DTYPE = re.compile(r"[|<](b1|[iu][1248]|f[248])")
 
 Stream = Limited | Text
+Mark = Annotated[int, Ge(-1), Le(2**62)]
+Seen = Annotated[tuple[Text, Text, Mark, Annotated[list[Whole], FailFast()]], Strict(False)]
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,7 @@ class Record:
 
 def pack_head(compress: str, start: Numbering) -> bytes:
     """The beginning of a segment file."""
-    return MAGIC + _frame(_json({"format": FORMAT, "compress": compress, "start": start}), b"")
+    return MAGIC + _frame(to_json({"format": FORMAT, "compress": compress, "start": start}), b"")
 
 
 def pack_chunk(chunk: Chunk) -> tuple[bytes, bytes]:
@@ -90,15 +101,13 @@ def pack_chunk(chunk: Chunk) -> tuple[bytes, bytes]:
     for name, value in columns.items():
         if not _DTYPE.fullmatch(value.dtype.str):
             raise ValueError(f"chunk column {name} is {value.dtype}: only plain numbers are stored")
-    header = _json(
-        {
-            "key": chunk.key,
-            "streams": np.asarray(chunk.streams).tolist(),
-            "version": int(chunk.version),
-            "columns": [(name, v.dtype.str, v.shape) for name, v in columns.items()],
-        }
-    )
-    return header, b"".join(value.data for value in columns.values())
+    header = {
+        "key": chunk.key,
+        "streams": np.asarray(chunk.streams).tolist(),
+        "version": int(chunk.version),
+        "columns": [(name, v.dtype.str, v.shape) for name, v in columns.items()],
+    }
+    return to_json(header), b"".join(value.data for value in columns.values())
 
 
 def pack_record(compress: str, header: bytes, body: bytes) -> bytes:
@@ -120,18 +129,12 @@ def read_segment(data: bytes) -> tuple[Head, Iterator[Chunk]]:
     return head, (_chunk(head.compress, header, body) for header, body in frames)
 
 
-def _json(value: Any) -> bytes:
-    return _adapter(Any).dump_json(value)
-
-
-@functools.cache
-def _adapter(kind: Any) -> TypeAdapter:
-    return TypeAdapter(kind)
+_FORMS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (Head, Record)}
 
 
 def _parse(kind: type, text: Any) -> Any:
     try:
-        return _adapter(kind).validate_json(bytes(text), strict=True)
+        return _FORMS[kind].validate_json(bytes(text), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(
@@ -160,8 +163,8 @@ def _frames(rest: memoryview) -> Iterator[tuple[memoryview, memoryview]]:
 
 
 def _chunk(compress: str, header: memoryview, body: memoryview) -> Chunk:
-    found: Record = _parse(Record, header)
-    sizes = [_size(dtype, shape) for _, dtype, shape in found.columns]
+    record: Record = _parse(Record, header)
+    sizes = [_size(dtype, shape) for _, dtype, shape in record.columns]
     total = sum(sizes)
     if not 0 < total <= MAX_CHUNK or total > _RATIO * len(body) + 64:
         raise ValueError(f"a record claims {total} bytes of columns")
@@ -173,16 +176,16 @@ def _chunk(compress: str, header: memoryview, body: memoryview) -> Chunk:
     if len(body) != total:
         raise ValueError(f"a record has {len(body)} bytes of columns instead of {total}")
     columns, at = {}, 0
-    for (name, dtype, shape), size in zip(found.columns, sizes, strict=True):
+    for (name, dtype, shape), size in zip(record.columns, sizes, strict=True):
         columns[name] = np.frombuffer(body[at : at + size], np.dtype(dtype)).reshape(shape)
         at += size
     kinds = {"action": ("f", 3), "reward": ("f", 2)} | dict.fromkeys(FLAGS, ("b", 2))
     for name, kind in kinds.items():
         if name in columns and (columns[name].dtype.kind, columns[name].ndim) != kind:
             raise ValueError(f"a record's column {name} is of another kind")
-    streams, key = np.array(found.streams), found.key
+    streams, key = np.array(record.streams), record.key
     try:
-        return Chunk.from_columns(columns, streams=streams, version=found.version, key=key)
+        return Chunk.from_columns(columns, streams=streams, version=record.version, key=key)
     except KeyError as error:
         raise ValueError(f"a record lacks the column {error}") from None
 
@@ -191,3 +194,103 @@ def _size(dtype: str, shape: list[int]) -> int:
     if not _DTYPE.fullmatch(dtype) or len(shape) > 16 or min(shape, default=0) < 1:
         raise ValueError(f"a record has a column of {dtype} and shape {shape}")
     return np.dtype(dtype).itemsize * math.prod(shape)
+
+
+# ------------------------------------------------------------------------------- forms of JSON
+
+FOLDER = r"[A-Za-z0-9_-]{1,64}/shard-[0-9]{1,6}"
+SEGMENT = rf"{FOLDER}/[0-9]{{6}}\.seg"
+MAX_SEGMENT = 1 << 31  # bytes of a segment file
+
+_Large = Annotated[int, Ge(0), Lt(2**128)]
+
+
+@with_config(STRICT)
+class Segment(TypedDict):
+    """A segment of the journal, named below the replay folder."""
+
+    name: Annotated[str, StringConstraints(pattern=f"^{SEGMENT}$")]
+    size: Annotated[int, Ge(0), Le(MAX_SEGMENT)]
+    sha256: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+    steps: Whole
+    end: NotRequired[Whole]
+
+
+class _Numbers(TypedDict):
+    state: _Large
+    inc: _Large
+
+
+class _Random(TypedDict):
+    bit_generator: Literal["PCG64"]
+    state: _Numbers
+    has_uint32: Annotated[int, Ge(0), Le(1)]
+    uinteger: Annotated[int, Ge(0), Lt(2**32)]
+
+
+class _Priorities(TypedDict, total=False):
+    largest: Annotated[float, Ge(0)]
+    weights: Annotated[
+        str,
+        MaxLen(2**26),
+        StringConstraints(
+            pattern=r"^([A-Za-z0-9+/]{32})*([A-Za-z0-9+/]{11}=|[A-Za-z0-9+/]{22}==)?$"
+        ),
+    ]
+
+
+def _both(value: Any) -> Any:
+    if len(value) == 1:
+        raise ValueError("largest and weights belong together")
+    return value
+
+
+@with_config(STRICT)
+class ShardState(TypedDict):
+    """A shard at the moment of a checkpoint."""
+
+    format: Literal[1]
+    steps: Whole
+    total_steps: Whole
+    batch_length: Annotated[int, Ge(1), Le(2**20)]
+    first: Whole
+    end: Whole
+    segments: Annotated[list[Segment], FailFast()]
+    seen: Annotated[list[Seen], FailFast()]
+    rng: _Random
+    online: str
+    online_dropped: Whole
+    duplicates: Whole
+    priorities: Annotated[_Priorities, AfterValidator(_both)]
+
+
+@with_config(STRICT)
+class Index(TypedDict):
+    """index.json: who writes in a shard's folder and, once it is restored, what it builds on."""
+
+    owner: Text
+    segments: NotRequired[Annotated[list[Segment], FailFast()]]
+    oldest_open: NotRequired[Annotated[str, StringConstraints(pattern=f"^{SEGMENT}$")]]
+    seen: NotRequired[Annotated[list[Seen], FailFast()]]
+
+
+INDEX_FORM: TypeAdapter[Any] = TypeAdapter(Index)
+STATES: TypeAdapter[Any] = TypeAdapter(list[ShardState])
+
+
+def pack_numbers(numbers: list[int]) -> str:
+    """Whole numbers as text: a few bits for each where they follow each other."""
+    differences = np.diff(np.array(numbers, "<i8"), prepend=0)
+    return base64.b64encode(zlib.compress(differences.tobytes())).decode()
+
+
+def unpack_numbers(text: str, most: int) -> list[int]:
+    """The first `most` numbers of `pack_numbers`. Raises ValueError for any other text."""
+    try:
+        data = zlib.decompressobj().decompress(
+            base64.b64decode(text, validate=True), max(8 * most, 1)
+        )
+    except zlib.error as error:
+        raise ValueError(f"numbers cannot be unpacked: {error}") from error
+    numbers: list[int] = np.frombuffer(data, "<i8", len(data) // 8).cumsum().tolist()
+    return numbers

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +27,18 @@ from worldflux_dist import storage
 from worldflux_dist.data import Chunk
 from worldflux_dist.replay.buffer import ReplayBuffer
 from worldflux_dist.replay.config import ReplayConfig
-from worldflux_dist.replay.journal import INDEX, Journal, SegmentInfo
-from worldflux_dist.replay.segment import pack_chunk, read_segment
-from worldflux_dist.replay.state import FOLDER, INDEX_FORM, MAX_SEGMENT, SEGMENT, STATES
+from worldflux_dist.replay.journal import INDEX, Journal
+from worldflux_dist.replay.segment import (
+    FOLDER,
+    INDEX_FORM,
+    MAX_SEGMENT,
+    SEGMENT,
+    STATES,
+    Numbering,
+    Segment,
+    pack_chunk,
+    read_segment,
+)
 from worldflux_dist.storage import CheckpointError, Disk
 
 if TYPE_CHECKING:
@@ -92,9 +100,9 @@ class ReplayShard:
         self._inherited: list[Any] = []  # marks from before this life
         saved = storage.in_form(list(saved), STATES, self._root)
         self.buffer = ReplayBuffer(config, [seed, index])
-        found = self._take_over()
-        if found is not None:
-            self._return(found, seed)
+        restored = self._take_over()
+        if restored is not None:
+            self._restart(restored, seed)
         elif len(saved) == num_shards and saved[index]["batch_length"] == config.batch_length:
             self._resume(saved[index])
         else:
@@ -103,13 +111,20 @@ class ReplayShard:
 
     # ------------------------------------------------------------------------------ the replay
 
-    def add(self, chunk: Chunk) -> int:
-        """Store a chunk, once; returns the steps stored, 0 for a known one. See ReplayBuffer.add.
+    def add(self, chunk: Chunk, once: bool = True) -> int:
+        """As ReplayBuffer.add: store a chunk; returns the steps stored, 0 for a known one.
 
         It is on disk within seconds (`durable`). Raises FencedError where another process has
         taken over the shard.
         """
-        return self._store(chunk, self.buffer.add)
+        self._journal.reserve(chunk.nbytes)
+        record = pack_chunk(chunk)  # before the chunk is stored: it may be refused
+        if self._journal.full:
+            self._roll()
+        num = self.buffer.add(chunk, once)
+        if num:
+            self._journal.append(chunk, record, self.buffer.first, self.buffer.end)
+        return num
 
     def durable(self, key: tuple[str, str, int]) -> bool:
         """Whether a chunk is on disk, so that no crash of the process can lose it."""
@@ -129,21 +144,13 @@ class ReplayShard:
             owner=self._owner,
         )
 
-    def _store(self, chunk: Chunk, store: Callable[[Chunk], int]) -> int:
-        self._journal.reserve(chunk.nbytes)
-        record = pack_chunk(chunk)  # before the chunk is stored: it may be refused
-        if self._journal.full:
-            self._roll()
-        num = store(chunk)
-        if num:
-            self._journal.append(chunk, record, self.buffer.first, self.buffer.end)
-        return num
-
-    def _roll(self) -> None:
+    def _roll(self) -> Numbering:
         cut = self._journal.broken
         if cut:
             self.buffer.cut()
-        self._journal.roll(self.buffer.numbering(), cut)
+        numbering = self.buffer.numbering()
+        self._journal.roll(numbering, cut)
+        return numbering
 
     # -------------------------------------------------------------------------------- saving
 
@@ -157,20 +164,21 @@ class ReplayShard:
         Takes milliseconds; the thread writes what is missing. The future raises OSError, in one
         sentence, where the disk fails, and FencedError.
         """
-        self._roll()
-        first, newest = self.buffer.first, self._journal.newest
-        numbering = asdict(self.buffer.numbering())
-        state = {"format": FORMAT, "steps": self.buffer.num_steps, **self.buffer.state()}
-        state |= {name: numbering[name] for name in ("batch_length", "first", "end", "seen")}
-        state["total_steps"] = self.buffer.total_steps
+        state = asdict(self._roll())
+        del state["tails"]
+        state |= {"format": FORMAT, "steps": self.buffer.num_steps, **self.buffer.state()}
+        newest = self._journal.newest
 
         def result() -> dict[str, Any]:
-            # A segment closed since then is not part of this moment.
-            own = [i for i in self._journal.segments if i.name.startswith(self._folder + "/")]
-            late = {info.name for info in own if info.name >= newest}
-            kept = [i for i in self._journal.segments if i.end > first and i.name not in late]
-            names = ("name", "size", "sha256", "steps")
-            return {"segments": [{n: getattr(i, n) for n in names} for i in kept], **state}
+            own = f"{self._folder}/"
+            segments = [
+                {name: value for name, value in segment.items() if name != "end"}
+                for segment in self._journal.segments
+                if segment["end"] > state["first"]
+                # One closed since then is not part of this moment.
+                and not (segment["name"].startswith(own) and segment["name"] >= newest)
+            ]
+            return {"segments": segments, **state}
 
         self._sealed = self._journal.flush(result)
         return self._sealed
@@ -186,10 +194,9 @@ class ReplayShard:
             return
         keep = set(names)
         if self._sealed is not None and self._sealed.exception() is None:
-            keep |= {found["name"] for found in self._sealed.result()["segments"]}
-        self._journal.forget_evicted()
+            keep |= {segment["name"] for segment in self._sealed.result()["segments"]}
         oldest_open = self._write_index()
-        keep |= {info.name for info in self._journal.segments}
+        keep |= {segment["name"] for segment in self._journal.segments}
         for folder in self._folders():
             for name in self._listing(folder):
                 unlisted = folder == self._folder and name >= oldest_open
@@ -202,11 +209,13 @@ class ReplayShard:
 
     # ------------------------------------------------------------------------------- restoring
 
-    def _return(self, index: dict[str, Any], seed: int) -> None:
+    def _restart(self, index: dict[str, Any], seed: int) -> None:
         """Go on within the same life: with all that is on disk, and new random numbers."""
-        infos = _infos(index["segments"])
         own = [name for name in self._listing(self._folder) if name >= index["oldest_open"]]
-        known = self._replay(infos + [SegmentInfo(name, -1, "", 0, 0) for name in own])
+        unlisted: list[Segment] = [
+            {"name": name, "size": -1, "sha256": "", "steps": 0} for name in own
+        ]
+        known = self._replay(index["segments"] + unlisted)
         self.buffer.marks.merge(index["seen"])
         rng = np.random.default_rng([seed, self._index, self.buffer.total_steps])
         self.buffer.load_state({"rng": rng.bit_generator.state})
@@ -215,7 +224,7 @@ class ReplayShard:
 
     def _resume(self, state: dict[str, Any]) -> None:
         """Go on exactly where a shard was sealed."""
-        known = self._replay(_infos(state["segments"]))
+        known = self._replay(state["segments"])
         if state["end"] != self.buffer.end:
             raise CheckpointError(
                 f"the segments of replay shard {self._index} end at block {self.buffer.end} and "
@@ -238,23 +247,23 @@ class ReplayShard:
             self.buffer.marks.merge(state["seen"])
         self._inherited = self.buffer.marks.state()
         self._start([])
-        parts = [_infos(state["segments"]) for state in states]
-        order = [(at / len(part), info) for part in parts for at, info in enumerate(part)]
-        for info, data in self._pages([info for _, info in sorted(order, key=lambda x: x[0])]):
-            with self._blame(info):
+        parts = [state["segments"] for state in states]
+        order = [(at / len(part), segment) for part in parts for at, segment in enumerate(part)]
+        for segment, data in self._pages([s for _, s in sorted(order, key=lambda x: x[0])]):
+            with self._blame(segment):
                 for chunk in read_segment(data)[1]:
                     mine = chunk.streams % self._num_shards == self._index
                     if mine.any():
-                        self._store(chunk.rows(mine), self.buffer.replay)
+                        self.add(chunk.rows(mine), once=False)
         self.buffer.load_state({})
         self._journal.flush().result()
 
-    def _replay(self, infos: list[SegmentInfo]) -> list[SegmentInfo]:
-        """Store the chunks of segments as they were stored before; gives their whole infos."""
-        known: list[SegmentInfo] = []
+    def _replay(self, segments: list[Segment]) -> list[Segment]:
+        """Store the chunks of segments as they were stored before; gives what was read."""
+        known: list[Segment] = []
         begin = 0
-        for info, data in self._pages(infos):
-            with self._blame(info):
+        for segment, data in self._pages(segments):
+            with self._blame(segment):
                 head, chunks = read_segment(data)
                 if head.start.batch_length != self.config.batch_length:
                     raise ValueError(f"it has batch_length {head.start.batch_length}")
@@ -263,50 +272,49 @@ class ReplayShard:
                     if number == 0:
                         begin = begin if known else head.start.end
                         self.buffer.begin(head.start, chunk)
-                    steps += self.buffer.replay(chunk)
-            digest = info.sha256 or hashlib.sha256(data).hexdigest()
-            known.append(SegmentInfo(info.name, len(data), digest, steps, self.buffer.end))
+                    steps += self.buffer.add(chunk, once=False)
+            known.append({**segment, "steps": steps, "end": self.buffer.end})
         # Blocks that began before the first segment are not whole.
         self.buffer.forget(min(begin, self.buffer.end))
         return known
 
-    def _pages(self, infos: list[SegmentInfo]) -> Iterator[tuple[SegmentInfo, bytes]]:
+    def _pages(self, segments: list[Segment]) -> Iterator[tuple[Segment, bytes]]:
         """Segments with their verified bytes; the next one is read meanwhile."""
         with ThreadPoolExecutor(1, "replay-read") as pool:
-            ahead = [pool.submit(self._read, info) for info in infos[:1]]
-            for info, following in zip_longest(infos, infos[1:]):
-                data = ahead.pop().result()
-                if following is not None:
-                    ahead.append(pool.submit(self._read, following))
-                yield info, data
+            ahead: Future | None = None
+            for segment in [*segments, None]:
+                reading, ahead = ahead, pool.submit(self._read, segment) if segment else None
+                if reading is not None:
+                    yield reading.result()
 
-    def _read(self, info: SegmentInfo) -> bytes:
-        path = self._root / info.name
-        with self._blame(info):
+    def _read(self, segment: Segment) -> tuple[Segment, bytes]:
+        path = self._root / segment["name"]
+        with self._blame(segment):
             try:
                 size = path.stat().st_size
-                if info.size not in (-1, size) or size > MAX_SEGMENT:
-                    raise ValueError(f"it has {size} bytes instead of {info.size}")
+                if segment["size"] not in (-1, size) or size > MAX_SEGMENT:
+                    raise ValueError(f"it has {size} bytes instead of {segment['size']}")
                 data: bytes = path.read_bytes()
             except FileNotFoundError:
                 raise ValueError("it is missing") from None
-            if info.sha256 and hashlib.sha256(data).hexdigest() != info.sha256:
+            digest = hashlib.sha256(data).hexdigest()
+            if segment["sha256"] not in ("", digest):
                 raise ValueError("its SHA-256 differs from the recorded one")
-        return data
+        return {**segment, "size": size, "sha256": digest}, data
 
     @contextmanager
-    def _blame(self, info: SegmentInfo) -> Iterator[None]:
+    def _blame(self, segment: Segment) -> Iterator[None]:
         try:
             yield
         except (ValueError, TypeError, KeyError, OverflowError, MemoryError) as error:
             raise CheckpointError(
-                f"the replay segment {self._root / info.name} cannot be used ({error}): put back a "
-                "good copy of it, or resume from an older checkpoint"
+                f"the replay segment {self._root / segment['name']} cannot be used ({error}): put "
+                "back a good copy of it, or resume from an older checkpoint"
             ) from error
 
     # ----------------------------------------------------------------------------- the folder
 
-    def _start(self, known: list[SegmentInfo]) -> None:
+    def _start(self, known: list[Segment]) -> None:
         own = self._listing(self._folder)
         number = int(own[-1][-10:-4]) + 1 if own else 0
         where = (self._root, self._folder, self._owner)
@@ -324,9 +332,8 @@ class ReplayShard:
                 if len(index) not in (1, 4):
                     raise CheckpointError(f"{folder / INDEX} is malformed: fields are missing")
             except CheckpointError as error:
-                raise CheckpointError(
-                    f"{error}: move {folder} away to resume from the last checkpoint"
-                ) from None
+                remedy = f"move {folder} away to resume from the last checkpoint"
+                raise CheckpointError(f"{error}: {remedy}") from None
         # Until a restore is through the index has an owner only: it is begun again after a crash.
         self._put_index(index | {"owner": self._owner})
         if isinstance(folder, Path):
@@ -334,7 +341,7 @@ class ReplayShard:
                 self._disk.sync_folder(path)
             for leftover in folder.glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
-        if {"segments", "oldest_open", "seen"} <= index.keys():
+        if len(index) == 4:
             return index
         for name in self._listing(self._folder):
             (self._root / name).unlink()
@@ -343,15 +350,8 @@ class ReplayShard:
     def _write_index(self) -> str:
         """Record what the journal builds on; gives the first name that is not on its list yet."""
         segments, oldest_open = self._journal.listing()
-        self._put_index(
-            {
-                "owner": self._owner,
-                "segments": [asdict(info) for info in segments],
-                "oldest_open": oldest_open,
-                "seen": self._inherited,
-            },
-            self._journal.check_owner,
-        )
+        index = {"owner": self._owner, "segments": segments, "oldest_open": oldest_open}
+        self._put_index(index | {"seen": self._inherited}, self._journal.check_owner)
         return oldest_open
 
     def _put_index(self, index: dict[str, Any], check: Callable[[], None] = lambda: None) -> None:
@@ -360,24 +360,14 @@ class ReplayShard:
 
     def _folders(self) -> list[str]:
         """Folders of this and earlier lives that are this shard's to tidy."""
-        found = []
-        for life in self._root.iterdir():
-            if life.name > self._life or not life.is_dir():
-                continue
-            for folder in life.iterdir():
-                name = f"{life.name}/{folder.name}"
-                if not _FOLDER.fullmatch(name):
-                    continue
-                if int(folder.name[6:]) % self._num_shards == self._index:
-                    found.append(name)
-        return found
+        lives = [path for path in self._root.iterdir() if path.is_dir() and path.name <= self._life]
+        names = [f"{life.name}/{folder.name}" for life in lives for folder in life.iterdir()]
+        numbered = [
+            (int(name.rpartition("-")[2]), name) for name in names if _FOLDER.fullmatch(name)
+        ]
+        return [name for number, name in numbered if number % self._num_shards == self._index]
 
     def _listing(self, folder: str) -> list[str]:
         """Names of the segments in a folder, oldest first."""
         names = (f"{folder}/{path.name}" for path in (self._root / folder).iterdir())
         return sorted(name for name in names if _NAME.fullmatch(name))
-
-
-def _infos(saved: Any) -> list[SegmentInfo]:
-    """Segments as a manifest or an index names them."""
-    return [SegmentInfo(seg["name"], seg["size"], seg["sha256"], 0, 0) for seg in saved]

@@ -32,7 +32,7 @@ from worldflux_dist.data import Chunk
 from worldflux_dist.distributed.env_runner import RunnerReport, send
 from worldflux_dist.distributed.weights import WeightReader, poll_by
 from worldflux_dist.envs import Envs, make_envs
-from worldflux_dist.envs.acting import random_act
+from worldflux_dist.envs.base import random_act
 from worldflux_dist.nn.memory import keep_freed_memory
 from worldflux_dist.rllib.episodes import CallbackEpisodes
 from worldflux_dist.runner import EndlessEpisodeError, EnvRunner, Episode

@@ -18,7 +18,7 @@ from worldflux_dist.distributed.cluster import shard_config
 from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.shard import ReplayShardActor, ShardPlace
 from worldflux_dist.distributed.supervision import RETURN_S
-from worldflux_dist.replay.state import STATES
+from worldflux_dist.replay.segment import STATES
 from worldflux_dist.storage import CheckpointError, delete, in_form, parse_json
 
 if TYPE_CHECKING:

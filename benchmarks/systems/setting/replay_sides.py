@@ -25,7 +25,7 @@ from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.saving import segments_of
 from worldflux_dist.distributed.shard import ReplayShardActor, ShardPlace
 from worldflux_dist.envs import EnvConfig, make_envs
-from worldflux_dist.envs.acting import random_act
+from worldflux_dist.envs.base import random_act
 from worldflux_dist.replay import ReplayBuffer, ReplayConfig
 from worldflux_dist.runner import EnvRunner
 

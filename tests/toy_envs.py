@@ -1,7 +1,7 @@
-"""Tiny environments whose answers are known, for tests and demos.
+"""Tiny environments whose answers are known.
 
-Addressed as `worldflux_dist.envs.toy:EchoEnv`. Each isolates one thing a world model must get
-right: EchoEnv the time convention, BanditEnv memory and delayed, noisy credit.
+Each isolates one thing a world model must get right: EchoEnv the time convention, BanditEnv memory
+and delayed, noisy credit.
 """
 
 from __future__ import annotations
