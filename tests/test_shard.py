@@ -13,6 +13,7 @@ from test_replay import assert_windows_hold_together, make_chunk, stats
 from upath import UPath
 
 from worldflux_dist.replay import FencedError, ReplayConfig, ReplayShard
+from worldflux_dist.replay.segment import STATES
 from worldflux_dist.storage import CheckpointError
 
 CONFIG = ReplayConfig(4, 4, capacity=60, segment_bytes=3000, flush_every=60)
@@ -98,6 +99,19 @@ def test_the_same_samples_follow_after_a_resume(make, num_chunks, more):
         assert_same(shard.buffer, other.buffer)
     again = make("0003", [seal(other)], config=config)  # built on two earlier lives
     assert_same(other.buffer, again.buffer)
+
+
+def test_the_online_queue_as_a_list_is_still_read(make):
+    """As shards left it before it was packed; the form of the file is the same."""
+    shard = make("0001")
+    fill(shard, 0, 6)
+    state = seal(shard)
+    queue = list(shard.buffer._online)
+    assert queue
+    (state,) = STATES.validate_python([state | {"online": queue}])
+    assert_same(make("0002", [state]).buffer, shard.buffer)
+    with pytest.raises(ValueError, match="numbers are expected"):
+        STATES.validate_python([state | {"online": [*queue, -1]}])
 
 
 def test_a_state_is_of_the_moment_it_was_sealed(make):

@@ -348,8 +348,9 @@ class ReplayBuffer:
         a queue that cannot be unpacked.
         """
         full = {b for b in range(self.first, self.end) if self._starts[b % self._num_blocks]}
-        packed = state.get("online") if self.config.online else None
-        online = unpack_numbers(packed, self._num_blocks) if packed else []
+        online = state.get("online", []) if self.config.online else []
+        if isinstance(online, str):  # the first writers of format 2 left a list
+            online = unpack_numbers(online, self._num_blocks)
         self._online = OrderedDict((block, None) for block in online if block in full)
         self.online_dropped = state.get("online_dropped", 0)
         self.duplicates = state.get("duplicates", 0)

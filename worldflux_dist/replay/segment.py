@@ -239,6 +239,16 @@ class _Priorities(TypedDict, total=False):
     ]
 
 
+def _packed(value: Any) -> Any:
+    """Text of `pack_numbers`, or the numbers themselves, as they were written at first."""
+    numbers = value if isinstance(value, list) else []
+    if not (
+        isinstance(value, str | list) and all(type(n) is int and n >> 62 == 0 for n in numbers)
+    ):
+        raise ValueError("numbers are expected")
+    return value
+
+
 def _both(value: Any) -> Any:
     if len(value) == 1:
         raise ValueError("largest and weights belong together")
@@ -258,7 +268,7 @@ class ShardState(TypedDict):
     segments: Annotated[list[Segment], FailFast()]
     seen: Annotated[list[Seen], FailFast()]
     rng: _Random
-    online: str
+    online: Annotated[Any, AfterValidator(_packed)]
     online_dropped: Whole
     duplicates: Whole
     priorities: Annotated[_Priorities, AfterValidator(_both)]
