@@ -128,9 +128,12 @@ def test_two_ranks_are_one_with_the_whole_batch(case: str, ranks: Path) -> None:
     np.testing.assert_allclose(rows, want.pop("rows"), rtol=1e-4)
     assert first.keys() == want.keys()
     for name, value in want.items():
-        # Values read off random bins, which reach 5e8, keep four digits or fewer: metrics show it.
-        rtol = 1e-3 if name.startswith("metric/") else 1e-5
-        np.testing.assert_allclose(first[name], value, rtol=rtol, atol=1e-5, err_msg=name)
+        # Values read off random bins, which reach 5e8, keep four digits or fewer: metrics show it,
+        # and so do gradients, of which values are the targets (1.2e-5 of 0.03 was seen).
+        kind = name.split("/")[0]
+        rtol = 1e-3 if kind == "metric" else 1e-5
+        atol = max(1e-5, 1e-3 * np.abs(value).max()) if kind == "grad" else 1e-5
+        np.testing.assert_allclose(first[name], value, rtol=rtol, atol=atol, err_msg=name)
 
 
 def test_a_broken_loss_of_one_rank_stops_both(ranks: Path) -> None:
