@@ -83,13 +83,18 @@ def a_ray(num_cpus: int, megabytes: int) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
     """One Ray for all tests of RLlib, which come last: 4 logical CPUs, 200 MB of object store."""
+    from ray import tune
+
+    from worldflux_dist.rllib import WorldFlux
+
     with a_ray(4, 200):
+        tune.register_trainable("WorldFlux", WorldFlux)  # Tune has told the Ray before this one
         yield
 
 
 # Files that take longest, in the order in which processes take them; the others follow.
-LONGEST = ("faults", "resume", "distributed", "weights", "jobs", "cluster", "one_machine")
-LONGEST += ("rllib", "rllib_examples", "rllib_episodes", "group_faults", "rllib_spaces")
+LONGEST = ("faults", "resume", "distributed", "weights", "jobs", "one_machine", "cluster")
+LONGEST += ("rllib", "rllib_tune", "rllib_apart", "rllib_examples", "rllib_episodes")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
