@@ -16,8 +16,7 @@ demo: $(INSTALLED)  ## train a world model through Ray in minutes, then judge it
 	$(BIN)/worldflux-dist train configs/demo.yaml --run-dir runs/demo
 
 test: lint  ## what CI runs: format, lint, types, import rules, all tests but nightly and chaos
-	$(BIN)/pytest -n 2 --dist loadfile -m "not ray and not together and not chaos and not nightly"
-	$(BIN)/pytest -m "(ray or together) and not chaos and not nightly"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not chaos and not nightly"
 
 nightly: $(INSTALLED)  ## toy tasks learned to the end on three nodes, after deaths and restarts
 	$(BIN)/pytest -m nightly -rA

@@ -84,13 +84,49 @@ def a_ray(num_cpus: int, megabytes: int) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
     """One Ray for all tests of RLlib, which come last: 4 logical CPUs, 200 MB of object store."""
+    from ray import tune
+
+    from worldflux_dist.rllib import WorldFlux
+
     with a_ray(4, 200):
+        tune.register_trainable("WorldFlux", WorldFlux)  # Tune has told the Ray before this one
         yield
 
 
+# Files that take longest, in the order in which processes take them; the others follow.
+LONGEST = ("faults", "resume", "distributed", "weights", "jobs", "one_machine", "cluster")
+LONGEST += ("rllib", "rllib_tune", "rllib_apart", "rllib_examples", "rllib_episodes")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share a Ray come last, since others start and end one of their own."""
-    items.sort(key=lambda item: "ray_local" in getattr(item, "fixturenames", ()))
+    """Files whose tests start and end a Ray of their own come first, then those that share one,
+    which stays, and at last those without: they are short, so that all processes end together."""
+    shared = {item.path for item in items if "ray_local" in getattr(item, "fixturenames", ())}
+    own = {item.path for item in items if item.get_closest_marker("ray")} - shared
+    longest = {f"test_{name}.py": index for index, name in enumerate(LONGEST)}
+
+    def order(item: pytest.Item) -> tuple[int, int]:
+        turn = 0 if item.path in own else 1 if item.path in shared else 2
+        return turn, longest.get(item.path.name, len(longest))
+
+    items.sort(key=order)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Processes take files, in their order; the tests of parity are one, since the last of them
+    counts what the others read."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "parity" if Path(file).name.startswith("test_parity") else file
+
+    if config.getoption("dist") != "loadfile":
+        return None
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="module")

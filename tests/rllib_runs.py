@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from gymnasium.envs.classic_control import CartPoleEnv
 from ray.rllib.core import DEFAULT_MODULE_ID
@@ -91,4 +92,20 @@ def check_ratio(result: dict[str, Any], ratio: float = 8) -> None:
     assert abs(env_steps * ratio - gradient_steps * BATCH_STEPS) < BATCH_STEPS
     assert result["train_ratio"]["achieved"] == pytest.approx(
         gradient_steps * BATCH_STEPS / env_steps
+    )
+
+
+def weights(algo: Any, group: Any = None) -> list[dict[str, np.ndarray]]:
+    """The weights of every learner's agent."""
+    found = (group or algo.learner_group).foreach_learner(_weights)
+    return [each.get() for each in found]
+
+
+def _weights(learner: Any) -> dict[str, np.ndarray]:
+    return {name: x.cpu().numpy().copy() for name, x in agent_of(learner).state_dict().items()}
+
+
+def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray], part: str = "") -> bool:
+    return one.keys() == other.keys() and all(
+        np.array_equal(value, other[name]) for name, value in one.items() if name.startswith(part)
     )

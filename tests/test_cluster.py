@@ -1,4 +1,4 @@
-"""A cluster of three nodes trains the toy task with two processes of every role, in both modes."""
+"""A cluster of three nodes trains the toy task with two processes of every role."""
 
 from __future__ import annotations
 
@@ -31,15 +31,23 @@ def cluster() -> Iterator[None]:
 
 
 SHORT = (
-    "train.env_steps=1280",
+    "train.env_steps=640",
+    "train.prefill=384",
+    "train.eval_every=0",
     "train.train_ratio=8",
     "train.eval_episodes=4",
     "train.threshold=null",
 )
 
 
-@pytest.mark.parametrize("mode", ["fused", "actors"])
-@pytest.mark.parametrize("solved", [False, pytest.param(True, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    ("mode", "solved"),
+    [
+        ("actors", False),  # with the same learners of the model, and more
+        pytest.param("fused", True, marks=pytest.mark.nightly),
+        pytest.param("actors", True, marks=pytest.mark.nightly),
+    ],
+)
 def test_three_nodes_train(cluster: None, tmp_path: Path, mode: str, solved: bool) -> None:
     """With two processes of every role; at night until the task is solved."""
     overrides = (*TWO_OF_EACH, *(ACTORS if mode == "actors" else ()), *(() if solved else SHORT))

@@ -123,7 +123,8 @@ def on_disk(run_dir: Path) -> int:
 
 def ended_with(folder: Path, *overrides: str, error: type[Exception] = RuntimeError) -> str:
     """The one sentence with which training ends."""
-    settings = toy_task.make_config(folder, *overrides)
+    one = ("scale.num_runners=1", "scale.num_shards=1")
+    settings = toy_task.make_config(folder, *one, *overrides)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         with pytest.raises(error) as ended:
@@ -153,7 +154,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path: Path) -> 
         tmp_path,
         "model_options.learning_rate=1e9",
         "train.prefill=64",
-        "train.train_ratio=0.3",  # a gradient step every ten rounds, and checkpoints in between
+        "train.train_ratio=0.6",  # a gradient step every ten rounds, and checkpoints in between
         "train.checkpoint_every=0",
         error=NonFiniteLossError,
     )

@@ -42,8 +42,8 @@ PORTS = (
 NUM_PORTS = 100
 ENDLESS = (
     "train.env_steps=1_000_000",
-    "train.eval_every=1_000_000",
-    "train.checkpoint_every=5",
+    "train.eval_every=0",
+    "train.checkpoint_every=1",
     "train.eval_episodes=4",
     "train.threshold=null",
     "train.prefill=128",
@@ -359,13 +359,13 @@ auth.check_auth()
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("mode", ["token", "disabled"])
-def test_the_head_is_asked_whether_it_lets_everybody_in(mode: str) -> None:
-    """Ray listens on every interface, even where it was started for one process."""
-    environment = os.environ | {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+def test_the_head_is_asked_whether_it_lets_everybody_in() -> None:
+    """Ray listens on every interface, even where it was started for one process. (Runs of other
+    tests, which ask for a token, are not refused.)"""
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
     command = [sys.executable, "-c", CHECK]
     done = subprocess.run(
         command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False
     )
-    refused = "seen" in done.stdout and mode == "disabled"
+    refused = "seen" in done.stdout
     assert ("asks for no token" in done.stderr) == refused == bool(done.returncode), done.stderr

@@ -72,7 +72,7 @@ def run_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
 
     def join(learner: Learner, name: str) -> None:
-        learner.join(dist.FileStore(str(folder / f"{name}.store"), 2), rank, 2, timeout_s=20)
+        learner.join(dist.FileStore(str(folder / f"{name}.store"), 2), rank, 2, timeout_s=120)
 
     for case in CASES:
         learner = make_learner(case, rank)

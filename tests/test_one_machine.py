@@ -16,6 +16,7 @@ from worldflux_dist.distributed.cluster import LONGEST_PATH, local_ray
 from worldflux_dist.distributed.rank import interface_of
 
 TORCHS_OWN = re.compile("torchinductor_.*")  # torch's cache of compiled code, which stays
+PROCESSES = ("scale.num_learners=2", "scale.num_runners=1", "scale.num_shards=1")
 FOREIGN = re.compile(r'Traceback|File "|ray::|raylet|Ray\w*Error|\[\d{4}-\d\d-\d\d|\w+\.cc:\d')
 
 
@@ -42,7 +43,7 @@ def test_a_run_keeps_to_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     temporary = tmp_path / ("long" * 20)
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
-    with FaultRun(tmp_path, "scale.num_learners=2", "train.eval_every=0") as run:
+    with FaultRun(tmp_path, *PROCESSES) as run:
         run.wait_for_training()
         sockets = listening(run)
         folder = folder_of(run)

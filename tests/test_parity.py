@@ -33,8 +33,6 @@ from worldflux_dist.nn.optim import LaProp
 from worldflux_dist.nn.vision import Conv
 from worldflux_dist.spaces import ActionPart
 
-pytestmark = pytest.mark.together
-
 ref = recorded  # the fixture
 
 

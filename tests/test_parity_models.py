@@ -35,8 +35,6 @@ from worldflux_dist.data import Batch
 from worldflux_dist.models.base import LossOutput, Rollout, State
 from worldflux_dist.nn import distributions as dist
 
-pytestmark = pytest.mark.together
-
 KINDS = pytest.mark.parametrize("kind", ["disc", "cont"])
 FLAGS = ("is_first", "is_last", "is_terminal")
 LOSSES = {"reward": "rew", "continue": "con", "replay_value": "repval"}

@@ -21,8 +21,6 @@ from worldflux_dist.behaviors import planner as planning
 from worldflux_dist.behaviors.latent_td import QDraw
 from worldflux_dist.behaviors.planner import Planner, PlanNoise
 
-pytestmark = pytest.mark.together
-
 ref = recorded_tdmpc2  # the fixture
 
 KINDS = pytest.mark.parametrize("kind", ["first", "warm", "eval", "nonepisodic"])

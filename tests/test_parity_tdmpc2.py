@@ -36,8 +36,6 @@ from worldflux_dist.nn.activations import mish, simnorm
 from worldflux_dist.nn.layers import MISH, SIMPLEX, NormedLinear
 from worldflux_dist.spaces import ActionPart
 
-pytestmark = pytest.mark.together
-
 TWO_HOT = 1e-4  # tolerance of weights, whose position among the bins loses digits
 
 ref = recorded_tdmpc2  # the fixture

