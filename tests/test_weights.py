@@ -3,6 +3,7 @@ the ones may be, and how long the others are waited for."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -200,6 +201,13 @@ def test_the_stall_is_the_share_of_time_without_a_batch(slow: str, system: Syste
     else:
         found = means(rounds(system(shard=SlowShard), 4, 20))
     assert 0.5 < stall(found) <= 1, found
+
+
+def test_the_store_loads_no_torch(started: list[Any]) -> None:
+    """Its process is as small as the plan says, and starts quickly."""
+    store = actor(WeightStore).options(num_cpus=0).remote()
+    started.append(store)
+    assert not ray.get(store.__ray_call__.remote(lambda self: "torch" in sys.modules))
 
 
 def test_a_learner_without_any_step_has_no_batch() -> None:

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray.exceptions import RayError, RayTaskError
 
-from worldflux_dist.evaluate import Evaluation
+if TYPE_CHECKING:
+    from worldflux_dist.evaluate import Evaluation
 
 T = TypeVar("T")
 

@@ -6,17 +6,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import ray
-import torch
 
-from worldflux_dist.agent import Agent
-from worldflux_dist.config import Config
 from worldflux_dist.data import Batch
-from worldflux_dist.replay.buffer import ReplayConfig
-from worldflux_dist.spaces import Spaces
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from worldflux_dist.agent import Agent
+    from worldflux_dist.config import Config
+    from worldflux_dist.replay import ReplayConfig
+    from worldflux_dist.spaces import Spaces
 
 MB = 1024**2
 PROCESS_BYTES = 400 * MB  # a Python process with torch and Ray loaded, measured
@@ -73,7 +76,7 @@ class Sizes:
         return PROCESS_BYTES + self.weights
 
 
-Count = Callable[[Config], int]
+Count = Callable[["Config"], int]
 
 
 def _of_runner(config: Config) -> int:
@@ -81,6 +84,8 @@ def _of_runner(config: Config) -> int:
 
 
 def _of_learner(config: Config) -> int:
+    import torch  # not by every process that counts deaths
+
     return config.learner.threads or torch.get_num_threads()
 
 
@@ -216,9 +221,11 @@ def activation_bytes(agent: Agent, replay: ReplayConfig) -> int:
 
     Raises ValueError where the batches do not fit the model.
     """
+    import torch
+
     lead, total = (replay.batch_size, replay.batch_length), 0
 
-    def count(value: torch.Tensor) -> torch.Tensor:
+    def count(value: Tensor) -> Tensor:
         nonlocal total
         total += value.nbytes
         return value

@@ -4,7 +4,8 @@ Weights come in parts: `agent` where one group of learners trains all of it, els
 `behavior`. A version is (generation of the learners, gradient steps) and only grows. A publication
 is one object in Ray's store, read by all without a copy on the same node; this store owns it, so
 that weights outlive the learner that made them. Pulling means that a late or restarted reader needs
-no membership, and that readers go on with what they have while the store itself is restarted.
+no membership, and that readers go on with what they have while the store itself is restarted. The
+store's process does not load torch.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ import math
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 from ray import ObjectRef
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
-from worldflux_dist.agent import Agent
 from worldflux_dist.distributed.ending import sentence
 from worldflux_dist.distributed.supervision import raise_if_gone
+
+if TYPE_CHECKING:
+    from worldflux_dist.agent import Agent
 
 RETRY_S = 1.0  # after a publication that failed
 COMPILE_S = 3600.0  # compiling for longer is taken for a process that hangs
