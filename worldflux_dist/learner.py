@@ -235,10 +235,7 @@ class Learner:
         if self.rank == 0:
             self.agent.save(folder, self.part)
             self._save_optimizers(folder)
-        random = {"cpu": torch.get_rng_state().numpy()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device).numpy()
-        storage.save_arrays(self._random_path(folder), random)
+        storage.save_arrays(self._random_path(folder), self.random_state())
 
     def load(self, folder: UPath, gradient_steps: int | None = None) -> None:
         """Continue from what `save` wrote, counting on from `gradient_steps` where it is given.
@@ -249,10 +246,20 @@ class Learner:
         steps = self._load_optimizers(folder)
         self.gradient_steps = steps if gradient_steps is None else gradient_steps
         if self._random_path(folder).exists():
-            random = storage.load_arrays(self._random_path(folder))
-            torch.set_rng_state(torch.from_numpy(random["cpu"].copy()))
-            if self.device.type == "cuda" and "cuda" in random:
-                torch.cuda.set_rng_state(torch.from_numpy(random["cuda"].copy()), self.device)
+            self.set_random_state(storage.load_arrays(self._random_path(folder)))
+
+    def random_state(self) -> dict[str, np.ndarray]:
+        """Of torch's generators, as bytes."""
+        state = {"cpu": torch.get_rng_state().numpy()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device).numpy()
+        return state
+
+    def set_random_state(self, state: dict[str, np.ndarray]) -> None:
+        """Draw on as after `random_state`; a GPU that it does not know keeps its own."""
+        torch.set_rng_state(torch.from_numpy(state["cpu"].copy()))
+        if self.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(torch.from_numpy(state["cuda"].copy()), self.device)
 
     def _random_path(self, folder: UPath) -> UPath:
         return folder / f"rng-{self.part}-{self.rank}.safetensors"

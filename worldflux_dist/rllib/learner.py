@@ -54,10 +54,8 @@ class WorldFluxLearner(TorchLearner):
         self.rank.publish()
 
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        random = {"cpu": torch.get_rng_state().numpy()}
-        if self.learner.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.learner.device).numpy()
-        own = {"gradient_steps": self.learner.gradient_steps, "random": random}
+        learner = self.learner
+        own = {"gradient_steps": learner.gradient_steps, "random": learner.random_state()}
         return super().get_state(*args, **kwargs) | {STATE: own}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -65,10 +63,7 @@ class WorldFluxLearner(TorchLearner):
         if STATE not in state:
             return
         self.learner.gradient_steps = state[STATE]["gradient_steps"]
-        random = state[STATE]["random"]
-        torch.set_rng_state(torch.from_numpy(random["cpu"].copy()))
-        if self.learner.device.type == "cuda" and "cuda" in random:
-            torch.cuda.set_rng_state(torch.from_numpy(random["cuda"].copy()), self.learner.device)
+        self.learner.set_random_state(state[STATE]["random"])
         if self.learner.rank:  # the state is rank 0's: the others draw numbers of their own
             torch.manual_seed(int(torch.randint(2**62, ())) + self.learner.rank)
 
