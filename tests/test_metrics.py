@@ -69,12 +69,13 @@ def test_score_line(tmp_path: Path) -> None:
 def test_resume_cuts_the_lost_life(tmp_path: Path) -> None:
     with closing(RunLog(tmp_path)) as log:
         for step in (10, 20, 30):
-            log.log(step, {"x": step})
+            log.log(step, {"x": step, "gradient_steps": step})
             score(log, step, [step])
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"env_steps": 40, "ti')  # killed here
+        # Learners had gone on, though no env step was counted; then it was killed.
+        file.write('{"env_steps": 20, "time": 1.0, "gradient_steps": 21}\n{"env_steps": 40, "ti')
     with closing(RunLog(tmp_path)) as log:
-        log.truncate_after(20)
+        log.truncate_after(20, 20)
         log.log(25, {"x": 2.5})
         score(log, 25, [2.5])
     for name in ("metrics.jsonl", "scores.jsonl"):

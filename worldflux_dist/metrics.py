@@ -279,11 +279,17 @@ class RunLog:
         self._scalars(int(env_steps), now, {"score/return_mean": mean})
         return line
 
-    def truncate_after(self, env_steps: int) -> None:
-        """Drop what was logged later than `env_steps`, where a resumed run goes on."""
+    def truncate_after(self, env_steps: int, gradient_steps: int) -> None:
+        """Drop what was logged later, where a resumed run goes on: while learners catch up, lines
+        differ in gradient steps alone."""
         for path in (self._metrics, self._scores):
             if path.exists():
-                kept = (line for line in read_lines(path) if line["env_steps"] <= env_steps)
+                kept = (
+                    line
+                    for line in read_lines(path)
+                    if line["env_steps"] <= env_steps
+                    and line.get("gradient_steps", 0) <= gradient_steps
+                )
                 storage.write(path, "".join(json.dumps(x) + "\n" for x in kept).encode())
         if self._tb_dir.exists():
             # TensorBoard forgets the points of an earlier file from this step on.

@@ -34,12 +34,13 @@ from worldflux_dist.distributed.feed import Shards
 from worldflux_dist.distributed.flow import Flow
 from worldflux_dist.distributed.group import LearnerGroup
 from worldflux_dist.distributed.learners import Learners
-from worldflux_dist.distributed.rank import LearnerActor
+from worldflux_dist.distributed.rank import Rank
 from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.shard import ReplayShardActor, ShardPlace, shard_name
 from worldflux_dist.distributed.supervision import Driver
 from worldflux_dist.distributed.weights import WEIGHTS, WeightStore
 from worldflux_dist.envs import EnvConfig
+from worldflux_dist.learner import LearnerConfig
 from worldflux_dist.replay import ReplayConfig
 from worldflux_dist.replay.limiter import Limiter
 
@@ -74,6 +75,8 @@ class SlowEnv(gymnasium.Env):
 class Sleeping:
     """A learner whose step takes `seconds`, the copy of its batch included."""
 
+    config, rows = LearnerConfig(), False
+
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
@@ -84,12 +87,12 @@ class Sleeping:
         return {}
 
 
-class SleepingRank(LearnerActor):
+class SleepingRank(Rank):
     """A rank without an agent. It publishes nothing; ray_weights.py tells what that takes."""
 
     def __init__(self, seconds: float) -> None:
-        self.learner: Any = Sleeping(seconds)
-        self.prioritized, self._idle_since = False, time.monotonic()
+        learner: Any = Sleeping(seconds)
+        super().__init__(learner, None, [], 0)
 
     def publish(self) -> None:
         pass

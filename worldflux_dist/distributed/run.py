@@ -132,7 +132,7 @@ class RunDirectory:
         """
         newest = checkpoint.newest(self.checkpoints)
         if newest is None:
-            self.log.truncate_after(-1)
+            self.log.truncate_after(-1, 0)
             return None
         folder, manifest = newest
         where = folder / checkpoint.MANIFEST
@@ -142,7 +142,7 @@ class RunDirectory:
             if set(counters[name]) != ({"world_model", "behavior"} if apart else {"agent"}):
                 raise storage.CheckpointError(f"{where}: counters.{name} is not of these learners")
         limiter.load_state_dict(counters["limiter"], num_steps)
-        self.log.truncate_after(limiter.env_steps)
+        self.log.truncate_after(limiter.env_steps, limiter.gradient_steps)
         return folder, counters
 
     def score(
