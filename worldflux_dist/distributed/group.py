@@ -40,8 +40,9 @@ class GroupLostError(RuntimeError):
 class LearnerGroup:
     """The ranks that train one part, as the driver sees them. Owns the steps under way.
 
-    `ranks` are actors or, in this process, one Rank; `generation` counts how often they have been
-    replaced. Publishes by itself after `publish_every` gradient steps.
+    `ranks` are actors or one learner of this process, both with Rank's `step` and `publish`;
+    `generation` counts how often they have been replaced. Publishes by itself after `publish_every`
+    gradient steps.
     """
 
     source: Source

@@ -35,8 +35,8 @@ class Learners:
     """All groups of a run: the model's, `groups[0]`, and the policy's where it learns apart, fed by
     `imaginers`.
 
-    A group that is lost goes on from the newest checkpoint in `root`; without one (RLlib
-    has started its ranks) GroupLostError is raised.
+    A group that is lost goes on from the newest checkpoint in `root`; where there is no `root`, as
+    under RLlib, which starts the ranks, GroupLostError is raised.
     """
 
     def __init__(

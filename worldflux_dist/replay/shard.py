@@ -341,7 +341,7 @@ class ReplayShard:
                 self._disk.sync_folder(path)
             for leftover in folder.glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
-        if len(index) == 4:
+        if "segments" in index:
             return index
         for name in self._listing(self._folder):
             (self._root / name).unlink()
