@@ -170,7 +170,7 @@ def test_rollout_is_transition_and_decode_by_hand(case: tuple[str, str, str]) ->
         preds = model.decode(states[-1]).preds
         torch.testing.assert_close(rollout.rewards[h], preds["reward"], rtol=1e-4, atol=1e-4)
         same_sums(rollout.continues[h], preds["continue"])
-    assert_same(rollout.states, State.stack([model.essential(state) for state in states]))
+    assert_same(rollout.states, State.stack([model.visible(model.essential(s)) for s in states]))
     same_sums(rollout.start_continue, model.decode(start).preds["continue"])
 
     def policy(features: Tensor) -> Tensor:

@@ -30,8 +30,9 @@ def test_observing_a_batch_is_updating_step_by_step(family: str) -> None:
     model = dreaming(family).world_model
     batch = tensors(family_batch(dreaming(family)))
     noise = torch.rand(3, LENGTH, 8 if family == "dreamerv3" else 2)
-    states = model.observe(batch, noise)
-    scanned = WorldModel.observe(model, batch, noise)
+    states, steps = model.observe(batch, noise)
+    scanned, _ = WorldModel.observe(model, batch, noise)
+    assert torch.equal(steps.reward, batch.reward)
     state = model.initial(3)
     for t in range(LENGTH):
         obs = {key: value[:, t] for key, value in batch.obs.items()}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from worldflux_dist.nn import distributions as dist
 from worldflux_dist.nn.layers import MLP, BlockLinear, Linear, NormedLinear, RMSNorm
-from worldflux_dist.nn.optim import LaProp
+from worldflux_dist.nn.optim import LaProp, groups, learning_rate
 from worldflux_dist.nn.vision import Conv, ImageDecoder, ImageEncoder
 
 BINS = dist.symexp_bins(255)
@@ -319,6 +319,32 @@ def test_laprop_warms_up_from_zero() -> None:
         optimizer.step()
         sizes.append(before - param.item())
     np.testing.assert_allclose(sizes, [0, 0.025, 0.05, 0.075, 0.1, 0.1, 0.1], atol=1e-12)
+
+
+def test_a_stage_that_starts_later_then_moves_as_from_the_beginning() -> None:
+    early, late = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    stages = [{"params": [early]}, {"params": [late], "start": 3}]
+    optimizer = LaProp(stages, lr=0.1, agc=0, warmup=2)
+    path = []
+    for _ in range(6):
+        rates = [learning_rate(group) for group in optimizer.param_groups]
+        early.grad = late.grad = torch.full((3,), 0.5)
+        optimizer.step()
+        path.append((early.mean().item(), late.mean().item(), *rates))
+    ahead, behind, early_rates, late_rates = zip(*path, strict=True)
+    assert behind == (1.0, 1.0, 1.0, *ahead[:3])
+    assert late_rates == (0.0, 0.0, 0.0, *early_rates[:3])
+
+
+def test_groups_split_parameters_by_module() -> None:
+    layer, other, rest = (nn.Linear(2, 2) for _ in range(3))
+    params = [*layer.parameters(), *rest.parameters()]
+    split = groups(params, (layer, {"lr": 0.5}), (other, {"lr": 0.1}))
+    assert [[id(p) for p in group["params"]] for group in split] == [
+        [id(p) for p in layer.parameters()],
+        [id(p) for p in rest.parameters()],
+    ]
+    assert split[0]["lr"] == 0.5 and "lr" not in split[1]
 
 
 def test_laprop_continues_from_its_state() -> None:

@@ -49,7 +49,7 @@ def everything(agent: Any, on: bool) -> dict[str, Tensor]:
     model, behavior = agent.world_model, agent.behavior
     torch.manual_seed(3)
     with torch.no_grad():  # the states that all start from are float32's, whatever is on
-        states = model.observe(batch).flatten()[:8]
+        states = model.observe(batch)[0].flatten()[:8]
         actions = behavior.act(model.features(states)).clamp(-1, 1)
         path = model.rollout(states, actions.expand(3, *actions.shape)).states
     torch.manual_seed(4)
@@ -141,7 +141,7 @@ def test_large_values_stay_what_they_are(family: str, level: int) -> None:
     assert 100 < worth < 304
     batch, model, behavior = tensors(family_batch(agent)), agent.world_model, agent.behavior
     with torch.no_grad(), half():
-        states = model.observe(batch).flatten()[2:8]
+        states = model.observe(batch)[0].flatten()[2:8]
         rollout = model.rollout(states, behavior.act, 3)
         features = model.features(states)
         same_sums(rollout.rewards, torch.full((3, 6), worth))

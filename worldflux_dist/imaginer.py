@@ -1,7 +1,7 @@
 """The imaginer: turns replayed batches into imagined ones, for policies that learn elsewhere.
 
 Plain Python, no Ray. Arrays come in and go out. What a policy learns from here is what it would
-learn from in a learner that trains the whole agent: imagined from every replayed state.
+learn from in a learner that trains the whole agent: imagined from the same replayed states.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from worldflux_dist.data import Batch
 
 
 class Imaginer:
-    """Rolls an agent's policy in its world model from all states of a batch, for `horizon` steps
+    """Rolls an agent's policy in its world model from the states of a batch, for `horizon` steps
     (the behavior's own by default), with the weights that the agent then has.
 
     Raises ValueError for a behavior that does not learn in imagination.
@@ -31,9 +31,9 @@ class Imaginer:
         model = self.agent.world_model
         # A copy: batches of another process lie in memory that torch may not write to.
         tensors = batch.map(lambda value: torch.tensor(value, device=self.agent.device))
-        starts = model.observe(tensors).flatten()
-        rollout = self.behavior.imagine(model, starts, self.horizon)
-        imagined = Imagined.of(model, rollout, tensors)
+        states, steps = model.observe(tensors)
+        rollout = self.behavior.imagine(model, states.flatten(), self.horizon)
+        imagined = Imagined.of(model, rollout, steps)
         imagined.log_prob = self.behavior.log_prob(imagined.features[:-1], imagined.actions)
         return imagined.map(_owned)
 

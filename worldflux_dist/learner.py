@@ -160,6 +160,8 @@ class Learner:
             self._check(values)
             values[f"learning_rate/{name}"] = learning_rate(optimizer.param_groups[0])
             optimizer.step()
+        if self.part != "behavior":
+            self.agent.world_model.update_targets()
         if self.part != "world_model":
             self.agent.behavior.update_targets()
         self.gradient_steps += 1

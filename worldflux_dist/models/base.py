@@ -69,7 +69,8 @@ class Prediction:
 
 @dataclass
 class Rollout:
-    """An imagined trajectory, time-major: states (H+1, B, ...) with the start, actions (H, B, A),
+    """An imagined trajectory, time-major: states (H+1, B, ...) with the start (their visible part),
+    actions (H, B, A),
     rewards (H, B) and continues (H, B) of states 1..H, start_continue (B,) of state 0."""
 
     states: State
@@ -94,11 +95,12 @@ class LossOutput:
                     losses of behaviors, whose gradient goes back along the path into the model
 
     The first axis of each loss is B, or B times a number of windows, those of a row side by side.
-    `states` are the posteriors: behaviors imagine from them, detached. `path` are the states that
-    behaviors may add losses on, with gradient, which is how value gradients reach the model: the
-    posteriors themselves, or predictions of them from the first observation alone, of which step t
-    counts `weight[t]` (T,). `batch` is the one given or, where a family trains on shorter windows,
-    its rows cut into such windows.
+    `states` are the posteriors (their essential part): behaviors imagine from them, detached.
+    `path` are the states that behaviors may add losses on, with gradient, which is how value
+    gradients reach the model: the posteriors themselves, or predictions of them from the first
+    observation alone, of which step t counts `weight[t]` (T,). `batch` is the one given; where a
+    family trains on shorter windows, its rows cut into such windows; where it has `num_starts`, the
+    last so many steps of its rows.
     """
 
     losses: dict[str, Tensor]
@@ -115,8 +117,9 @@ class WorldModel(nn.Module, ABC):
     Attributes a family sets: `feature_dim` F, `width` (units of its own MLPs, which behaviors
     copy), `discount` (what `continue` contains), `loss_scales` (weight of each loss), `native`
     (values of the behavior and the planner it was published with: what it gets where none are
-    asked for), `noise_shape` (of one row's draws in `transition`; None where there are none), and
-    whether `decode` gives an `obs` and a `reward`.
+    asked for), `noise_shape` (of one row's uniform draws in `transition`; None where there are
+    none), `num_starts` (imagination starts from the last so many steps of each row, so that large
+    states stay few; None is all) and whether `decode` gives an `obs` and a `reward`.
     """
 
     feature_dim: int
@@ -125,6 +128,7 @@ class WorldModel(nn.Module, ABC):
     loss_scales: dict[str, float]
     native: dict[str, dict[str, Any]]
     noise_shape: tuple[int, ...] | None = None
+    num_starts: int | None = None
     decodes_obs: bool = True
     decodes_reward: bool = True
 
@@ -185,6 +189,14 @@ class WorldModel(nn.Module, ABC):
         through imagination."""
         return state
 
+    def visible(self, state: State) -> State:
+        """The part of an essential state that `decode` and `features` need: what is kept of every
+        imagined step. A memory that only `transition` reads, such as a cache, is not in it."""
+        return state
+
+    def update_targets(self) -> None:
+        """After every gradient step, where the family has networks that follow others."""
+
     def encode(self, obs: Any) -> State:
         """The state of a first look: update(initial, 0, obs, is_first=True)."""
         obs = self.tensors(obs)
@@ -195,17 +207,22 @@ class WorldModel(nn.Module, ABC):
         return self.update(state, action, obs, torch.ones_like(action[:, 0], dtype=torch.bool))
 
     @torch.no_grad()
-    def observe(self, batch: Batch, noise: Tensor | None = None) -> State:
-        """Posteriors (B, T), the essential part, of a batch of tensors: `update` step by step from
-        the initial state, without gradient. `noise` (B, T, ...) fixes its draws."""
+    def observe(self, batch: Batch, noise: Tensor | None = None) -> tuple[State, Batch]:
+        """What imagination starts from: posteriors (B, T), their essential part, and their steps.
+
+        The steps are those of `batch`, or the last `num_starts` of each row. `update` step by step
+        from the initial state, without gradient; `noise` (B, T, ...) fixes its draws.
+        """
         num, length = batch.reward.shape
         state, states = self.initial(num), []
+        first = length - min(length, self.num_starts or length)
         for t in range(length):
             obs = {key: value[:, t] for key, value in batch.obs.items()}
             draws = None if noise is None else noise[:, t]
             state = self.update(state, batch.action[:, t], obs, batch.is_first[:, t], draws)
-            states.append(self.essential(state))
-        return State.stack(states, 1)
+            if t >= first:
+                states.append(self.essential(state))
+        return State.stack(states, 1), batch.map(lambda value: value[:, first:])
 
     def rollout(
         self,
@@ -222,11 +239,11 @@ class WorldModel(nn.Module, ABC):
             assert isinstance(actions, Tensor), "a policy needs a horizon"
             horizon = len(actions)
         state = self.essential(state)
-        states, taken = [state], []
+        states, taken = [self.visible(state)], []
         for h in range(horizon):
             action = actions[h] if isinstance(actions, Tensor) else actions(self.features(state))
             state = self.transition(state, action, None if noise is None else noise[h])
-            states.append(state)
+            states.append(self.visible(state))
             taken.append(action)
         path = State.stack(states)
         preds = self.decode(path, ("reward", "continue")).preds

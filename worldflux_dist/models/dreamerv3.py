@@ -231,9 +231,9 @@ class DreamerV3(WorldModel):
         return self.filter(tokens, batch.action, batch.is_first, start, noise)
 
     @torch.no_grad()
-    def observe(self, batch: Batch, noise: Tensor | None = None) -> State:
+    def observe(self, batch: Batch, noise: Tensor | None = None) -> tuple[State, Batch]:
         start = self.initial(len(batch.reward))
-        return self._seen(batch, start, noise)[0]  # all observations are encoded at once
+        return self._seen(batch, start, noise)[0], batch  # all observations are encoded at once
 
     def transition(self, state: State, action: Tensor, noise: Tensor | None = None) -> State:
         stoch = state.tensors["stoch"].flatten(-2)

@@ -36,7 +36,7 @@ from worldflux_dist.data import Batch
 from worldflux_dist.models.base import LossOutput, Prediction, State, WorldModel
 from worldflux_dist.nn import distributions as dist
 from worldflux_dist.nn.layers import MISH, MLP, SIMPLEX, BinOutput, Linear, MishMLP, NormedLinear
-from worldflux_dist.nn.optim import ClippedAdam
+from worldflux_dist.nn.optim import ClippedAdam, groups
 from worldflux_dist.nn.vision import StridedEncoder, random_shift
 from worldflux_dist.settings import Count, Layers, Positive, Scale, Settings, Share, Units
 from worldflux_dist.spaces import Spaces
@@ -179,13 +179,9 @@ class TDMPC2(WorldModel):
         }
 
     def optimizer(self, params: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-        c, encoder = self.config, {id(p) for p in self.encoder.parameters()}
-        slow = [p for p in params if id(p) in encoder]
-        groups = [
-            {"params": slow, "lr": c.learning_rate * c.encoder_rate},
-            {"params": [p for p in params if id(p) not in encoder]},
-        ]
-        return ClippedAdam(groups, c.learning_rate, c.clip)
+        c = self.config
+        slow = (self.encoder, {"lr": c.learning_rate * c.encoder_rate})
+        return ClippedAdam(groups(params, slow), c.learning_rate, c.clip)
 
     def inference_modules(self, planning: bool = False) -> tuple[str, ...]:
         return ("encoder", "dynamics", "reward", "terminal") if planning else ("encoder",)

@@ -6,17 +6,32 @@ warmed-up update has learning rate 0 and update i (from 0) has lr * min(1, i / w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def learning_rate(group: dict[str, Any]) -> float:
     """Of the next step of a group of parameters, warm-up included."""
+    steps = group.get("steps", 0) - group.get("start", 0)
     warmup = group.get("warmup", 0)
-    return float(group["lr"]) * (min(1.0, group["steps"] / warmup) if warmup else 1.0)
+    share = min(1.0, steps / warmup) if warmup else 1.0
+    return float(group["lr"]) * share if steps >= 0 else 0.0
+
+
+def groups(
+    params: Sequence[nn.Parameter], *parts: tuple[nn.Module, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Groups of parameters for an optimizer: those of `params` that are of each part, with its
+    options, then all others. What has no parameters among them is left out."""
+    left = {id(param): param for param in params}
+    split = []
+    for module, options in parts:
+        own = [left.pop(id(param)) for param in module.parameters() if id(param) in left]
+        split.append({"params": own} | options)
+    return [group for group in (*split, {"params": list(left.values())}) if group["params"]]
 
 
 @torch.no_grad()
@@ -32,7 +47,8 @@ class LaProp(torch.optim.Optimizer):
 
     agc(g) = g / max(1, |g| / (agc * max(1e-3, |p|))) with one L2 norm per tensor, biases and norm
     scales included; agc = 0 turns it off. Hats are bias corrections. All tensors of a group step
-    together.
+    together. A group whose `start` is not 0 does not move in its first so many steps: a part of a
+    family that waits for another one to have learned; its warm-up and its counts begin there.
     """
 
     def __init__(
@@ -43,8 +59,10 @@ class LaProp(torch.optim.Optimizer):
         eps: float = 1e-20,
         agc: float = 0.3,
         warmup: int = 1000,
+        start: int = 0,
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, agc=agc, warmup=warmup, steps=0))
+        defaults = dict(lr=lr, betas=betas, eps=eps, agc=agc, warmup=warmup, start=start, steps=0)
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -64,6 +82,9 @@ class LaProp(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         warmed = learning_rate(group)
         group["steps"] += 1
+        steps = group["steps"] - group["start"]
+        if steps <= 0:
+            return
         if group["agc"]:
             limit = group["agc"] * torch.stack(torch._foreach_norm(params)).clamp(min=1e-3)
             excess = (torch.stack(torch._foreach_norm(grads)) / limit).clamp(min=1.0)
@@ -72,12 +93,12 @@ class LaProp(torch.optim.Optimizer):
             updates = torch._foreach_clone(grads)
         torch._foreach_mul_(nus, beta2)
         torch._foreach_addcmul_(nus, updates, updates, 1 - beta2)
-        roots = torch._foreach_div(nus, 1 - beta2 ** group["steps"])
+        roots = torch._foreach_div(nus, 1 - beta2**steps)
         torch._foreach_sqrt_(roots)
         torch._foreach_add_(roots, group["eps"])
         torch._foreach_div_(updates, roots)
         torch._foreach_lerp_(mus, updates, 1 - beta1)
-        rate = warmed / (1 - beta1 ** group["steps"])
+        rate = warmed / (1 - beta1**steps)
         torch._foreach_add_(params, mus, alpha=-rate)
 
 
