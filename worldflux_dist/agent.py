@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import TypedDict
 
-from worldflux_dist import checkpoint, storage
-from worldflux_dist.behaviors import BEHAVIORS, behavior_config
+from worldflux_dist import behaviors, checkpoint, plugins, storage
 from worldflux_dist.behaviors.actor_critic import ActorCritic
 from worldflux_dist.behaviors.base import Behavior, BehaviorLoss, Imagined
 from worldflux_dist.behaviors.planner import Planner, PlannerConfig
@@ -42,6 +41,7 @@ class _Recipe(TypedDict):
     model_options: dict[str, Any]
     behavior: dict[str, Any]
     planner: NotRequired[dict[str, Any]]
+    packages: NotRequired[list[Text]]
     spaces: Any
 
 
@@ -74,8 +74,9 @@ class Agent(nn.Module):
         super().__init__()
         self.spaces = spaces
         self.world_model = create_from_spaces(model, spaces, **(model_options or {}))
-        kind, config = behavior_config(self.world_model.native["behavior"], behavior or {})
-        options = self.world_model.native["planner"] | (planner or {})
+        native = self.world_model.native
+        kind, config = behaviors.behavior_config(native["behavior"], behavior or {})
+        options = native["planner"] | (planner or {})
         planning = parse(PlannerConfig(), options, "planner has no option {}")
         self.recipe: dict[str, Any] = {
             "model": model,
@@ -84,7 +85,11 @@ class Agent(nn.Module):
             "planner": asdict(planning),
             "spaces": spaces.to_json(),
         }
-        make = BEHAVIORS[kind][1]
+        packages = {plugins.FAMILIES: model.partition(":")[0], plugins.BEHAVIORS: kind}
+        brought = [plugins.entries(group).get(name) for group, name in packages.items()]
+        if any(brought):
+            self.recipe["packages"] = sorted({plugins.package(entry) for entry in brought if entry})
+        make: Any = behaviors.find(kind)
         sizes = (self.world_model.feature_dim, self.world_model.width)
         self.behavior: Behavior = make(*sizes, spaces.action_parts, config)
         self.planner: Planner | None = None
@@ -364,6 +369,12 @@ class Agent(nn.Module):
                 )
             folder = newest[0]
         recipe: Any = storage.read_form(folder / "agent.json", _RECIPE)
+        missing = plugins.missing(recipe.pop("packages", []))
+        if missing:
+            raise storage.CheckpointError(
+                f"{folder / 'agent.json'}: this agent needs {', '.join(missing)}, which is not "
+                f"installed here: pip install {' '.join(missing)}"
+            )
         weights = [folder / f"{name}.safetensors" for name in PARTS]
         try:
             with Allowance(sum(map(storage.size, weights)) // 2):  # of numbers: a quarter, twice

@@ -107,6 +107,7 @@ class Actor(nn.Module):
 class ActorCritic(Behavior):
     """Policy, critic, slow critic and return normaliser. The slow critic has no gradient."""
 
+    Config = ActorCriticConfig
     bins: Tensor
 
     def __init__(

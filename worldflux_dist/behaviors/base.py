@@ -10,13 +10,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from worldflux_dist.data import Batch
 from worldflux_dist.models.base import LossOutput, Rollout, WorldModel
+from worldflux_dist.settings import Settings
 
 
 @dataclass
@@ -82,8 +83,12 @@ class BehaviorLoss:
 
 
 class Behavior(nn.Module, ABC):
-    """Policy and value of features. `loss_scales` weighs its losses."""
+    """Policy and value of features, made from (feature_dim, width, action parts, config).
 
+    `Config` is the class of its settings, `loss_scales` weighs its losses.
+    """
+
+    Config: ClassVar[type[Settings]]
     loss_scales: dict[str, float]
 
     @abstractmethod

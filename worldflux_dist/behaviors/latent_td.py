@@ -74,6 +74,7 @@ class Policy(NamedTuple):
 class LatentTD(Behavior):
     """Policy prior, Qs, target Qs and the scale of Qs. The target Qs have no gradient."""
 
+    Config = LatentTDConfig
     bins: Tensor
     scale: Tensor
 

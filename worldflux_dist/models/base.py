@@ -2,7 +2,8 @@
 
 `encode`, `update`, `transition` and `decode` are written by each family; `rollout` is written here
 once. Policies, critics and planners see a model only through these and through `features`. A new
-family is one file in this folder that defines `PRESETS` (name -> frozen config) and `Model`.
+family is one file in this folder that defines `PRESETS` (name -> frozen config) and `Model`, or
+such a module of any installed package (see plugins.py).
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from gymnasium import Space
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from worldflux_dist import plugins
 from worldflux_dist.data import Batch
-from worldflux_dist.settings import nearest, parse
+from worldflux_dist.settings import Settings, nearest, parse
 from worldflux_dist.spaces import Spaces
 
 Policy = Callable[[Tensor], Tensor]  # features (B, F) -> actions (B, A)
@@ -265,9 +267,35 @@ class WorldModel(nn.Module, ABC):
 
 
 def families() -> list[str]:
-    """Names of all families: the modules beside this one."""
+    """Names of all families: the modules beside this one, and those that other packages bring."""
+    return sorted({*_own(), *plugins.entries(plugins.FAMILIES)})
+
+
+def _own() -> list[str]:
     folder = importlib.import_module("worldflux_dist.models").__path__
-    return sorted(m.name for m in pkgutil.iter_modules(folder) if m.name != "base")
+    return [m.name for m in pkgutil.iter_modules(folder) if m.name != "base"]
+
+
+def _family(name: str) -> Any:
+    """The module of a family. Raises ValueError for one that another package brings broken."""
+    if name in _own():
+        return importlib.import_module(f"worldflux_dist.models.{name}")
+    entry = plugins.entries(plugins.FAMILIES)[name]
+    module = plugins.load(entry)
+    model, presets = getattr(module, "Model", None), getattr(module, "PRESETS", None)
+    wrong = ""
+    if not isinstance(model, type) or not issubclass(model, WorldModel):
+        wrong = "has no Model: define one, a subclass of WorldModel"
+    elif model.__abstractmethods__:
+        wrong = f"lacks {', '.join(sorted(model.__abstractmethods__))}: define them in its Model"
+    elif not isinstance(presets, dict) or not presets:
+        wrong = "has no PRESETS: define some, a dict of names and frozen configs"
+    elif not all(isinstance(preset, Settings) for preset in presets.values()):
+        broken = next(n for n, preset in presets.items() if not isinstance(preset, Settings))
+        wrong = f"has a preset {broken!r} that is no config: make it a dataclass of Settings"
+    if wrong:
+        raise ValueError(f"family {name!r} of the package {plugins.package(entry)} {wrong}")
+    return module
 
 
 def create_from_spaces(name: str, spaces: Spaces, **options: Any) -> WorldModel:
@@ -275,13 +303,14 @@ def create_from_spaces(name: str, spaces: Spaces, **options: Any) -> WorldModel:
     family, _, preset = name.partition(":")
     if family not in families():
         raise ValueError(f"no world-model family {family!r:.100}: {nearest(family, families())}")
-    module = importlib.import_module(f"worldflux_dist.models.{family}")
+    module = _family(family)
     names = [f"{family}:{p}" for p in module.PRESETS]
     if preset not in module.PRESETS:
         raise ValueError(f"no preset {name!r:.100}: {nearest(name, names)}")
-    return module.Model(
+    model: WorldModel = module.Model(
         spaces, parse(module.PRESETS[preset], options, f"{name} has no option {{}}")
     )
+    return model
 
 
 def create_world_model(
