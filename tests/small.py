@@ -45,6 +45,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         | {"plan_samples": 32, "plan_iterations": 2},
         {"scale_rate": 0.02},
     ),
+    "jepa": (
+        "tiny",
+        {"emb": 16, "units": 16, "memory_size": 16, "multipliers": (2, 4), "samples": 16}
+        | {"directions": 8, "probe": True, "warmup": 2, "plan_samples": 32, "plan_horizon": 3},
+        {"horizon": 5},
+    ),
 }
 
 

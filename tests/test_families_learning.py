@@ -14,6 +14,7 @@ import torch
 from gymnasium import spaces as gym_spaces
 from small import (
     CASES,
+    FAMILIES,
     FAMILY,
     IMAGE,
     family_batch,
@@ -63,6 +64,7 @@ def test_two_steps_move_every_parameter(case: tuple[str, str, str]) -> None:
 FALLING = {
     "dreamerv3": ("rec/image", "rec/vector", "reward", "replay_value"),
     "tdmpc2": ("consistency", "reward", "value"),
+    "jepa": ("prediction", "rec/image", "rec/vector", "reward", "replay_value"),
 }
 
 
@@ -70,7 +72,7 @@ FALLING = {
 @FAMILY
 def test_learning_lowers_the_loss(family: str, precision: Any) -> None:
     torch.manual_seed(0)
-    warm = {"warmup": 0} if family == "dreamerv3" else {}
+    warm = {"warmup": 0} if "warmup" in FAMILIES[family][1] else {}
     agent = make_small(family, "dict", "discrete", learning_rate=3e-3, **warm)
     learner = Learner(agent, LearnerConfig(device="cpu", precision=precision))
     batch = family_batch(agent)
@@ -99,7 +101,7 @@ def test_a_saved_learner_continues_bit_for_bit(case: tuple[str, str, str], tmp_p
         assert torch.equal(resumed.agent.state_dict()[name], value), name
 
 
-SEEN = {"dreamerv3": "rec/vector", "tdmpc2": "consistency"}
+SEEN = {"dreamerv3": "rec/vector", "tdmpc2": "consistency", "jepa": "prediction"}
 
 
 @pytest.mark.parametrize("column", ["reward", "obs/vector"])

@@ -18,15 +18,22 @@ from worldflux_dist.storage import CheckpointError
 
 CRITIC = {"kind": "actor_critic", "horizon": 3}
 # What enters the losses as a statistic of the whole batch stands still.
-STILL = {"dreamerv3": {"horizon": 3, "return_rate": 0.0}, "tdmpc2": {"scale_rate": 0.0}}
+CRITIC_STILL = {"horizon": 3, "return_rate": 0.0}
+STILL = {"tdmpc2": {"scale_rate": 0.0}}
+APART: dict[str, dict[str, Any]] = {"jepa": {"regularizer": "none"}}
 
 
 def make_learner(
-    family: str, part: str = "agent", behavior: Any = None, rows: bool = False, **options: Any
+    family: str,
+    part: str = "agent",
+    behavior: Any = None,
+    rows: bool = False,
+    model: dict[str, Any] | None = None,
+    **options: Any,
 ) -> Learner:
     torch.manual_seed(0)
     behavior = FAMILIES[family][2] if behavior is None else behavior
-    agent = perturbed(make_small(family, "dict", "continuous", behavior))
+    agent = perturbed(make_small(family, "dict", "continuous", behavior, **(model or {})))
     return Learner(agent, LearnerConfig(device="cpu", **options), part, rows)
 
 
@@ -113,18 +120,19 @@ def test_every_row_has_the_loss_of_its_own_steps(
     family: str, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fix_draws(monkeypatch)
-    learner = make_learner(family, part, rows=True)
+    learner = make_learner(family, part, rows=True, model=APART.get(family))
     model, batch = learner.agent.world_model, random_batch(learner.agent.spaces, 4, 12)
     metrics = learner.step(batch)
     found = learner.row_losses
     assert found.shape == (4,) and found.dtype == np.float32
     names = {"loss/reward", "loss/dyn", "loss/rep", "loss/continue", "loss/consistency"}
     names |= {"loss/termination", "loss/rec/image", "loss/rec/vector"}
+    names |= {"loss/prediction", "loss/regularizer"}
     scales = model.loss_scales
     want = sum(scales.get(n[5:], 1.0) * v for n, v in metrics.items() if n in names)
     same_sums(found.mean(), want)
     batch.reward[2, 3] += 50
-    other = make_learner(family, part, rows=True, accumulate=2)
+    other = make_learner(family, part, rows=True, model=APART.get(family), accumulate=2)
     other.step(batch)
     changed = np.abs(other.row_losses - found) > 1e-3
     assert changed.tolist() == [False, False, True, False]
@@ -142,10 +150,14 @@ def test_a_batch_in_parts_teaches_the_same(
     family: str, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fix_draws(monkeypatch)
-    behavior = CRITIC | {"return_rate": 0.0} if part == "behavior" else STILL[family]
+    behavior = (
+        CRITIC | {"return_rate": 0.0} if part == "behavior" else STILL.get(family, CRITIC_STILL)
+    )
     ends = []
     for accumulate in (1, 2, 4):
-        learner = make_learner(family, part, behavior, accumulate=accumulate)
+        learner = make_learner(
+            family, part, behavior, model=APART.get(family), accumulate=accumulate
+        )
         given: Any = [random_batch(learner.agent.spaces, 4, 12, seed) for seed in range(3)]
         if part == "behavior":
             given = [Imaginer(learner.agent).imagine(batch) for batch in given]
@@ -197,7 +209,7 @@ def test_what_cannot_be_compiled_is_one_sentence(monkeypatch: pytest.MonkeyPatch
         learner.step(family_batch(learner.agent))
 
 
-SHORT: dict[str, Any] = {"dreamerv3": {}, "tdmpc2": {"horizon": 2, "termination": "none"}}
+SHORT: dict[str, Any] = {"tdmpc2": {"horizon": 2, "termination": "none"}}
 
 
 @pytest.mark.slow
@@ -213,11 +225,11 @@ def test_a_compiled_stage_is_one_graph_and_teaches_the_same(
         torch, "compile", lambda function, **options: real(function, backend="eager", **options)
     )
     torch._dynamo.reset()
-    behavior = {"dreamerv3": {"horizon": 1}, "tdmpc2": {"dropout": 0.0}}[family]
+    behavior = {"tdmpc2": {"dropout": 0.0}}.get(family, {"horizon": 1})
     ends = []
     for on in (True, False):
         torch.manual_seed(0)
-        agent = perturbed(make_small(family, "vector", action, behavior, **SHORT[family]))
+        agent = perturbed(make_small(family, "vector", action, behavior, **SHORT.get(family, {})))
         learner = Learner(agent, LearnerConfig(device="cpu", compile=on), rows=True)
         batch, losses = random_batch(agent.spaces, 2, 3), []
         for number in range(4):

@@ -124,7 +124,8 @@ def certain(agent: Any, level: int) -> float:
             param.data.zero_()
             if param.ndim == 1:
                 param.data.fill_(-1e9)[index : index + 2] = 0
-    ends = agent.world_model.proceed[1] if not symlog else agent.world_model.terminal.out
+    model = agent.world_model
+    ends = model.terminal.out if symlog else getattr(model, "heads", model).proceed[-1]
     ends.weight.data.zero_()  # going on is as likely as not
     ends.bias.data.zero_()
     middle = bins[index : index + 2].mean()
@@ -158,7 +159,7 @@ def test_large_values_stay_what_they_are(family: str, level: int) -> None:
             same_sums(found["value"], worth)
             same_sums(found["reward_imagined"], worth)
         score = scores(agent, states)
-    going = 0.5 * (1.0 if family == "dreamerv3" else model.discount)
+    going = 0.5 * (model.discount if family == "tdmpc2" else 1.0)
     want = worth * (1 + going + going**2 + going**3)
     same_sums(score, torch.full((6, 16), want))
 

@@ -32,6 +32,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         },
         "replay": {"batch_size": 4, "batch_length": 6, "capacity": 1000},
     },
+    "jepa": {
+        "model": "jepa:tiny",
+        "model_options": {
+            **{"emb": 8, "units": 16, "memory_size": 16, "depth": 2, "samples": 8},
+            **{"directions": 4, "warmup": 2, "plan_samples": 16, "plan_horizon": 3},
+        },
+        "behavior": {"horizon": 3},
+        "replay": {"batch_size": 2, "batch_length": 6, "capacity": 1000},
+    },
 }
 
 

@@ -142,6 +142,8 @@ loss/rep | nats | mean | KL divergence that trains the posterior, at least the f
 loss/reward | nats | mean | Cross-entropy of the predicted reward.
 loss/continue | nats | mean | Cross-entropy of the predicted continuation.
 loss/consistency | 1 | mean | Squared error of predicted latents.
+loss/prediction | 1 | mean | Squared error of predicted embeddings.
+loss/regularizer | 1 | mean | What keeps embeddings from collapsing: how far they are from it.
 loss/termination | nats | mean | Cross-entropy of the predicted end of an episode.
 loss/value | nats | mean | Cross-entropy of the values (of imagined steps, or of the Qs).
 loss/replay_value | nats | mean | Cross-entropy of the values of replayed steps.
@@ -151,6 +153,8 @@ learning_rate/<optimizer> | 1 | last | Learning rate of an optimizer, warm-up in
 kl | nats | mean | KL divergence of posterior and prior.
 prior_entropy | nats | mean | Entropy of the prior.
 posterior_entropy | nats | mean | Entropy of the posterior.
+emb_std | 1 | mean | Mean standard deviation of the dimensions of embeddings; near 0 is a collapse.
+emb_rank | 1 | mean | How many dimensions of embeddings vary on their own (participation ratio).
 policy_entropy | nats | mean | Entropy of the policy.
 policy_entropy_scaled | nats | mean | The same, scaled by the number of action dimensions.
 return_imagined | reward | mean | lambda-returns of imagined steps.

@@ -33,9 +33,9 @@ from worldflux_dist.data import Batch
 from worldflux_dist.models.base import LossOutput, Prediction, State, WorldModel
 from worldflux_dist.nn import distributions as dist
 from worldflux_dist.nn.layers import MLP, BinOutput, BlockGRU, Linear, NormedLinear
+from worldflux_dist.nn.observations import ObsDecoder, ObsEncoder
 from worldflux_dist.nn.optim import LaProp
-from worldflux_dist.nn.products import linear
-from worldflux_dist.nn.vision import ImageDecoder, ImageEncoder
+from worldflux_dist.nn.products import full_precision, linear
 from worldflux_dist.settings import Layers, Positive, Scale, Settings, Units, Whole
 from worldflux_dist.spaces import Spaces
 
@@ -90,49 +90,6 @@ PRESETS = {
 }
 
 
-class Encoder(nn.Module):
-    """Observations (N, ...) -> tokens (N, size_out): vectors first (keys sorted), then images."""
-
-    def __init__(self, spaces: Spaces, config: DreamerV3Config) -> None:
-        super().__init__()
-        self.vectors, self.images = spaces.vectors, spaces.images
-        size = sum(spaces.obs[key].shape[0] for key in self.vectors)
-        self.mlp = MLP(size, config.units, 3) if self.vectors else None
-        shapes = [spaces.obs[key].shape for key in self.images]
-        cnns = [ImageEncoder(shape, config.depth, config.multipliers) for shape in shapes]
-        self.cnns = nn.ModuleList(cnns)
-        self.size_out = sum(cnn.size_out for cnn in cnns) + config.units * bool(self.vectors)
-
-    def forward(self, obs: dict[str, Tensor]) -> Tensor:
-        tokens = []
-        if self.mlp is not None:
-            tokens.append(self.mlp(dist.symlog(torch.cat([obs[k] for k in self.vectors], -1))))
-        tokens += [cnn(obs[key]) for key, cnn in zip(self.images, self.cnns, strict=True)]
-        return torch.cat(tokens, -1)
-
-
-class Decoder(nn.Module):
-    """(deter (N, D), stoch (N, G * C)) -> observations: symlog vectors and images in [0, 1]."""
-
-    def __init__(self, spaces: Spaces, config: DreamerV3Config) -> None:
-        super().__init__()
-        c, stoch = config, config.groups * config.classes
-        self.vectors, self.images = spaces.vectors, spaces.images
-        self.mlp = MLP(stoch + c.deter, c.units, 3) if self.vectors else None
-        self.outs = nn.ModuleList(Linear(c.units, spaces.obs[k].shape[0]) for k in self.vectors)
-        sizes = (c.deter, stoch, c.units, c.depth, c.multipliers)
-        self.cnns = nn.ModuleList(ImageDecoder(spaces.obs[k].shape, *sizes) for k in self.images)
-
-    def forward(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:
-        decoded = {}
-        if self.mlp is not None:
-            x = self.mlp(torch.cat([stoch, deter], -1))
-            decoded = {key: out(x) for key, out in zip(self.vectors, self.outs, strict=True)}
-        for key, cnn in zip(self.images, self.cnns, strict=True):
-            decoded[key] = cnn(deter, stoch)
-        return decoded
-
-
 class DreamerV3(WorldModel):
     """The family's world model. Owns encoder, core, posterior, prior, decoder and two heads."""
 
@@ -143,12 +100,13 @@ class DreamerV3(WorldModel):
         self.config, self.width, self.discount = config, config.units, config.discount
         latent = config.groups * config.classes
         self.feature_dim = config.deter + latent
-        self.encoder = Encoder(spaces, config)
+        vision = (config.units, config.depth, config.multipliers)
+        self.encoder = ObsEncoder(spaces, *vision)
         self.core = BlockGRU(config.deter, latent, spaces.action_dim, config.hidden, config.blocks)
         out = partial(Linear, size_out=latent)
         self.posterior = MLP(config.deter + self.encoder.size_out, config.hidden, 1, out)
         self.prior = MLP(config.deter, config.hidden, 2, out)
-        self.decoder = Decoder(spaces, config)
+        self.decoder = ObsDecoder(spaces, config.deter, latent, *vision)
         self.reward = MLP(self.feature_dim, config.units, 1, partial(BinOutput, bins=255))
         self.proceed = MLP(self.feature_dim, config.units, 1, partial(Linear, size_out=1))
         self.register_buffer("bins", dist.symexp_bins(255), persistent=False)
@@ -201,9 +159,7 @@ class DreamerV3(WorldModel):
         Always in float32: its many small products gain less from bfloat16 than the casts cost.
         """
         c = self.config
-        # Autocast does not know the meta device, on which plans are made.
-        device = "cpu" if tokens.is_meta else tokens.device.type
-        with torch.autocast(device, enabled=False):
+        with full_precision(tokens):
             keep = (~is_first).to(action.dtype).unsqueeze(-1)  # (B, T, 1)
             acted = self.core.embed_action(action * keep)
             layer, out = self.posterior
@@ -249,11 +205,7 @@ class DreamerV3(WorldModel):
         features = self.features(state)
         preds: dict[str, Any] = {}
         if "obs" in heads:
-            obs = {
-                key: value * 255 if self.spaces.obs[key].kind == "image" else dist.symexp(value)
-                for key, value in self.reconstruct(state).items()
-            }
-            preds["obs"] = obs["obs"] if set(obs) == {"obs"} else obs
+            preds["obs"] = self.decoder.observations(self.reconstruct(state))
         if "reward" in heads:
             preds["reward"] = dist.twohot_predict(self.reward(features), self.bins)
         if "continue" in heads:
@@ -286,12 +238,7 @@ class DreamerV3(WorldModel):
             "reward": dist.twohot_loss(self.reward(features), batch.reward, bins=self.bins),
             "continue": dist.bernoulli_loss(self.proceed(features).squeeze(-1), going),
         }
-        for key, decoded in self.reconstruct(states).items():
-            obs = batch.obs[key]
-            image = self.spaces.obs[key].kind == "image"
-            target = obs.float() / 255 if image else dist.symlog(obs)
-            error = F.mse_loss(decoded, target, reduction="none")
-            losses[f"rec/{key}"] = error.flatten(2).sum(-1)
+        losses |= self.decoder.losses(self.reconstruct(states), batch.obs)
         metrics = {
             "kl": kl.mean().detach(),
             "prior_entropy": -(prior * prior.log()).sum((-1, -2)).mean().detach(),
@@ -301,10 +248,10 @@ class DreamerV3(WorldModel):
 
     def reconstruct(self, state: State) -> dict[str, Tensor]:
         """Decoder means in float32, any leading shape: symlog vectors, images in [0, 1]."""
-        deter, stoch = state.tensors["deter"], state.tensors["stoch"].flatten(-2)
-        lead = deter.shape[:-1]
-        decoded = self.decoder(deter.flatten(0, -2), stoch.flatten(0, -2))
-        return {key: value.float().unflatten(0, lead) for key, value in decoded.items()}
+        decoded: dict[str, Tensor] = self.decoder(
+            state.tensors["deter"], state.tensors["stoch"].flatten(-2)
+        )
+        return decoded
 
     def prior_logits(self, deter: Tensor) -> Tensor:
         return self.prior(deter).unflatten(-1, (self.config.groups, self.config.classes))

@@ -8,6 +8,8 @@ has one thread. All else, GPUs and compiled code among it, gets torch's own prod
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,6 +38,12 @@ def block_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     inputs = x.reshape(-1, blocks, size_in).transpose(0, 1)  # (G, N, I)
     outputs = torch.baddbmm(bias.view(blocks, 1, size_out), inputs, weight)
     return outputs.transpose(0, 1).reshape(*x.shape[:-1], blocks * size_out)
+
+
+def full_precision(like: Tensor) -> Any:
+    """A context in which what is computed where `like` is stays float32 under autocast."""
+    # Autocast does not know the meta device, on which plans are made.
+    return torch.autocast("cpu" if like.is_meta else like.device.type, enabled=False)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
