@@ -104,9 +104,42 @@ def evaluate_run(
     ] = None,
 ) -> None:
     """Evaluate the newest good checkpoint of a run, greedily, next to a random policy."""
+    from worldflux_dist import evaluate, figures
+
+    agent, settings = _agent_of(run_dir, seed)
+    print(f"agent:  {evaluate.evaluate(agent, settings.env, episodes, seed)}")
+    print(f"random: {evaluate.evaluate(None, settings.env, episodes, seed)}")
+    if video is not None:
+        figures.video(evaluate.episode_frames(agent, settings.env, seed), video, fps=30)
+        print(f"video:  {video}")
+
+
+@app.command("inspect")
+def inspect_run(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory.")],
+    episodes: Annotated[int, typer.Option(min=1, help="How many held-out episodes.")] = 10,
+    horizon: Annotated[int, typer.Option(min=1, max=1000, help="Steps of an open loop.")] = 15,
+    seed: Annotated[int, typer.Option(help="Seed of the environments.")] = 2000,
+    out: Annotated[
+        Path | None, typer.Option(help="The picture, report_card.png in the run by default.")
+    ] = None,
+) -> None:
+    """Say how good a run's world model is and where it fails, on episodes it has not seen."""
+    from worldflux_dist import evaluate, figures
+
+    agent, settings = _agent_of(run_dir, seed)
+    steps = evaluate.held_out(agent, settings.env, episodes, seed)
+    card = evaluate.report_card(agent, [steps], horizon)
+    print(*card.lines(), sep="\n")
+    out = out or run_dir / "report_card.png"
+    figures.report_card(card, out)
+    print(f"picture: {out}")
+
+
+def _agent_of(run_dir: Path, seed: int) -> tuple[Any, Any]:
+    """The agent of a run's newest good checkpoint, on one thread, and the run's config."""
     import torch
 
-    from worldflux_dist import evaluate, figures
     from worldflux_dist.agent import Agent
     from worldflux_dist.distributed.run import saved_config, storage_of
 
@@ -115,12 +148,7 @@ def evaluate_run(
     settings = saved_config(run_dir)
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    agent = Agent.load(storage_of(settings, run_dir))
-    print(f"agent:  {evaluate.evaluate(agent, settings.env, episodes, seed)}")
-    print(f"random: {evaluate.evaluate(None, settings.env, episodes, seed)}")
-    if video is not None:
-        figures.video(evaluate.episode_frames(agent, settings.env, seed), video, fps=30)
-        print(f"video:  {video}")
+    return Agent.load(storage_of(settings, run_dir)), settings
 
 
 @envs_app.command("check")

@@ -10,11 +10,16 @@ import numpy as np
 import torch
 
 from worldflux_dist.agent import Agent
-from worldflux_dist.data import Step
+from worldflux_dist.data import Chunk, Step, Steps
 from worldflux_dist.envs import EnvConfig, make_envs
 from worldflux_dist.envs.base import Act, random_act
 from worldflux_dist.models.base import State
+from worldflux_dist.report_card import (
+    report_card as report_card,
+)  # beside `held_out`, which it reads
 from worldflux_dist.runner import EnvRunner
+
+HELD_OUT_STEPS = 5_000  # of each environment, where episodes are long
 
 
 class NoPicturesError(ValueError):
@@ -50,6 +55,21 @@ def evaluate(agent: Agent | None, config: EnvConfig, episodes: int, seed: int) -
     with closing(make_envs(config, seed, num_envs=min(episodes, 10))) as envs:
         runner = EnvRunner(envs, greedy(agent) if agent else random_act(envs.spaces, seed))
         return Evaluation(tuple(e.total_reward for e in runner.whole_episodes(episodes)))
+
+
+def held_out(agent: Agent, config: EnvConfig, episodes: int, seed: int) -> Steps:
+    """Steps (N, T) of at least so many greedy episodes in fresh environments, for a report card;
+    fewer where they are longer than HELD_OUT_STEPS."""
+    with closing(make_envs(config, seed, num_envs=min(episodes, 10))) as envs:
+        runner, ended = EnvRunner(envs, greedy(agent)), 0
+        chunks: list[Chunk] = []
+        while ended < episodes and 64 * len(chunks) < HELD_OUT_STEPS:
+            chunks.append(runner.collect(64))
+            ended += len(runner.take_episodes())
+    columns = [chunk.columns() for chunk in chunks]
+    return Steps.from_columns(
+        {name: np.concatenate([c[name] for c in columns], 1) for name in columns[0]}
+    )
 
 
 @dataclass(frozen=True)

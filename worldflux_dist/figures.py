@@ -66,6 +66,45 @@ def learning_curve(
     figure.savefig(path)
 
 
+def report_card(card: Any, path: Path) -> None:
+    """Draw a `ReportCard` as a PNG of six panels: its curves, calibration, values and numbers."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 7.4), dpi=110, layout="constrained")
+    (loop, reward, ends), (values, spectrum, text) = figure.subplots(2, 3)
+    ahead = np.arange(1, len(card.curves["features"]) + 1)
+    for name, color in (("obs", TRUTH), ("features", OPEN)):
+        if name in card.curves:
+            loop.plot(ahead, card.curves[name], color=color, linewidth=2.2, label=name)
+    reward.plot(ahead, card.curves["reward"], color=ERROR, linewidth=2.2)
+    for axes, title, line in (
+        (loop, "open-loop error / persistence", "a copy"),
+        (reward, "reward error / that of the mean", "the mean"),
+    ):
+        axes.axhline(1, color=FAINT, linestyle=(0, (5, 4)), linewidth=1.5, label=line)
+        axes.set(title=title, xlabel="steps ahead", ylim=(0, None), xlim=(1, max(2, len(ahead))))
+        axes.legend(frameon=False)
+    predicted, observed, num = card.calibration.T
+    ends.plot([0, 1], [0, 1], color=FAINT, linestyle=(0, (5, 4)), linewidth=1.5)
+    ends.scatter(predicted, observed, s=20 + 180 * num / num.max(), color=OPEN)
+    ends.set(title="going on", xlabel="predicted", ylabel="observed")
+    values.plot(card.values[:, 1], card.values[:, 1], color=FAINT, linewidth=1.5)
+    values.scatter(card.values[:, 1], card.values[:, 0], s=6, color=TRUTH, alpha=0.3, linewidth=0)
+    values.set(title="values", xlabel="return obtained", ylabel="predicted")
+    spectrum.bar(np.arange(1, len(card.spectrum) + 1), card.spectrum, width=1, color=OPEN)
+    spectrum.set(title="features: share of variance by axis", xlabel="axis")
+    text.axis("off")
+    numbers = "\n".join(f"{name:<18}{value:9.3g}" for name, value in card.numbers.items())
+    text.text(0, 1, numbers, family="monospace", fontsize=9, va="top", color=INK)
+    weak = "\n".join(f"weak: {sentence}" for sentence in card.weak) or "nothing here is weak"
+    text.text(0, -0.04, weak, fontsize=9, va="bottom", color=ERROR if card.weak else OPEN)
+    for axes in (loop, reward, ends, values, spectrum):
+        _plain(axes)
+    figure.suptitle(f"{card.model} on held-out episodes", color=INK, fontweight="bold")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
 def open_loop_gif(
     truth: np.ndarray, dream: np.ndarray, path: Path, context: int, frames: np.ndarray | None = None
 ) -> None:

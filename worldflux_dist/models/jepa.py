@@ -56,7 +56,7 @@ class JEPAConfig(Settings):
     section: ClassVar[str] = "model_options"
 
     emb: Units = 32
-    units: Units = 128
+    units: Units = 64
     layers: Layers = 2
     memory: Literal["none", "gru", "auto"] = "auto"
     memory_size: Units = 128
@@ -76,7 +76,7 @@ class JEPAConfig(Settings):
     agc: Scale = 0.3
     warmup: Whole = 100
     plan_samples: Annotated[int, Ge(8), Le(2**16)] = 128
-    plan_horizon: Annotated[int, Ge(1), Le(1000)] = 15
+    plan_horizon: Annotated[int, Ge(1), Le(1000)] = 10
 
     def check(self) -> None:
         if self.emb % ObsDecoder.MULTIPLE:
@@ -130,7 +130,7 @@ class JEPA(WorldModel):
             "regularizer": c.regularizer_scale,
         }
         self.native = {
-            "behavior": {"kind": "actor_critic"},
+            "behavior": {"kind": "actor_critic", "horizon": 5},
             "planner": {
                 "method": "cem",
                 "horizon": c.plan_horizon,

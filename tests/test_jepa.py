@@ -1,0 +1,167 @@
+"""JEPA: regularisers against hand-computed values, prediction over steps, and no collapse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pendulum import card, trained
+from small import family_batch, make_small, perturbed, same_sums, tensors
+from torch import Tensor
+
+from worldflux_dist.nn import collapse
+
+
+def make_jepa(obs: str = "vector", **options: Any) -> Any:
+    torch.manual_seed(0)
+    return perturbed(make_small("jepa", obs, **options))
+
+
+# ----------------------------------------------------------------------- regularisers
+
+
+def statistic(x: Tensor) -> float:
+    """As published: N times ours, with enough directions that chance is small."""
+    torch.manual_seed(1)
+    return float(len(x) * collapse.sigreg(x, torch.randn(256, x.shape[1])))
+
+
+def test_sigreg_is_small_for_a_standard_normal_and_grows_with_the_batch_otherwise() -> None:
+    torch.manual_seed(0)
+    for num in (128, 1024):
+        normal = torch.randn(num, 16)
+        assert 0.5 < statistic(normal) < 2
+        assert statistic(0 * normal) / num == pytest.approx(0.402, abs=0.005)
+        assert statistic(0.5 * normal) / num == pytest.approx(0.15, abs=0.03)
+        assert statistic(2 * normal) / num == pytest.approx(0.23, abs=0.03)
+
+
+def test_sigreg_by_hand() -> None:
+    """One direction, two samples: the sums of the definition, term by term."""
+    x, t = torch.tensor([[0.5, 9.0], [-1.0, 9.0]]), np.linspace(0, 3, 17)
+    weight = np.full(17, 2 * 3 / 16)
+    weight[[0, -1]] /= 2
+    normal = np.exp(-(t**2) / 2)
+    real = (np.cos(0.5 * t) + np.cos(-t)) / 2 - normal
+    imaginary = (np.sin(0.5 * t) + np.sin(-t)) / 2
+    want = (weight * normal * (real**2 + imaginary**2)).sum()
+    got = collapse.sigreg(x, torch.tensor([[7.0, 0.0]]))  # of any length
+    assert float(got) == pytest.approx(want, rel=1e-5)
+
+
+def test_vicreg_and_barlow_by_hand() -> None:
+    x = torch.tensor([[1.0, 0.5], [-1.0, -0.5], [1.0, -0.5], [-1.0, 0.5]])  # uncorrelated
+    stds = (x.var(0) + 1e-4).sqrt()
+    assert float(collapse.vicreg(x)) == pytest.approx(float((1 - stds[1]) / 2), rel=1e-5)
+    same = x[:, :1].repeat(1, 2)
+    assert float(collapse.vicreg(same)) == pytest.approx(0.25 * 2 * (4 / 3) ** 2, rel=1e-4)
+    assert float(collapse.barlow(x, 3 * x + 2)) == pytest.approx(0, abs=1e-3)
+    assert float(collapse.barlow(x, -x)) == pytest.approx(2 * 2**2, rel=1e-3)
+    assert float(collapse.barlow(same, same, 0.5)) == pytest.approx(0.5 * 2, rel=1e-3)
+
+
+def test_spread_counts_what_varies_on_its_own() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4096, 8)
+    std, rank = collapse.spread(2 * x)
+    assert float(std) == pytest.approx(2, rel=0.03) and float(rank) == pytest.approx(8, rel=0.03)
+    std, rank = collapse.spread(x[:, :1].repeat(1, 8))
+    assert float(rank) == pytest.approx(1, rel=1e-4)
+    std, rank = collapse.spread(torch.ones(16, 8))
+    assert float(std) == 0 and rank.isfinite()
+
+
+# ------------------------------------------------------------------------- prediction
+
+
+@pytest.mark.parametrize("memory", ["none", "gru"])
+def test_predictions_are_rollouts_from_every_step_and_stop_at_resets(memory: str) -> None:
+    model = make_jepa(memory=memory, steps=3, rho=0.5).world_model
+    batch = tensors(family_batch(make_jepa(memory=memory)))
+    batch.is_first[2, 7] = True  # of the row that goes on throughout
+    with torch.no_grad():
+        states = model.observe(batch)[0]
+        path, weight = model._unrolled(states, batch)
+        total = 1 + 0.5 + 0.25
+        for start in range(11):
+            steps = min(3, 11 - start)
+            taken = batch.action[:, start + 1 : start + 1 + steps].transpose(0, 1)
+            rolled = model.rollout(states[:, start], taken).states
+            alive = torch.ones(3)
+            for k in range(1, steps + 1):
+                alive = alive * (~batch.is_first[:, start + k]).float()
+                at = (k - 1, slice(None), start + k - 1)
+                same_sums(path.tensors["emb"][at], rolled.tensors["emb"][k])
+                same_sums(path.tensors["context"][at], rolled.tensors["context"][k])
+                same_sums(weight[at], alive * 0.5 ** (k - 1) / total)
+        assert not weight[1, :, 0].any() and not weight[2, :, :2].any()  # before any beginning
+
+
+@pytest.mark.parametrize("regularizer", ["sigreg", "vicreg", "none"])
+def test_targets_have_gradient_but_for_a_teacher(regularizer: str) -> None:
+    """Without a teacher both ends of a prediction move; a teacher follows and has no gradient."""
+    agent = make_jepa(regularizer=regularizer)
+    batch = tensors(family_batch(agent))
+    emb = agent.world_model.observe(batch)[0].tensors["emb"].requires_grad_()
+    assert agent.world_model._targets(emb, batch) is emb
+    teacher = make_jepa(regularizer="ema", target_rate=0.25)
+    model = teacher.world_model
+    targets = model._targets(emb, batch)
+    assert not targets.requires_grad and not any(p.requires_grad for p in model.target.parameters())
+    before = [p.clone() for p in model.target.parameters()]
+    with torch.no_grad():
+        for param in model.encoder.parameters():
+            param += 1
+    model.update_targets()
+    for old, new, own in zip(
+        before, model.target.parameters(), model.encoder.parameters(), strict=True
+    ):
+        same_sums(new, 0.75 * old + 0.25 * own)
+
+
+def test_a_probe_changes_nothing_but_itself() -> None:
+    agent = make_jepa("dict", probe=True)
+    batch = tensors(family_batch(agent))
+    losses = agent.world_model.loss(batch).losses
+    sum(losses[f"rec/{key}"].sum() for key in ("image", "vector")).backward()
+    for name, param in agent.world_model.named_parameters():
+        assert (param.grad is not None) == name.startswith("probe."), name
+    assert make_jepa("dict", probe=False).world_model.probe is None
+
+
+def test_memory_tells_histories_apart_and_a_markov_state_does_not() -> None:
+    for memory in ("none", "gru"):
+        agent = make_jepa(memory=memory)
+        model, batch = agent.world_model, tensors(family_batch(agent))
+        states = []
+        with torch.no_grad():
+            for shift in (0, 3):
+                state = model.encode({"obs": batch.obs["obs"][:, shift]})
+                for t in (5, 6):  # the same two last looks and actions
+                    obs = {"obs": batch.obs["obs"][:, t]}
+                    state = model.update(state, batch.action[:, t], obs)
+                states.append(model.features(state))
+        assert torch.allclose(*states) == (memory == "none")
+
+
+# ------------------------------------------------------------------------------ learning
+
+
+@pytest.mark.learning
+def test_pendulum_is_predicted_and_embeddings_do_not_collapse() -> None:
+    agent, metrics = trained("jepa:tiny", 1000, probe=True)
+    numbers = card(agent).numbers
+    assert numbers["features@1"] < 0.02 and numbers["features@15"] < 0.2
+    assert numbers["reward@1"] < 0.1
+    assert 0.5 < metrics["emb_std"] < 1.5 and numbers["rank"] > 2 * 2 - 1
+    assert numbers["probe"] > 0.95
+
+
+@pytest.mark.learning
+def test_without_regulariser_and_reward_everything_becomes_one_point() -> None:
+    silent = {"reward": 0.0, "continue": 0.0}
+    for regularizer, collapses in (("none", True), ("sigreg", False), ("vicreg", False)):
+        _, metrics = trained("jepa:tiny", 200, scales=silent, regularizer=regularizer)
+        assert (metrics["emb_std"] < 0.1) == collapses
