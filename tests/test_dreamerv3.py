@@ -10,10 +10,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gymnasium import spaces as gym_spaces
-from small import make_agent, perturbed, random_batch, same_sums, tensors, vector
+from small import (
+    family_batch,
+    make_agent,
+    make_small,
+    perturbed,
+    random_batch,
+    same_sums,
+    tensors,
+    vector,
+)
 from torch import Tensor
 
 from worldflux_dist.data import Batch
+from worldflux_dist.learner import Learner, LearnerConfig
 from worldflux_dist.models.base import State, create_world_model
 from worldflux_dist.models.dreamerv3 import PRESETS
 from worldflux_dist.nn import distributions as dist
@@ -276,3 +286,20 @@ def test_presets_have_the_published_sizes() -> None:
         c = PRESETS[name]
         assert (c.deter, c.hidden, c.units) == (deter, hidden, hidden), name
         assert (c.classes, c.depth, c.groups, c.blocks) == (depth, depth, 32, 8), name
+
+
+def test_barlow_twins_take_the_place_of_a_decoder() -> None:
+    """Nothing is decoded; the loss falls, and reaches the encoder through the posterior alone."""
+    torch.manual_seed(0)
+    options = {"reconstruction": "barlow", "learning_rate": 3e-3, "warmup": 0}
+    agent = perturbed(make_small("dreamerv3", "dict", "discrete", **options))
+    model, batch = agent.world_model, family_batch(agent)
+    assert not model.decodes_obs and "obs" not in model.decode(model.initial(2)).preds
+    output = model.loss(tensors(batch))
+    assert not any(name.startswith("rec/") for name in output.losses)
+    output.losses["barlow"].mean().backward()
+    reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert reached == {"encoder", "core", "posterior", "projector"}
+    learner = Learner(agent, LearnerConfig(device="cpu"))
+    history = [learner.step(batch)["loss/barlow"] for _ in range(20)]
+    assert history[-1] < 0.8 * history[0]

@@ -144,6 +144,7 @@ loss/continue | nats | mean | Cross-entropy of the predicted continuation.
 loss/consistency | 1 | mean | Squared error of predicted latents.
 loss/prediction | 1 | mean | Squared error of predicted embeddings.
 loss/regularizer | 1 | mean | What keeps embeddings from collapsing: how far they are from it.
+loss/barlow | 1 | mean | How far features and tokens are from correlating dimension by dimension.
 loss/termination | nats | mean | Cross-entropy of the predicted end of an episode.
 loss/value | nats | mean | Cross-entropy of the values (of imagined steps, or of the Qs).
 loss/replay_value | nats | mean | Cross-entropy of the values of replayed steps.

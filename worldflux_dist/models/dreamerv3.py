@@ -7,8 +7,10 @@ State: deter (B, D) and stoch (B, G, C), zeros at the start. Features are [deter
     L = sum rec + reward + continue + 1.0 dyn + 0.1 rep       dyn = max(1, KL(sg post || prior))
                                                               rep = max(1, KL(post || sg prior))
 
-The policy and value losses are behaviors/actor_critic.py's. Deviations from the published
-algorithm, with reasons:
+The policy and value losses are behaviors/actor_critic.py's. `reconstruction: barlow` decodes nothing:
+as in R2-Dreamer, a projection of the features is to correlate with the encoder's tokens,
+detached, dimension by dimension (nn/collapse.py), which on images costs less. Deviations from the
+published algorithm, with reasons:
 
 - No replay context: a window sampled in mid-episode starts from the zero state, with its real
   first action, where the reference seeds it with latents stored by the actor and written back by
@@ -22,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 
 from worldflux_dist.data import Batch
 from worldflux_dist.models.base import LossOutput, Prediction, State, WorldModel
+from worldflux_dist.nn import collapse
 from worldflux_dist.nn import distributions as dist
 from worldflux_dist.nn.layers import MLP, BinOutput, BlockGRU, Linear, NormedLinear
 from worldflux_dist.nn.observations import ObsDecoder, ObsEncoder
@@ -58,6 +61,8 @@ class DreamerV3Config(Settings):
     free_nats: Scale = 1.0
     dyn_scale: Scale = 1.0
     rep_scale: Scale = 0.1
+    reconstruction: Literal["decoder", "barlow"] = "decoder"
+    barlow_scale: Scale = 0.05
     discount: Annotated[float, Gt(0), Le(1)] = 1 - 1 / 333
     learning_rate: Positive = 4e-5
     agc: Scale = 0.3
@@ -106,11 +111,20 @@ class DreamerV3(WorldModel):
         out = partial(Linear, size_out=latent)
         self.posterior = MLP(config.deter + self.encoder.size_out, config.hidden, 1, out)
         self.prior = MLP(config.deter, config.hidden, 2, out)
-        self.decoder = ObsDecoder(spaces, config.deter, latent, *vision)
+        self.decoder: ObsDecoder | None = None
+        self.projector: Linear | None = None
+        self.decodes_obs = config.reconstruction == "decoder"
+        if self.decodes_obs:
+            self.decoder = ObsDecoder(spaces, config.deter, latent, *vision)
+        else:
+            self.projector = Linear(self.feature_dim, self.encoder.size_out)
         self.reward = MLP(self.feature_dim, config.units, 1, partial(BinOutput, bins=255))
         self.proceed = MLP(self.feature_dim, config.units, 1, partial(Linear, size_out=1))
         self.register_buffer("bins", dist.symexp_bins(255), persistent=False)
-        self.loss_scales = {"dyn": config.dyn_scale, "rep": config.rep_scale}
+        self.loss_scales = {
+            **{"dyn": config.dyn_scale, "rep": config.rep_scale},
+            **({} if self.decodes_obs else {"barlow": config.barlow_scale}),
+        }
         self.native = {"behavior": {"kind": "actor_critic"}, "planner": {"method": "none"}}
         self.noise_shape = (config.groups,)
 
@@ -181,15 +195,15 @@ class DreamerV3(WorldModel):
                 states.append(State({"deter": deter, "stoch": sample}))
             return State.stack(states, 1), torch.stack(logits, 1)
 
-    def _seen(self, batch: Batch, start: State, noise: Tensor | None) -> tuple[State, Tensor]:
+    def _tokens(self, batch: Batch) -> Tensor:
         flat = {key: value.flatten(0, 1) for key, value in batch.obs.items()}
-        tokens = self.encoder(flat).unflatten(0, batch.reward.shape)
-        return self.filter(tokens, batch.action, batch.is_first, start, noise)
+        tokens: Tensor = self.encoder(flat).unflatten(0, batch.reward.shape)
+        return tokens
 
     @torch.no_grad()
     def observe(self, batch: Batch, noise: Tensor | None = None) -> tuple[State, Batch]:
-        start = self.initial(len(batch.reward))
-        return self._seen(batch, start, noise)[0], batch  # all observations are encoded at once
+        start, tokens = self.initial(len(batch.reward)), self._tokens(batch)  # all encoded at once
+        return self.filter(tokens, batch.action, batch.is_first, start, noise)[0], batch
 
     def transition(self, state: State, action: Tensor, noise: Tensor | None = None) -> State:
         stoch = state.tensors["stoch"].flatten(-2)
@@ -204,7 +218,7 @@ class DreamerV3(WorldModel):
     ) -> Prediction:
         features = self.features(state)
         preds: dict[str, Any] = {}
-        if "obs" in heads:
+        if "obs" in heads and self.decoder is not None:
             preds["obs"] = self.decoder.observations(self.reconstruct(state))
         if "reward" in heads:
             preds["reward"] = dist.twohot_predict(self.reward(features), self.bins)
@@ -220,12 +234,14 @@ class DreamerV3(WorldModel):
     def loss(
         self, batch: Batch, start: State | None = None, noise: Tensor | None = None
     ) -> LossOutput:
-        """Losses (B, T) each: dyn, rep, reward, continue and one `rec/<key>` per observation.
+        """Losses (B, T) each: dyn, rep, reward, continue, and one `rec/<key>` per observation or,
+        of all steps together, barlow.
 
         The reward loss counts resets too (their reward is 0), as the reference's does.
         """
         start = self.initial(len(batch.reward)) if start is None else start
-        states, logits = self._seen(batch, start, noise)
+        tokens = self._tokens(batch)
+        states, logits = self.filter(tokens, batch.action, batch.is_first, start, noise)
         posterior = dist.unimix(logits, self.config.unimix)
         prior = dist.unimix(self.prior_logits(states.tensors["deter"]), self.config.unimix)
         nats = self.config.free_nats
@@ -238,7 +254,13 @@ class DreamerV3(WorldModel):
             "reward": dist.twohot_loss(self.reward(features), batch.reward, bins=self.bins),
             "continue": dist.bernoulli_loss(self.proceed(features).squeeze(-1), going),
         }
-        losses |= self.decoder.losses(self.reconstruct(states), batch.obs)
+        if self.decoder is not None:
+            losses |= self.decoder.losses(self.reconstruct(states), batch.obs)
+        else:
+            assert self.projector is not None
+            projected, wanted = self.projector(features), tokens.detach()
+            twins = collapse.barlow(projected.flatten(0, 1), wanted.flatten(0, 1))
+            losses["barlow"] = twins.expand_as(batch.reward)
         metrics = {
             "kl": kl.mean().detach(),
             "prior_entropy": -(prior * prior.log()).sum((-1, -2)).mean().detach(),
@@ -248,6 +270,7 @@ class DreamerV3(WorldModel):
 
     def reconstruct(self, state: State) -> dict[str, Tensor]:
         """Decoder means in float32, any leading shape: symlog vectors, images in [0, 1]."""
+        assert self.decoder is not None
         decoded: dict[str, Tensor] = self.decoder(
             state.tensors["deter"], state.tensors["stoch"].flatten(-2)
         )
