@@ -7,8 +7,8 @@ State: deter (B, D) and stoch (B, G, C), zeros at the start. Features are [deter
     L = sum rec + reward + continue + 1.0 dyn + 0.1 rep       dyn = max(1, KL(sg post || prior))
                                                               rep = max(1, KL(post || sg prior))
 
-The policy and value losses are behaviors/actor_critic.py's. `reconstruction: barlow` decodes nothing:
-as in R2-Dreamer, a projection of the features is to correlate with the encoder's tokens,
+The policy and value losses are behaviors/actor_critic.py's. `reconstruction: barlow` has no
+decoder: as in R2-Dreamer, a projection of the features is to correlate with the encoder's tokens,
 detached, dimension by dimension (nn/collapse.py), which on images costs less. Deviations from the
 published algorithm, with reasons:
 
