@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import ray
@@ -58,18 +58,29 @@ class Sizes:
         return min(replay.capacity, limit)
 
     @cached_property
-    def activations(self) -> int:
-        """Bytes that one learner's loss keeps for its backward pass."""
+    def loss(self) -> LossSizes:
+        """Of one learner's batch."""
         num, replay = self.config.scale.num_learners, self.config.replay
-        return activation_bytes(self.agent, replace(replay, batch_size=replay.batch_size // num))
+        return loss_sizes(self.agent, replace(replay, batch_size=replay.batch_size // num))
 
     @cached_property
     def imagined(self) -> int:
-        """Bytes of the features (H + 1, B * T, F) that a batch of start states is rolled into."""
-        replay = self.config.replay
+        """Bytes of the features (H + 1, N, F) that a whole batch's N start states are rolled
+        into."""
         horizon = self.agent.imagining().config.horizon
-        rows = (horizon + 1) * replay.batch_size * replay.batch_length
-        return 4 * rows * self.agent.world_model.feature_dim
+        starts = self.loss.starts * self.config.scale.num_learners
+        return 4 * (horizon + 1) * starts * self.agent.world_model.feature_dim
+
+    @cached_property
+    def dreaming(self) -> int:
+        """Bytes of a learner that imagines itself: states on their way, what is kept of each step,
+        and what the behavior's three networks of features keep."""
+        from worldflux_dist.behaviors.actor_critic import ActorCritic
+
+        if _apart(self.config) or not isinstance(self.agent.behavior, ActorCritic):
+            return 0
+        horizon, num = self.agent.behavior.config.horizon, self.config.scale.num_learners
+        return 3 * self.loss.state + (horizon + 1) * self.loss.visible + 4 * self.imagined // num
 
     @property
     def acting(self) -> int:
@@ -150,7 +161,7 @@ ROLES = {
         count=lambda c: c.scale.num_learners,
         threads=_of_learner,
         gpu="rank",
-        nbytes=lambda s: PROCESS_BYTES + 4 * s.weights + s.activations * s.here,
+        nbytes=lambda s: PROCESS_BYTES + 4 * s.weights + (s.loss.kept + s.dreaming) * s.here,
         note=lambda s: f"{s.config.model}, {s.weights / 4e6:.2f} M parameters",
         together="PACK",
         cause="a learner that crashes",
@@ -216,13 +227,21 @@ def step_bytes(spaces: Spaces) -> int:
     return obs + 4 * spaces.action_dim + 4 + 3
 
 
-def activation_bytes(agent: Agent, replay: ReplayConfig) -> int:
-    """What the world model's loss keeps for its backward pass, counted on the meta device.
+class LossSizes(NamedTuple):
+    """Of the world model's loss on one batch: bytes that are kept for the backward pass, how many
+    states imagination starts from, bytes of those, and of what a rollout keeps of them."""
 
-    Raises ValueError where the batches do not fit the model.
-    """
+    kept: int
+    starts: int
+    state: int
+    visible: int
+
+
+def loss_sizes(agent: Agent, replay: ReplayConfig) -> LossSizes:
+    """Counted on the meta device. Raises ValueError where the batches do not fit the model."""
     import torch
 
+    model = agent.world_model
     lead, total = (replay.batch_size, replay.batch_length), 0
 
     def count(value: Tensor) -> Tensor:
@@ -238,5 +257,10 @@ def activation_bytes(agent: Agent, replay: ReplayConfig) -> int:
         }
         action = torch.zeros(*lead, agent.spaces.action_dim)
         flag = torch.zeros(lead, dtype=torch.bool)
-        agent.world_model.loss(Batch(obs, action, torch.zeros(lead), flag, flag, flag))
-    return total
+        output = model.loss(Batch(obs, action, torch.zeros(lead), flag, flag, flag))
+    states = output.states
+    sizes = (
+        sum(value.nbytes for value in state.tensors.values())
+        for state in (states, model.visible(states))
+    )
+    return LossSizes(total, output.batch.reward.numel(), *sizes)
