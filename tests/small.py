@@ -45,6 +45,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         | {"plan_samples": 32, "plan_iterations": 2},
         {"scale_rate": 0.02},
     ),
+    "token": (
+        "small",
+        {"width": 16, "heads": 2, "layers": 2, "context": 4, "starts": 0, "units": 16, "depth": 4}
+        | {"multipliers": (2, 4), "levels": (4, 4), "warmup": 2, "tokenizer_warmup": 2}
+        | {"learning_rate": 4e-5},
+        {"horizon": 5},
+    ),
 }
 
 
