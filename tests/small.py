@@ -49,7 +49,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "small",
         {"width": 16, "heads": 2, "layers": 2, "context": 4, "starts": 0, "units": 16, "depth": 4}
         | {"multipliers": (2, 4), "levels": (4, 4), "warmup": 2, "tokenizer_warmup": 2}
-        | {"learning_rate": 4e-5},
+        | {"learning_rate": 4e-5, "tokenizer_every": 2},
         {"horizon": 5},
     ),
 }

@@ -267,6 +267,9 @@ def test_nothing_before_a_reset_reaches_the_losses_after_it(case: tuple[str, str
             {"termination": "off"},
             "termination is 'off': it must be 'soft'",
         ),
+        ("token:tny", {}, "no preset 'token:tny': did you mean 'token:tiny'"),
+        ("token:tiny", {"start": -1}, "model_options.start is -1: it must be at least 0"),
+        ("token:tiny", {"codebook": 5}, "no option 'codebook': did you mean 'codes'"),
     ],
 )
 def test_wrong_names_and_values_are_refused(

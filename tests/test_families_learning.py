@@ -63,7 +63,7 @@ def test_two_steps_move_every_parameter(case: tuple[str, str, str]) -> None:
 FALLING = {
     "dreamerv3": ("rec/image", "rec/vector", "reward", "replay_value"),
     "tdmpc2": ("consistency", "reward", "value"),
-    "token": ("rec/image", "tokens/vector", "reward", "replay_value"),
+    "token": ("rec/image", "tokens/image", "reward", "replay_value"),
 }
 
 

@@ -21,6 +21,8 @@ Output i of a block predicts token i of the next observation: block teacher forc
 - Bins lie evenly (in symlog space) between the bounds of a space that has them; the published ones
   leave a pole's angle in CartPole 18 values. Vectors of more than `MANY_BINS` numbers are taken by
   fsq, as a block of so many tokens is slow.
+- Rare tokens are not drawn: of a hundred bins that a softmax has not yet ruled out each takes
+  little, but one is drawn at every other step, and it may stand for 400.
 - fsq instead of vq for images, as Simulus has it: its codes do not die.
 - A broken (NaN) observation has tokens as any other has: the loss of its tokens is made NaN.
 """
@@ -54,7 +56,7 @@ from worldflux_dist.nn.tokenizers import (
     perplexity,
 )
 from worldflux_dist.nn.transformer import BlockTransformer
-from worldflux_dist.settings import Layers, Positive, Scale, Settings, Units, Whole
+from worldflux_dist.settings import Layers, Positive, Scale, Settings, Share, Units, Whole
 from worldflux_dist.spaces import ObsSpec, Spaces
 
 MANY_BINS = 64  # numbers of a vector
@@ -66,26 +68,29 @@ class TokenConfig(Settings):
     """Sizes and constants; the defaults are those of preset small.
 
     `tokenizer` auto is identity for Discrete and MultiDiscrete observations, bins for vectors and
-    fsq for images. `levels` are fsq's, `codes` of `code_size` numbers vq's. Imagination begins at
-    the last `starts` steps of each row, 0 for all. The tokenizers have their own warm-up and
-    `tokenizer_rate` times the learning rate; all else waits for them until gradient step `start`.
+    fsq for images. `levels` are fsq's, `codes` of `code_size` numbers vq's. Tokens less likely than
+    `rare` times the likeliest one are not drawn. Imagination begins at the last `starts` steps of
+    each row, 0 for all. The tokenizers have their own warm-up and `tokenizer_rate` times the
+    learning rate, and learn from every `tokenizer_every`-th step of a row alone; all else waits for
+    them until gradient step `start`.
     """
 
     section: ClassVar[str] = "model_options"
 
     tokenizer: Literal["auto", "identity", "bins", "fsq", "vq"] = "auto"
     mode: Literal["parallel", "autoregressive"] = "parallel"
+    rare: Share = 0.01
     width: Units = 128
     layers: Layers = 3
     heads: Units = 4
     context: Annotated[int, Ge(2), Le(1024)] = 16
     units: Units = 128
-    depth: Annotated[int, Ge(1), Le(1024)] = 8
+    depth: Annotated[int, Ge(1), Le(1024)] = 4
     multipliers: Annotated[tuple[Layers, ...], MinLen(1), MaxLen(8)] = (2, 3, 4, 4)
     levels: Annotated[tuple[Annotated[int, Ge(2), Le(64)], ...], MinLen(1), MaxLen(6)] = (8, 8, 8)
     codes: Annotated[int, Ge(2), Le(2**14)] = 512
     code_size: Annotated[int, Ge(1), Le(1024)] = 32
-    starts: Whole = 16
+    starts: Whole = 4
     tokens_scale: Scale = 1.0
     discount: Annotated[float, Gt(0), Le(1)] = 1 - 1 / 333
     learning_rate: Positive = 3e-4
@@ -94,12 +99,18 @@ class TokenConfig(Settings):
     start: Whole = 0
     tokenizer_rate: Scale = 1.0
     tokenizer_warmup: Whole = 1000
+    tokenizer_every: Annotated[int, Ge(1), Le(1024)] = 4
 
     def check(self) -> None:
         if self.width % (2 * self.heads):
             raise ValueError(
                 f"model_options.width is {self.width}: it must be a multiple of twice the heads, "
                 f"{2 * self.heads}"
+            )
+        if self.starts == 1:
+            raise ValueError(
+                "model_options.starts is 1: it must be 0, for all steps, or at least 2, as what is "
+                "learned of replayed rewards needs two"
             )
         if torch.tensor(self.levels).prod() > 2**14:
             raise ValueError(
@@ -113,7 +124,7 @@ PRESETS = {
     "btf": replace(TokenConfig(), heads=8, context=20, learning_rate=1e-3),
     # Learns small tasks in minutes on two cores: narrow, with a short memory and quick to learn.
     "tiny": replace(
-        TokenConfig(width=64, layers=2, context=8, units=64, depth=4),
+        TokenConfig(width=64, layers=2, context=8, units=64, starts=16),
         learning_rate=1e-3,
         warmup=100,
         tokenizer_warmup=100,
@@ -166,7 +177,8 @@ class Token(WorldModel):
         self.embedder = Embedder(tokenizers, spaces.action_dim, c.width)
         positions = sum(self.nums) + 1
         self.transformer = BlockTransformer(c.width, c.layers, c.heads, positions, c.context)
-        self.predictor = Predictor(tokenizers, c.width, c.heads, c.mode == "autoregressive")
+        in_turn = c.mode == "autoregressive"
+        self.predictor = Predictor(tokenizers, c.width, c.heads, in_turn, c.rare)
         self.reward = MLP(self.feature_dim, c.units, 1, partial(BinOutput, bins=255))
         self.proceed = MLP(self.feature_dim, c.units, 1, partial(Linear, size_out=1))
         self.register_buffer("bins", dist.symexp_bins(255), persistent=False)
@@ -317,11 +329,12 @@ class Token(WorldModel):
         losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         for key, tokenizer in zip(self.keys, self.tokenizers, strict=True):
-            ids, own = tokenizer.learn(batch.obs[key].flatten(0, 1))
-            seen.append(ids.unflatten(0, lead))
-            losses |= {f"{name}/{key}": loss.unflatten(0, lead) for name, loss in own.items()}
+            seen.append(tokenizer.encode(batch.obs[key].flatten(0, 1)).unflatten(0, lead))
+            part = batch.obs[key][:, :: self.config.tokenizer_every]
+            for name, loss in tokenizer.losses(part.flatten(0, 1)).items():
+                losses[f"{name}/{key}"] = self._spread(loss.unflatten(0, part.shape[:2]), lead[1])
             if isinstance(tokenizer, Quantized):
-                metrics[f"perplexity/{key}"] = perplexity(ids, tokenizer.vocab)
+                metrics[f"perplexity/{key}"] = perplexity(seen[-1], tokenizer.vocab)
         states = self._pass(torch.cat(seen, -1), batch)
         moved = (states.tensors["length"] > 1).float()
         foretold = self.decode(states, ("tokens",)).preds["tokens"]
@@ -341,6 +354,11 @@ class Token(WorldModel):
         path, steps = self._last(states, batch)
         weight = torch.ones_like(steps.reward[0])
         return LossOutput(losses, metrics, path, path, weight, steps)
+
+    def _spread(self, loss: Tensor, length: int) -> Tensor:
+        """Losses of every `tokenizer_every`-th step, so many times as large, among zeros (B, T)."""
+        every = self.config.tokenizer_every
+        return every * F.pad(loss[..., None], (0, every - 1)).flatten(1)[:, :length]
 
 
 Model = Token

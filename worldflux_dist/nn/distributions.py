@@ -94,7 +94,7 @@ def sample_onehot(probs: Tensor, noise: Tensor) -> Tensor:
 
 
 def sample_index(probs: Tensor, noise: Tensor) -> Tensor:
-    """As sample_onehot, the index (...) of the class; never one of probability 0 at the end."""
+    """As sample_onehot, the index (...) of the class; probs need not add up to 1."""
     passed = probs.detach().cumsum(-1)
     return (noise.unsqueeze(-1) * passed[..., -1:] >= passed[..., :-1]).sum(-1)
 

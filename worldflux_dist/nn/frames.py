@@ -6,6 +6,7 @@ observation has its own vocabulary, and a token that it does not have is never d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,12 +18,15 @@ from worldflux_dist.nn.layers import BlockLinear, Linear, NormedLinear
 from worldflux_dist.nn.tokenizers import Tokenizer
 from worldflux_dist.nn.transformer import Layer
 
+SHORTEST = 60.0  # radians from 0 to 1 of the shortest waves
+
 
 class Embedder(nn.Module):
     """A frame's K tokens and an action as a block of K + 1 vectors, and a frame as one vector.
 
     Each token has a table of its own, but those of one image share one. Bins begin as waves of the
-    numbers they stand for, so that near ones begin alike.
+    numbers they stand for, so that near ones begin alike: what is learned of one is then
+    learned of its neighbours.
     """
 
     offsets: Tensor
@@ -51,34 +55,53 @@ class Embedder(nn.Module):
         return torch.cat([self.tokens(ids), acted.unsqueeze(-2)], -2)
 
     def pooled(self, ids: Tensor) -> Tensor:
-        """(..., K) -> (..., W)."""
-        return self.frame(self.tokens(ids).flatten(-2)).float()
+        """(..., K) -> (..., W). In float32 under autocast, too: a policy sees what it acts on."""
+        device = "cpu" if ids.is_meta else ids.device.type  # autocast does not know meta
+        with torch.autocast(device, enabled=False):
+            return self.frame(self.tokens(ids).flatten(-2))
 
 
 def _first_table(tokenizer: Tokenizer, token: int, width: int) -> Tensor:
     values = tokenizer.values()
     if values is None:
         return 0.1 * torch.randn(tokenizer.vocab, width)
-    waves = 6 * torch.randn(width) * values[token][:, None] + 2 * torch.pi * torch.rand(width)
-    return 0.1 * 2**0.5 * waves.cos()
+    return 0.1 * waves(values[token], width)
+
+
+def waves(values: Tensor, width: int) -> Tensor:
+    """Numbers (V,) in [-1, 1] -> `width` random waves of them (V, W), of size 1. Long ones and
+    short ones are as likely."""
+    turns = torch.exp(math.log(SHORTEST) * torch.rand(width))
+    return math.sqrt(2) * (values[:, None] * turns + 2 * math.pi * torch.rand(width)).cos()
 
 
 class Predictor(nn.Module):
-    """What the transformer says of a frame (N, K, W) -> logits of its tokens.
+    """What the transformer says of a frame (N, K, W) -> logits of its tokens. Those of bins begin
+    as waves, too.
 
     In autoregressive mode one more layer lets each position see the tokens before its own.
     """
 
     def __init__(
-        self, tokenizers: Sequence[Tokenizer], width: int, num_heads: int, autoregressive: bool
+        self,
+        tokenizers: Sequence[Tokenizer],
+        width: int,
+        num_heads: int,
+        autoregressive: bool,
+        rare: float,
     ) -> None:
         super().__init__()
+        self.rare = rare
         self.nums = [tokenizer.num_tokens for tokenizer in tokenizers]
         self.heads = nn.ModuleList()
         for number, tokenizer in enumerate(tokenizers):
             num, vocab = tokenizer.num_tokens, tokenizer.vocab
             shared = tokenizer.shared
             head = Linear(width, vocab) if shared else BlockLinear(num * width, num * vocab, num)
+            values = tokenizer.values()
+            if values is not None:
+                first = torch.stack([waves(each, width).t() for each in values])
+                head.weight.data = 0.3 * width**-0.5 * first
             self.heads.append(head)
             limit = -1e9 * (torch.arange(vocab) >= torch.tensor(tokenizer.sizes)[:, None]).float()
             self.register_buffer(f"limit{number}", limit, persistent=False)
@@ -104,12 +127,17 @@ class Predictor(nn.Module):
     def sample(self, ahead: Tensor, embedder: Embedder, noise: Tensor) -> Tensor:
         """Tokens (N, K) by uniform noise (N, K).
 
+        Those that are less likely than `rare` times the likeliest one are not drawn.
         Autoregressive: K rounds, in which all tokens are drawn anew given those of the round
         before. After round i the first i no longer change.
         """
         ids = torch.zeros_like(noise, dtype=torch.long)
         for _ in range(1 if self.given is None else noise.shape[1]):
+            drawn = []
             logits = self(ahead, embedder.tokens(ids))
-            parts = zip(logits, noise.split(self.nums, 1), strict=True)
-            ids = torch.cat([dist.sample_index(x.softmax(-1), draw) for x, draw in parts], 1)
+            for x, draw in zip(logits, noise.split(self.nums, 1), strict=True):
+                probs = x.softmax(-1)
+                likely = probs >= self.rare * probs.amax(-1, keepdim=True)
+                drawn.append(dist.sample_index(probs * likely, draw))
+            ids = torch.cat(drawn, 1)
         return ids

@@ -57,9 +57,9 @@ class Tokenizer(nn.Module, ABC):
     def decode(self, ids: Tensor) -> Tensor:
         """Tokens (N, K) -> observations (N, ...) in their own units, float32."""
 
-    def learn(self, obs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Tokens (N, K) of observations (N, ...), and the tokenizer's own losses (N,) by name."""
-        return self.encode(obs), {}
+    def losses(self, obs: Tensor) -> dict[str, Tensor]:
+        """What it learns from observations (N, ...): losses (N,) by name, if it learns."""
+        return {}
 
     def values(self) -> Tensor | None:
         """(K, vocab) numbers that the tokens stand for, in about [-1, 1], where near ones are
@@ -168,6 +168,7 @@ class Quantized(Tokenizer):
         """Codes (N, K, D) -> an image in [0, 1] or a vector in symlog space."""
         return self.decoder(codes if self.image else codes.flatten(1)).float()
 
+    @torch.no_grad()
     def encode(self, obs: Tensor) -> Tensor:
         return self.quantize(self.latent(obs))[0]
 
@@ -175,13 +176,13 @@ class Quantized(Tokenizer):
         x = self.reconstruct(self.codes(ids))
         return 255 * x if self.image else dist.symexp(x)
 
-    def learn(self, obs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, obs: Tensor) -> dict[str, Tensor]:
         """With `rec`: the squared error, summed over the observation."""
-        ids, codes, losses = self.quantize(self.latent(obs))
+        ids, codes, more = self.quantize(self.latent(obs))
         target = obs.float() / 255 if self.image else dist.symlog(obs)
         error = F.mse_loss(self.reconstruct(codes), target, reduction="none")
         self.count(ids)
-        return ids, {"rec": error.flatten(1).sum(-1)} | losses
+        return {"rec": error.flatten(1).sum(-1)} | more
 
     def count(self, ids: Tensor) -> None:
         """Take notice of which tokens occur."""

@@ -94,7 +94,7 @@ class BlockTransformer(nn.Module):
 
     def forward(self, x: Tensor, is_first: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, P, W), is_first (B, T) -> the same shape, and keys and values
-        (B, T, P, layers, 2, W).
+        (B, T, P, layers, 2, W) without gradient.
 
         Steps are taken in chunks of `context`, each of which sees itself and the one before.
         """
@@ -106,7 +106,7 @@ class BlockTransformer(nn.Module):
         x = x + self.places
         for layer in self.layers:
             query, key, value = layer.queries_keys_values(x)
-            kept.append(torch.stack([key.flatten(-2), value.flatten(-2)], -2))
+            kept.append(torch.stack([key.flatten(-2), value.flatten(-2)], -2).detach())
             query, key = rotate(query, steps), rotate(key, steps)
             read = attend(
                 _chunks(query, chunk, 0, more),
@@ -150,9 +150,9 @@ class BlockTransformer(nn.Module):
 
     def caches(self, kept: Tensor, blocks: Tensor, first: int) -> Tensor:
         """The caches (B, T - first, ...) of steps `first`.. of T, of which `blocks` (B, T) count,
-        from the keys and values (B, T - 1, ...) of the blocks between them, without gradient."""
+        from the keys and values (B, T - 1, ...) of the blocks between them."""
         size = self.context - 1
-        padded = F.pad(kept.detach(), (0, 0) * 4 + (size, 0))
+        padded = F.pad(kept, (0, 0) * 4 + (size, 0))
         cut = padded.unfold(1, size, 1)[:, first:].movedim(-1, 2)
         counts = torch.arange(size, 0, -1, device=kept.device) <= blocks[:, first:, None]
         return cut * counts[(..., *[None] * 4)]
