@@ -51,6 +51,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         | {"directions": 8, "probe": True, "warmup": 2, "plan_samples": 32, "plan_horizon": 3},
         {"horizon": 5},
     ),
+    "token": (
+        "small",
+        {"width": 16, "heads": 2, "layers": 2, "context": 4, "starts": 0, "units": 16, "depth": 4}
+        | {"multipliers": (2, 4), "levels": (4, 4), "warmup": 2, "tokenizer_warmup": 2}
+        | {"learning_rate": 4e-5, "tokenizer_every": 2},
+        {"horizon": 5},
+    ),
 }
 
 

@@ -65,6 +65,7 @@ FALLING = {
     "dreamerv3": ("rec/image", "rec/vector", "reward", "replay_value"),
     "tdmpc2": ("consistency", "reward", "value"),
     "jepa": ("prediction", "rec/image", "rec/vector", "reward", "replay_value"),
+    "token": ("rec/image", "tokens/image", "reward", "replay_value"),
 }
 
 
@@ -72,7 +73,7 @@ FALLING = {
 @FAMILY
 def test_learning_lowers_the_loss(family: str, precision: Any) -> None:
     torch.manual_seed(0)
-    warm = {"warmup": 0} if "warmup" in FAMILIES[family][1] else {}
+    warm = {name: 0 for name in ("warmup", "tokenizer_warmup") if name in FAMILIES[family][1]}
     agent = make_small(family, "dict", "discrete", learning_rate=3e-3, **warm)
     learner = Learner(agent, LearnerConfig(device="cpu", precision=precision))
     batch = family_batch(agent)
@@ -101,7 +102,10 @@ def test_a_saved_learner_continues_bit_for_bit(case: tuple[str, str, str], tmp_p
         assert torch.equal(resumed.agent.state_dict()[name], value), name
 
 
-SEEN = {"dreamerv3": "rec/vector", "tdmpc2": "consistency", "jepa": "prediction"}
+SEEN = {
+    **{"dreamerv3": "rec/vector", "tdmpc2": "consistency", "jepa": "prediction"},
+    **{"token": "tokens/vector"},
+}
 
 
 @pytest.mark.parametrize("column", ["reward", "obs/vector"])
@@ -132,7 +136,7 @@ def test_nan_is_named_and_changes_nothing(family: str, column: str) -> None:
 @FAMILY
 def test_images_of_any_size_train(family: str, shape: tuple[int, ...]) -> None:
     space = gym_spaces.Box(0, 255, shape, np.uint8)
-    depth = {"depth": 2, "multipliers": (2, 3, 4, 4)} if family == "dreamerv3" else {}
+    depth = {} if family == "tdmpc2" else {"depth": 2, "multipliers": (2, 3, 4, 4)}
     model = make_small(family, space, "discrete", **depth).world_model
     batch = tensors(random_batch(model.spaces, 2, 6))
     losses = model.loss(batch).losses

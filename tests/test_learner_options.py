@@ -128,6 +128,7 @@ def test_every_row_has_the_loss_of_its_own_steps(
     names = {"loss/reward", "loss/dyn", "loss/rep", "loss/continue", "loss/consistency"}
     names |= {"loss/termination", "loss/rec/image", "loss/rec/vector"}
     names |= {"loss/prediction", "loss/regularizer"}
+    names |= {"loss/tokens/image", "loss/tokens/vector"}
     scales = model.loss_scales
     want = sum(scales.get(n[5:], 1.0) * v for n, v in metrics.items() if n in names)
     same_sums(found.mean(), want)

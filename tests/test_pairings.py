@@ -49,11 +49,15 @@ PAIRS = [
     ("dreamerv3", "continuous", "actor_critic", "cem"),
     ("dreamerv3", "continuous", "latent_td", "mppi"),
     ("dreamerv3", "discrete", "actor_critic", "cem"),
+    ("token", "mixed", "actor_critic", "cem"),
+    ("token", "continuous", "actor_critic", "mppi"),
     ("dreamerv3", "discrete", "latent_td", "none"),
     ("tdmpc2", "continuous", "actor_critic", "none"),
+    ("token", "discrete", "actor_critic", "none"),
+    ("token", "continuous", "latent_td", "none"),
 ]
 PAIRINGS = pytest.mark.parametrize("pair", PAIRS, ids=["-".join(pair) for pair in PAIRS])
-PLANNED = pytest.mark.parametrize("pair", PAIRS[:8], ids=["-".join(pair) for pair in PAIRS[:8]])
+PLANNED = pytest.mark.parametrize("pair", PAIRS[:10], ids=["-".join(pair) for pair in PAIRS[:10]])
 
 
 def make_pair(pair: tuple[str, str, str, str], **planner: Any) -> Any:
@@ -175,7 +179,7 @@ def test_plans_in_bfloat16(pair: tuple[str, str, str, str]) -> None:
     agent = perturbed(make_pair(pair, precision="bfloat16"))
     action, carry = agent.act_batch(look(agent), np.ones(3, bool))
     check_actions(agent.spaces, torch.from_numpy(action))
-    assert {value.dtype for value in carry.values()} <= {torch.float32, torch.uint8}
+    assert {value.dtype for value in carry.values()} <= {torch.float32, torch.uint8, torch.int64}
 
 
 def test_bfloat16_gives_nearly_the_same_plan() -> None:

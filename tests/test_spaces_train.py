@@ -41,6 +41,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "behavior": {"horizon": 3},
         "replay": {"batch_size": 2, "batch_length": 6, "capacity": 1000},
     },
+    "token": {
+        "model": "token:tiny",
+        "model_options": {
+            **{"width": 16, "heads": 2, "units": 16, "depth": 2, "context": 4},
+            **{"warmup": 2, "tokenizer_warmup": 2},
+        },
+        "behavior": {"horizon": 3},
+        "replay": {"batch_size": 2, "batch_length": 6, "capacity": 1000},
+    },
 }
 
 

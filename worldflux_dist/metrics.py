@@ -137,6 +137,9 @@ replay/shard<index>_dropped_steps | steps | last | Steps that were lost with a s
 replay/not_durable | 1 | last | Whether replay cannot be written to disk. | not_durable | shard
 loss | 1 | mean | The weighted sum of all losses of the first optimizer.
 loss/rec/<key> | 1 | mean | Reconstruction of an observation: squared error, summed over it.
+loss/tokens/<key> | nats | mean | Cross-entropy of the next tokens of an observation, their mean.
+loss/commit/<key> | 1 | mean | Squared distance of latents and codes, summed over an observation.
+perplexity/<key> | tokens | mean | How many tokens of an observation occur: exp of their entropy.
 loss/dyn | nats | mean | KL divergence that trains the prior, at least the free nats.
 loss/rep | nats | mean | KL divergence that trains the posterior, at least the free nats.
 loss/reward | nats | mean | Cross-entropy of the predicted reward.

@@ -93,6 +93,12 @@ def sample_onehot(probs: Tensor, noise: Tensor) -> Tensor:
     return F.pad(passed, (1, 0), value=1.0) - F.pad(passed, (0, 1))
 
 
+def sample_index(probs: Tensor, noise: Tensor) -> Tensor:
+    """As sample_onehot, the index (...) of the class; probs need not add up to 1."""
+    passed = probs.detach().cumsum(-1)
+    return (noise.unsqueeze(-1) * passed[..., -1:] >= passed[..., :-1]).sum(-1)
+
+
 def likeliest(x: Tensor) -> Tensor:
     """The one-hot (..., C) of the largest of x, logits or probabilities."""
     return F.one_hot(x.argmax(-1), x.shape[-1]).to(x.dtype)

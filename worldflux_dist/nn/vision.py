@@ -64,6 +64,11 @@ def _padded(size: int, stages: int) -> int:
     return -(-size // 2**stages) * 2**stages
 
 
+def grid(shape: tuple[int, ...], stages: int) -> tuple[int, int]:
+    """Rows and columns that are left of an image (H, W, C) after so many stages of pooling."""
+    return _padded(shape[0], stages) >> stages, _padded(shape[1], stages) >> stages
+
+
 class ImageEncoder(nn.Module):
     """Per stage: conv, 2x2 max-pool, RMSNorm over channels, SiLU; flattened as (h, w, c).
 
@@ -127,6 +132,31 @@ class ImageDecoder(nn.Module):
         x = x + self.from_stoch(stoch).unflatten(-1, (*self.low, -1))
         x = F.silu(self.norm(x)).permute(0, 3, 1, 2)
         for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = _norm_silu(norm, conv(x))
+        x = torch.sigmoid(self.out(x).float())
+        return x.permute(0, 2, 3, 1)[:, : self.height, : self.width]
+
+
+class GridDecoder(nn.Module):
+    """Cells (N, h w, size_in), a number of stages below an image -> the image (N, H, W, C) in
+    [0, 1]: per stage nearest upsampling and conv, as in ImageDecoder."""
+
+    def __init__(
+        self, shape: tuple[int, ...], size_in: int, depth: int, multipliers: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        self.height, self.width, channels = shape
+        self.low = grid(shape, len(multipliers))
+        sizes = [depth * m for m in multipliers][::-1]
+        self.first = Linear(size_in, sizes[0])
+        self.convs = nn.ModuleList(UpConv(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.norms = nn.ModuleList(RMSNorm(size) for size in sizes)
+        self.out = UpConv(sizes[-1], channels)
+
+    def forward(self, cells: Tensor) -> Tensor:
+        first, *norms = self.norms
+        x = _norm_silu(first, self.first(cells).unflatten(1, self.low).permute(0, 3, 1, 2))
+        for conv, norm in zip(self.convs, norms, strict=True):
             x = _norm_silu(norm, conv(x))
         x = torch.sigmoid(self.out(x).float())
         return x.permute(0, 2, 3, 1)[:, : self.height, : self.width]
