@@ -11,7 +11,9 @@ from pendulum import card, trained
 from small import family_batch, make_small, perturbed, same_sums, tensors
 from torch import Tensor
 
+from worldflux_dist.learner import Learner, LearnerConfig
 from worldflux_dist.nn import collapse
+from worldflux_dist.nn.masked import visible_parts
 
 
 def make_jepa(obs: str = "vector", **options: Any) -> Any:
@@ -165,3 +167,91 @@ def test_without_regulariser_and_reward_everything_becomes_one_point() -> None:
     for regularizer, collapses in (("none", True), ("sigreg", False), ("vicreg", False)):
         _, metrics = trained("jepa:tiny", 200, scales=silent, regularizer=regularizer)
         assert (metrics["emb_std"] < 0.1) == collapses
+
+
+# ---------------------------------------------------------------------- masked prediction
+
+
+def make_masked(obs: str, **options: Any) -> Any:
+    return make_jepa(obs, objective="both", patch=4, **options)
+
+
+@pytest.mark.parametrize("obs", ["vector", "image", "dict"])
+def test_what_is_hidden_reaches_its_prediction_in_no_way(obs: str) -> None:
+    """Neither as a value nor as a gradient: of the context, and of what is made of it."""
+    agent = make_masked(obs)
+    model, spaces = agent.world_model, agent.spaces
+    batch = tensors(family_batch(agent))
+    lead = batch.reward.shape
+    visible = visible_parts(spaces, lead, 4, "cpu")
+    hidden = torch.cat([~visible[key] for key in sorted(visible)], -1)
+    assert hidden.any((1, 2)).all() and not hidden.all(2).all(1).any()
+
+    def predicted(obs: dict[str, Tensor]) -> Tensor:
+        flat = {key: value.flatten(0, 1) for key, value in obs.items()}
+        parts = {key: value.flatten(0, 1) for key, value in visible.items()}
+        emb = model.encoder(flat, parts).unflatten(0, lead)
+        return model.masked(emb, hidden, batch.action, batch.is_first)
+
+    other = {key: value.clone() for key, value in batch.obs.items()}
+    for key, seen in visible.items():
+        if spaces.obs[key].kind == "vector":
+            other[key][~seen[..., 0]] += 3.0
+        else:  # 16 x 16 pixels in patches of 4 x 4
+            pixels = seen.unflatten(-1, (4, 4)).repeat_interleave(4, -1).repeat_interleave(4, -2)
+            other[key] = torch.where(pixels.unsqueeze(-1), other[key], 255 - other[key])
+    same_sums(predicted(other), predicted(batch.obs))
+    changed = {key: 255 - value for key, value in batch.obs.items()}
+    assert not torch.allclose(predicted(changed), predicted(batch.obs))
+    if obs == "vector":
+        given = {"obs": batch.obs["obs"].clone().requires_grad_()}
+        predicted(given).sum().backward()
+        reached = given["obs"].grad.abs().sum(-1) > 0
+        assert torch.equal(reached, visible["obs"][..., 0])
+
+
+def test_blocks_hide_a_part_of_every_row() -> None:
+    spaces = make_masked("image").spaces
+    seen = visible_parts(spaces, (200, 16), 2, "cpu")["obs"]  # 8 x 8 patches
+    share = 1 - seen.float().mean((1, 2))
+    assert share.min() > 0 and share.max() < 0.9 and 0.15 < share.mean() < 0.6
+    times, places = (~seen).any(2).sum(1), (~seen).any(1).sum(1)
+    assert times.min() >= 4 and times.float().mean() < 15 and places.min() >= 4
+
+
+def test_predictions_do_not_cross_a_reset() -> None:
+    agent = make_masked("vector")
+    model, batch = agent.world_model, tensors(family_batch(agent))
+    emb = torch.randn(3, 12, 16)
+    hidden, other = torch.zeros(3, 12, 1, dtype=torch.bool), emb.clone()
+    other[:, :6] += 1
+    one, two = (model.masked(x, hidden, batch.action, batch.is_first) for x in (emb, other))
+    same_sums(one[:2, 6:], two[:2, 6:])  # where an episode began at step 6
+    assert not torch.allclose(one[2, 6:], two[2, 6:])
+
+
+def test_masked_alone_shapes_embeddings_by_nothing_else() -> None:
+    agent = make_jepa("dict", objective="masked", patch=4, probe=True)
+    output = agent.world_model.loss(tensors(family_batch(agent)))
+    named = list(agent.world_model.named_parameters())
+    for name in ("prediction", "reward", "continue"):
+        output.losses[name].sum().backward(retain_graph=True)
+    reached = {
+        n.split(".")[0] for n, p in agent.world_model.named_parameters() if p.grad is not None
+    }
+    assert reached == {"predictor", "heads", "memory"}
+    assert not agent.world_model.features(output.path).requires_grad
+    output.losses["masked"].sum().backward()
+    reached = {
+        n.split(".")[0] for n, p in agent.world_model.named_parameters() if p.grad is not None
+    }
+    assert reached >= {"encoder", "masked"}
+
+
+@pytest.mark.learning
+def test_masked_prediction_learns_on_vectors_and_images() -> None:
+    for obs in ("vector", "dict"):
+        agent = make_masked(obs, learning_rate=3e-3, warmup=0)
+        learner = Learner(agent, LearnerConfig(device="cpu"))
+        history = [learner.step(family_batch(agent))["loss/masked"] for _ in range(30)]
+        assert np.mean(history[-5:]) < 0.6 * np.mean(history[:5])

@@ -146,6 +146,7 @@ loss/reward | nats | mean | Cross-entropy of the predicted reward.
 loss/continue | nats | mean | Cross-entropy of the predicted continuation.
 loss/consistency | 1 | mean | Squared error of predicted latents.
 loss/prediction | 1 | mean | Squared error of predicted embeddings.
+loss/masked | 1 | mean | Squared error of the embeddings of what was hidden.
 loss/regularizer | 1 | mean | What keeps embeddings from collapsing: how far they are from it.
 loss/barlow | 1 | mean | How far features and tokens are from correlating dimension by dimension.
 loss/termination | nats | mean | Cross-entropy of the predicted end of an episode.

@@ -9,6 +9,11 @@ where nothing came before. Features are the embedding, with a memory both.
     L = sum_k rho^{k-1} |z'_{t+k} - z_{t+k}|^2 / D           unrolled from every t for K steps
         + SIGReg(z) + CE(R(z, c), r) + BCE(P(z, c), continue)
 
+With `objective: masked` or both, an encoder of patches leaves out blocks of time and, of images, of
+space, and a transformer over the window predicts the embeddings of the whole from those of what is
+left (nn/masked.py); masked alone shapes embeddings by nothing else, dynamics and heads then learn
+on them detached.
+
 The losses of reward and continue are those of embeddings seen and of embeddings predicted, and
 reach the encoder: with the regulariser (nn/collapse.py) they decide what is worth embedding. The
 form is LeWM's; multi-step prediction and heads are as in TD-MPC2. Deviations, with reasons:
@@ -22,6 +27,7 @@ form is LeWM's; multi-step prediction and heads are as in TD-MPC2. Deviations, w
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +42,7 @@ from worldflux_dist.data import Batch
 from worldflux_dist.models.base import LossOutput, Prediction, State, WorldModel
 from worldflux_dist.nn import collapse
 from worldflux_dist.nn.layers import MLP, BlockGRU, Linear
+from worldflux_dist.nn.masked import MaskedPredictor, PatchEncoder, patches, visible_parts
 from worldflux_dist.nn.observations import ObsDecoder, ObsEncoder, OutcomeHeads
 from worldflux_dist.nn.optim import LaProp
 from worldflux_dist.nn.products import full_precision
@@ -50,7 +57,8 @@ class JEPAConfig(Settings):
     `memory` is the size of a GRU for what one observation does not show; auto has one where there
     are images. `steps` is how far embeddings are predicted, `rho` what each further step counts.
     SIGReg compares `samples` embeddings along so many random `directions`. `probe` adds a decoder
-    that learns from embeddings and never changes them.
+    that learns from embeddings and never changes them. Masked prediction sees images as patches of
+    `patch` x `patch` pixels, through `masked_layers` of a transformer.
     """
 
     section: ClassVar[str] = "model_options"
@@ -71,6 +79,10 @@ class JEPAConfig(Settings):
     samples: Units = 256
     target_rate: Share = 0.01
     probe: bool = False
+    objective: Literal["dynamics", "masked", "both"] = "dynamics"
+    patch: Annotated[int, Ge(1), Le(1024)] = 8
+    masked_layers: Layers = 2
+    masked_scale: Scale = 10.0
     discount: Annotated[float, Gt(0), Le(1)] = 0.99
     learning_rate: Positive = 2e-3
     agc: Scale = 0.3
@@ -121,6 +133,13 @@ class JEPA(WorldModel):
         self.heads = OutcomeHeads(c.emb + size, c.units, c.layers)
         self.probe = ObsDecoder(spaces, c.emb, c.emb, *vision) if c.probe else None
         self.decodes_obs = c.probe
+        self.masked: MaskedPredictor | None = None
+        if c.objective != "dynamics":
+            shapes = [spec.shape for spec in spaces.obs.values() if spec.kind == "image"]
+            parts = sum(math.prod(patches(shape, c.patch)) for shape in shapes)
+            parts += len(spaces.vectors)
+            sizes = (spaces.action_dim, c.units, c.masked_layers)
+            self.masked = MaskedPredictor(c.emb, parts, *sizes)
         self.target: Encoder | None = None
         if c.regularizer == "ema":
             self.target = copy.deepcopy(self.encoder).requires_grad_(False)
@@ -128,6 +147,7 @@ class JEPA(WorldModel):
         self.loss_scales = {
             "prediction": c.prediction_scale,
             "regularizer": c.regularizer_scale,
+            **({} if self.masked is None else {"masked": c.masked_scale}),
         }
         self.native = {
             "behavior": {"kind": "actor_critic", "horizon": 5},
@@ -231,15 +251,17 @@ class JEPA(WorldModel):
         """Losses: regularizer (B, T), prediction, reward and continue (B, T - 1)."""
         states = self._seen(batch, start)
         emb, going = states.tensors["emb"], (1 - batch.is_terminal.float()) * self.discount
-        wanted = self._targets(emb, batch)[:, 1:]
+        targets = self._targets(emb, batch)
+        more = {} if self.masked is None else {"masked": self._masked(targets, batch)}
+        if self.config.objective == "masked":
+            states, targets = states.detach(), targets.detach()
+        wanted = targets[:, 1:]
         keep = (~batch.is_first[:, 1:]).float()
         path, weight = self._unrolled(states, batch)  # (K, B, T - 1)
         outcome = torch.cat([self._outcome(states)[None, :, 1:], self._outcome(path)])
-        targets = batch.reward[None, :, 1:], going[None, :, 1:]
-        reward, proceed = self.heads.losses(
-            outcome, *(x.expand(outcome.shape[:-1]) for x in targets)
-        )
-        losses = {
+        real = batch.reward[None, :, 1:], going[None, :, 1:]
+        reward, proceed = self.heads.losses(outcome, *(x.expand(outcome.shape[:-1]) for x in real))
+        losses = more | {
             "prediction": (weight * self._error(path.tensors["emb"], wanted)).sum(0),
             "reward": keep * reward[0] + (weight * reward[1:]).sum(0),
             "continue": proceed[0] + (weight * proceed[1:]).sum(0),
@@ -286,6 +308,20 @@ class JEPA(WorldModel):
         total = sum(c.rho**k for k in range(c.steps))
         return State.stack(paths), torch.stack(weights) / total
 
+    def _masked(self, targets: Tensor, batch: Batch) -> Tensor:
+        """The loss (B, T) of predicting embeddings of the whole from a part: over the steps of
+        which something is hidden, as large as if that were all."""
+        assert self.masked is not None
+        lead, c = (targets.shape[0], targets.shape[1]), self.config
+        visible = visible_parts(self.spaces, lead, c.patch, targets.device)
+        flat = {key: value.flatten(0, 1) for key, value in batch.obs.items()}
+        emb = self.encoder(flat, {key: value.flatten(0, 1) for key, value in visible.items()})
+        hidden = ~torch.cat([visible[key] for key in sorted(visible)], -1)
+        action = batch.action * (~batch.is_first).float().unsqueeze(-1)
+        predicted = self.masked(emb.unflatten(0, lead), hidden, action, batch.is_first)
+        counts = hidden.any(-1).float()
+        return self._error(predicted, targets) * counts / counts.mean()
+
     def _targets(self, emb: Tensor, batch: Batch) -> Tensor:
         """What is to be predicted (B, T, D)."""
         if self.target is None:
@@ -321,11 +357,14 @@ class Encoder(nn.Module):
 
     def __init__(self, spaces: Spaces, config: JEPAConfig) -> None:
         super().__init__()
-        self.obs = ObsEncoder(spaces, config.units, config.depth, config.multipliers)
+        c, patched = config, None
+        if c.objective != "dynamics":
+            patched = partial(PatchEncoder, patch=c.patch, width=c.units, layers=c.masked_layers)
+        self.obs = ObsEncoder(spaces, c.units, c.depth, c.multipliers, patched)
         self.out = Linear(self.obs.size_out, config.emb)
 
-    def forward(self, obs: dict[str, Tensor]) -> Tensor:
-        emb: Tensor = self.out(self.obs(obs)).float()
+    def forward(self, obs: dict[str, Tensor], visible: dict[str, Tensor] | None = None) -> Tensor:
+        emb: Tensor = self.out(self.obs(obs, visible)).float()
         return emb
 
 

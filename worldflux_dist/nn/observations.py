@@ -7,7 +7,7 @@ a fresh reward head predicts exactly 0. The names of parameters are part of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,26 +25,37 @@ class ObsEncoder(nn.Module):
     """Observations (N, ...) -> one vector (N, size_out): vectors first (keys sorted), then images.
 
     `units` is the width of the vectors' three layers, `depth` times each of the `multipliers` that
-    of an image's stages.
+    of an image's stages, unless `make_cnn` makes another network for an image's shape. `visible`
+    says for each observation which of its parts are seen; only such networks know parts.
     """
 
     def __init__(
-        self, spaces: Spaces, units: int, depth: int, multipliers: tuple[int, ...]
+        self,
+        spaces: Spaces,
+        units: int,
+        depth: int,
+        multipliers: tuple[int, ...],
+        make_cnn: Callable[[tuple[int, ...]], Any] | None = None,
     ) -> None:
         super().__init__()
         self.vectors, self.images = spaces.vectors, spaces.images
         size = sum(spaces.obs[key].shape[0] for key in self.vectors)
         self.mlp = MLP(size, units, 3) if self.vectors else None
-        shapes = [spaces.obs[key].shape for key in self.images]
-        cnns = [ImageEncoder(shape, depth, multipliers) for shape in shapes]
+        make = make_cnn or partial(ImageEncoder, depth=depth, multipliers=multipliers)
+        cnns = [make(spaces.obs[key].shape) for key in self.images]
         self.cnns = nn.ModuleList(cnns)
         self.size_out = sum(cnn.size_out for cnn in cnns) + units * bool(self.vectors)
 
-    def forward(self, obs: dict[str, Tensor]) -> Tensor:
+    def forward(self, obs: dict[str, Tensor], visible: dict[str, Tensor] | None = None) -> Tensor:
         tokens = []
         if self.mlp is not None:
-            tokens.append(self.mlp(dist.symlog(torch.cat([obs[k] for k in self.vectors], -1))))
-        tokens += [cnn(obs[key]) for key, cnn in zip(self.images, self.cnns, strict=True)]
+            vectors = [dist.symlog(obs[key]) for key in self.vectors]
+            if visible is not None:  # zero and not there are told apart by what reads this
+                pairs = zip(vectors, self.vectors, strict=True)
+                vectors = [x.masked_fill(~visible[key], 0.0) for x, key in pairs]
+            tokens.append(self.mlp(torch.cat(vectors, -1)))
+        for key, cnn in zip(self.images, self.cnns, strict=True):
+            tokens.append(cnn(obs[key]) if visible is None else cnn(obs[key], visible[key]))
         return torch.cat(tokens, -1)
 
 
