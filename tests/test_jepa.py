@@ -233,7 +233,6 @@ def test_predictions_do_not_cross_a_reset() -> None:
 def test_masked_alone_shapes_embeddings_by_nothing_else() -> None:
     agent = make_jepa("dict", objective="masked", patch=4, probe=True)
     output = agent.world_model.loss(tensors(family_batch(agent)))
-    named = list(agent.world_model.named_parameters())
     for name in ("prediction", "reward", "continue"):
         output.losses[name].sum().backward(retain_graph=True)
     reached = {
