@@ -16,9 +16,11 @@ from small import IMAGE, family_batch, make_small, perturbed, same_sums, tensors
 from torch import Tensor
 
 from worldflux_dist.data import Batch
+from worldflux_dist.distributed.roles import activation_bytes
 from worldflux_dist.learner import Learner, LearnerConfig
 from worldflux_dist.models.base import State, WorldModel, create_from_spaces, create_world_model
 from worldflux_dist.nn import distributions as dist
+from worldflux_dist.replay.config import ReplayConfig
 from worldflux_dist.spaces import Spaces
 
 DISCRETE = gym_spaces.Dict(
@@ -292,6 +294,15 @@ def test_what_does_not_fit_is_refused_in_a_sentence(
     with pytest.raises(ValueError, match=message) as error:
         create_world_model("token:small", obs, gym_spaces.Discrete(2), **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"tokenizer": "vq"}, {"mode": "autoregressive"}])
+def test_memory_is_planned_on_no_device(options: dict[str, Any]) -> None:
+    """The loss's activations are counted on the meta device, where a tensor has no value."""
+    with torch.device("meta"):
+        agent = make_small("token", "dict", "mixed", **options)
+    replay = ReplayConfig(batch_size=2, batch_length=6)
+    assert 1e4 < activation_bytes(agent, replay) < 1e8
 
 
 def test_each_observation_gets_what_fits_it() -> None:

@@ -29,6 +29,7 @@ Output i of a block predicts token i of the next observation: block teacher forc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -112,7 +113,7 @@ class TokenConfig(Settings):
                 "model_options.starts is 1: it must be 0, for all steps, or at least 2, as what is "
                 "learned of replayed rewards needs two"
             )
-        if torch.tensor(self.levels).prod() > 2**14:
+        if math.prod(self.levels) > 2**14:
             raise ValueError(
                 f"model_options.levels {self.levels} make more than {2**14} tokens: give fewer"
             )

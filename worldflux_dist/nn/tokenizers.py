@@ -119,8 +119,8 @@ class Bins(Tokenizer):
 
 def _bins(low: float, high: float) -> Tensor:
     if -UNBOUNDED < low < high < UNBOUNDED:
-        ends = dist.symlog(torch.tensor([low, high], dtype=torch.float64))
-        return torch.linspace(float(ends[0]), float(ends[1]), NUM_BINS, dtype=torch.float64)
+        first, last = (math.copysign(math.log1p(abs(x)), x) for x in (low, high))
+        return torch.linspace(first, last, NUM_BINS, dtype=torch.float64)
     near = torch.linspace(0, KNEE, 32, dtype=torch.float64)
     half = torch.cat([near, torch.linspace(KNEE, FAR, 32, dtype=torch.float64)[1:]])
     return torch.cat([-half[1:].flip(0), half])
