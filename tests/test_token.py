@@ -16,7 +16,7 @@ from small import IMAGE, family_batch, make_small, perturbed, same_sums, tensors
 from torch import Tensor
 
 from worldflux_dist.data import Batch
-from worldflux_dist.distributed.roles import activation_bytes
+from worldflux_dist.distributed.roles import loss_sizes
 from worldflux_dist.learner import Learner, LearnerConfig
 from worldflux_dist.models.base import State, WorldModel, create_from_spaces, create_world_model
 from worldflux_dist.nn import distributions as dist
@@ -302,7 +302,7 @@ def test_memory_is_planned_on_no_device(options: dict[str, Any]) -> None:
     with torch.device("meta"):
         agent = make_small("token", "dict", "mixed", **options)
     replay = ReplayConfig(batch_size=2, batch_length=6)
-    assert 1e4 < activation_bytes(agent, replay) < 1e8
+    assert 1e4 < loss_sizes(agent, replay).kept < 1e8
 
 
 def test_each_observation_gets_what_fits_it() -> None:

@@ -42,9 +42,8 @@ from torch import Tensor, nn
 
 from worldflux_dist.data import Batch
 from worldflux_dist.models.base import LossOutput, Prediction, State, WorldModel
-from worldflux_dist.nn import distributions as dist
 from worldflux_dist.nn.frames import Embedder, Predictor
-from worldflux_dist.nn.layers import MLP, BinOutput, Linear
+from worldflux_dist.nn.observations import OutcomeHeads
 from worldflux_dist.nn.optim import LaProp, groups
 from worldflux_dist.nn.tokenizers import (
     FSQ,
@@ -163,9 +162,7 @@ def make_tokenizer(key: str, spec: ObsSpec, config: TokenConfig) -> Tokenizer:
 
 
 class Token(WorldModel):
-    """The family's world model. Owns tokenizers, embedder, transformer, predictor and two heads."""
-
-    bins: Tensor
+    """The family's world model. Owns tokenizers, embedder, transformer, predictor and heads."""
 
     def __init__(self, spaces: Spaces, config: TokenConfig) -> None:
         super().__init__(spaces)
@@ -180,9 +177,7 @@ class Token(WorldModel):
         self.transformer = BlockTransformer(c.width, c.layers, c.heads, positions, c.context)
         in_turn = c.mode == "autoregressive"
         self.predictor = Predictor(tokenizers, c.width, c.heads, in_turn, c.rare)
-        self.reward = MLP(self.feature_dim, c.units, 1, partial(BinOutput, bins=255))
-        self.proceed = MLP(self.feature_dim, c.units, 1, partial(Linear, size_out=1))
-        self.register_buffer("bins", dist.symexp_bins(255), persistent=False)
+        self.heads = OutcomeHeads(self.feature_dim, c.units)
         self.loss_scales = {f"tokens/{key}": c.tokens_scale for key in self.keys}
         self.native = {
             "behavior": {"kind": "actor_critic"},
@@ -198,7 +193,7 @@ class Token(WorldModel):
 
     def inference_modules(self, planning: bool = False) -> tuple[str, ...]:
         acting = ("tokenizers", "embedder", "transformer")
-        return (*acting, "predictor", "reward", "proceed") if planning else acting
+        return (*acting, "predictor", "heads") if planning else acting
 
     def update_targets(self) -> None:
         for tokenizer in self.tokenizers:
@@ -207,8 +202,8 @@ class Token(WorldModel):
     # ------------------------------------------------------------------------- five verbs
 
     def initial(self, batch_size: int) -> State:
-        zeros, num, width = self.bins.new_zeros, sum(self.nums), self.config.width
-        whole = partial(torch.zeros, dtype=torch.long, device=self.bins.device)
+        table, num, width = self.embedder.table, sum(self.nums), self.config.width
+        zeros, whole = table.new_zeros, partial(table.new_zeros, dtype=torch.long)
         return State(
             {
                 "tokens": whole(batch_size, num),
@@ -272,11 +267,7 @@ class Token(WorldModel):
             logits = self.predictor(ahead, self.embedder.tokens(flat))
             preds["tokens"] = self._named([x.unflatten(0, lead) for x in logits])
         if {"reward", "continue"} & set(heads):
-            features = self.features(state)
-            if "reward" in heads:
-                preds["reward"] = dist.twohot_predict(self.reward(features), self.bins)
-            if "continue" in heads:
-                preds["continue"] = torch.sigmoid(self.proceed(features).squeeze(-1).float())
+            preds |= self.heads.decode(self.features(state), heads)
         return Prediction(preds)
 
     def _named(self, values: list[Tensor]) -> Any:
@@ -346,12 +337,10 @@ class Token(WorldModel):
             if self.spaces.obs[key].kind == "vector":
                 broken = ~batch.obs[key].isfinite().all(-1)
                 losses[f"tokens/{key}"] = losses[f"tokens/{key}"].masked_fill(broken, torch.nan)
-        features = self.features(states)
-        told = torch.maximum(moved, batch.is_first.float())
-        reward = dist.twohot_loss(self.reward(features), batch.reward, bins=self.bins)
-        losses["reward"] = told * reward
         going = (1 - batch.is_terminal.float()) * self.discount
-        losses["continue"] = dist.bernoulli_loss(self.proceed(features).squeeze(-1), going)
+        reward, proceed = self.heads.losses(self.features(states), batch.reward, going)
+        told = torch.maximum(moved, batch.is_first.float())
+        losses |= {"reward": told * reward, "continue": proceed}
         path, steps = self._last(states, batch)
         weight = torch.ones_like(steps.reward[0])
         return LossOutput(losses, metrics, path, path, weight, steps)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from worldflux_dist.nn import distributions as dist
 from worldflux_dist.nn.layers import BlockLinear, Linear, NormedLinear
+from worldflux_dist.nn.products import full_precision
 from worldflux_dist.nn.tokenizers import Tokenizer
 from worldflux_dist.nn.transformer import Layer
 
@@ -56,8 +57,7 @@ class Embedder(nn.Module):
 
     def pooled(self, ids: Tensor) -> Tensor:
         """(..., K) -> (..., W). In float32 under autocast, too: a policy sees what it acts on."""
-        device = "cpu" if ids.is_meta else ids.device.type  # autocast does not know meta
-        with torch.autocast(device, enabled=False):
+        with full_precision(ids):
             return self.frame(self.tokens(ids).flatten(-2))
 
 
