@@ -45,6 +45,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         | {"plan_samples": 32, "plan_iterations": 2},
         {"scale_rate": 0.02},
     ),
+    "diffusion": (
+        "tiny",
+        {"units": 16, "memory": 24, "denoiser_units": 16, "denoiser_layers": 2, "depth": 2}
+        | {"multipliers": (2, 3), "channels": (4, 8), "denoise_steps": 0, "starts": 0, "warmup": 2}
+        | {"history": 2, "frames": 3},
+        {"horizon": 5},
+    ),
 }
 
 

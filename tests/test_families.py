@@ -168,7 +168,8 @@ def test_rollout_is_transition_and_decode_by_hand(case: tuple[str, str, str]) ->
     for h in range(4):
         states.append(model.transition(states[-1], taken[h], None if noise is None else noise[h]))
         preds = model.decode(states[-1]).preds
-        torch.testing.assert_close(rollout.rewards[h], preds["reward"], rtol=1e-4, atol=1e-4)
+        # Sums of random shares of bins up to 5e8: more than the last digits of the result.
+        torch.testing.assert_close(rollout.rewards[h], preds["reward"], rtol=5e-4, atol=1e-4)
         same_sums(rollout.continues[h], preds["continue"])
     assert_same(rollout.states, State.stack([model.visible(model.essential(s)) for s in states]))
     same_sums(rollout.start_continue, model.decode(start).preds["continue"])

@@ -63,6 +63,7 @@ def test_two_steps_move_every_parameter(case: tuple[str, str, str]) -> None:
 FALLING = {
     "dreamerv3": ("rec/image", "rec/vector", "reward", "replay_value"),
     "tdmpc2": ("consistency", "reward", "value"),
+    "diffusion": ("denoise/image", "denoise", "reward", "replay_value"),
 }
 
 
@@ -70,7 +71,7 @@ FALLING = {
 @FAMILY
 def test_learning_lowers_the_loss(family: str, precision: Any) -> None:
     torch.manual_seed(0)
-    warm = {"warmup": 0} if family == "dreamerv3" else {}
+    warm = {} if family == "tdmpc2" else {"warmup": 0}
     agent = make_small(family, "dict", "discrete", learning_rate=3e-3, **warm)
     learner = Learner(agent, LearnerConfig(device="cpu", precision=precision))
     batch = family_batch(agent)
@@ -99,7 +100,7 @@ def test_a_saved_learner_continues_bit_for_bit(case: tuple[str, str, str], tmp_p
         assert torch.equal(resumed.agent.state_dict()[name], value), name
 
 
-SEEN = {"dreamerv3": "rec/vector", "tdmpc2": "consistency"}
+SEEN = {"dreamerv3": "rec/vector", "tdmpc2": "consistency", "diffusion": "denoise"}
 
 
 @pytest.mark.parametrize("column", ["reward", "obs/vector"])
@@ -130,7 +131,8 @@ def test_nan_is_named_and_changes_nothing(family: str, column: str) -> None:
 @FAMILY
 def test_images_of_any_size_train(family: str, shape: tuple[int, ...]) -> None:
     space = gym_spaces.Box(0, 255, shape, np.uint8)
-    depth = {"depth": 2, "multipliers": (2, 3, 4, 4)} if family == "dreamerv3" else {}
+    depth = {"depth": 2, "multipliers": (2, 3, 4, 4)}
+    depth = {"dreamerv3": depth, "diffusion": depth | {"channels": (4, 4, 8)}}.get(family, {})
     model = make_small(family, space, "discrete", **depth).world_model
     batch = tensors(random_batch(model.spaces, 2, 6))
     losses = model.loss(batch).losses

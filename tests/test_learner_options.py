@@ -19,6 +19,7 @@ from worldflux_dist.storage import CheckpointError
 CRITIC = {"kind": "actor_critic", "horizon": 3}
 # What enters the losses as a statistic of the whole batch stands still.
 STILL = {"dreamerv3": {"horizon": 3, "return_rate": 0.0}, "tdmpc2": {"scale_rate": 0.0}}
+STILL["diffusion"] = STILL["dreamerv3"]
 
 
 def make_learner(
@@ -120,6 +121,7 @@ def test_every_row_has_the_loss_of_its_own_steps(
     assert found.shape == (4,) and found.dtype == np.float32
     names = {"loss/reward", "loss/dyn", "loss/rep", "loss/continue", "loss/consistency"}
     names |= {"loss/termination", "loss/rec/image", "loss/rec/vector"}
+    names |= {"loss/denoise", "loss/denoise/image"}
     scales = model.loss_scales
     want = sum(scales.get(n[5:], 1.0) * v for n, v in metrics.items() if n in names)
     same_sums(found.mean(), want)
@@ -198,6 +200,7 @@ def test_what_cannot_be_compiled_is_one_sentence(monkeypatch: pytest.MonkeyPatch
 
 
 SHORT: dict[str, Any] = {"dreamerv3": {}, "tdmpc2": {"horizon": 2, "termination": "none"}}
+SHORT["diffusion"] = {"history": 1}
 
 
 @pytest.mark.slow
@@ -213,7 +216,7 @@ def test_a_compiled_stage_is_one_graph_and_teaches_the_same(
         torch, "compile", lambda function, **options: real(function, backend="eager", **options)
     )
     torch._dynamo.reset()
-    behavior = {"dreamerv3": {"horizon": 1}, "tdmpc2": {"dropout": 0.0}}[family]
+    behavior = {"tdmpc2": {"dropout": 0.0}}.get(family, {"horizon": 1})
     ends = []
     for on in (True, False):
         torch.manual_seed(0)

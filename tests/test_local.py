@@ -59,6 +59,7 @@ ECHO: dict[str, dict[str, Any]] = {
     "dreamerv3": {"deter": 64, "hidden": 32, "groups": 4, "classes": 4, "units": 32, "blocks": 4}
     | {"learning_rate": 4e-3, "warmup": 20},
     "tdmpc2": {},
+    "diffusion": {"learning_rate": 4e-3, "warmup": 20},
 }
 
 

@@ -158,7 +158,7 @@ def test_large_values_stay_what_they_are(family: str, level: int) -> None:
             same_sums(found["value"], worth)
             same_sums(found["reward_imagined"], worth)
         score = scores(agent, states)
-    going = 0.5 * (1.0 if family == "dreamerv3" else model.discount)
+    going = 0.5 * (model.discount if family == "tdmpc2" else 1.0)
     want = worth * (1 + going + going**2 + going**3)
     same_sums(score, torch.full((6, 16), want))
 
