@@ -47,9 +47,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "diffusion": (
         "tiny",
-        {"units": 16, "memory": 24, "denoiser_units": 16, "denoiser_layers": 2, "depth": 2}
+        {"units": 16, "memory": 32, "denoiser_units": 16, "denoiser_layers": 2, "depth": 2}
         | {"multipliers": (2, 3), "channels": (4, 8), "denoise_steps": 0, "starts": 0, "warmup": 2}
-        | {"history": 2, "frames": 3},
+        | {"history": 2, "frames": 3, "learning_rate": 4e-5, "denoiser_rate": 4e-5},
         {"horizon": 5},
     ),
 }

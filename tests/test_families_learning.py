@@ -63,7 +63,7 @@ def test_two_steps_move_every_parameter(case: tuple[str, str, str]) -> None:
 FALLING = {
     "dreamerv3": ("rec/image", "rec/vector", "reward", "replay_value"),
     "tdmpc2": ("consistency", "reward", "value"),
-    "diffusion": ("denoise/image", "denoise", "reward", "replay_value"),
+    "diffusion": ("denoise", "reward", "replay_value"),
 }
 
 

@@ -51,9 +51,13 @@ PAIRS = [
     ("dreamerv3", "discrete", "actor_critic", "cem"),
     ("dreamerv3", "discrete", "latent_td", "none"),
     ("tdmpc2", "continuous", "actor_critic", "none"),
+    ("diffusion", "continuous", "actor_critic", "mppi"),
+    ("diffusion", "discrete", "latent_td", "cem"),
+    ("diffusion", "mixed", "actor_critic", "none"),
 ]
+PLANS = [pair for pair in PAIRS if pair[3] != "none"]
 PAIRINGS = pytest.mark.parametrize("pair", PAIRS, ids=["-".join(pair) for pair in PAIRS])
-PLANNED = pytest.mark.parametrize("pair", PAIRS[:8], ids=["-".join(pair) for pair in PAIRS[:8]])
+PLANNED = pytest.mark.parametrize("pair", PLANS, ids=["-".join(pair) for pair in PLANS])
 
 
 def make_pair(pair: tuple[str, str, str, str], **planner: Any) -> Any:

@@ -63,8 +63,8 @@ class DiffusionConfig(Settings):
 
     section: ClassVar[str] = "model_options"
 
-    objective: Literal["edm", "shortcut"] = "edm"
-    steps: Annotated[int, Ge(1), Le(64)] = 2
+    objective: Literal["edm", "shortcut"] = "shortcut"
+    steps: Annotated[int, Ge(1), Le(64)] = 4
     target: Literal["residual", "absolute"] = "residual"
     history: History = 1
     frames: History = 4
@@ -112,20 +112,22 @@ class DiffusionConfig(Settings):
 PRESETS = {
     # Learns small tasks in minutes on two cores: narrow, with higher learning rates.
     "tiny": DiffusionConfig(
+        steps=2,
         units=64,
         memory=64,
         denoiser_units=128,
-        channels=(16, 24, 32, 32),
+        channels=(8, 16, 32, 32),
         depth=4,
         denoise_steps=4,
         starts=2,
         learning_rate=8e-4,
-        denoiser_rate=2e-3,
+        denoiser_rate=1e-3,
         warmup=100,
     ),
     "small": DiffusionConfig(),
     # The sizes and constants of DIAMOND, for images.
     "diamond": DiffusionConfig(
+        objective="edm",
         steps=3,
         units=512,
         memory=512,
@@ -303,12 +305,10 @@ class Diffusion(WorldModel):
     def features(self, state: State) -> Tensor:
         return torch.cat([state.tensors["embed"], state.tensors["memory"]], -1)
 
-    def _remember(
-        self, memory: Tensor, embed: Tensor, action: Tensor, weights: Any = None
-    ) -> Tensor:
+    def _remember(self, memory: Tensor, embed: Tensor, action: Tensor) -> Tensor:
         """m' (B, M). Always in float32: it is small, and errors would add up."""
-        with torch.autocast("cpu" if memory.is_meta else memory.device.type, enabled=False):
-            return self.core(memory, embed, self.core.embed_action(action), weights)
+        with _float32(memory):
+            return self.core(memory, embed, self.core.embed_action(action))
 
     def _followed(
         self, old: dict[str, Tensor], action: Tensor, obs: dict[str, Tensor]
@@ -359,7 +359,8 @@ class Diffusion(WorldModel):
         """Losses (B, T - 1) of the steps into 1..T-1, of images (B, denoise_steps) of some of them;
         0 for the step into a reset."""
         num, length = batch.reward.shape
-        order, keep = torch.randperm(length - 1, device=batch.reward.device), ~batch.is_first[:, 1:]
+        order = torch.rand(length - 1, device=batch.reward.device).argsort(stable=True)
+        keep = ~batch.is_first[:, 1:]
         losses = {}
         for keys, denoiser in self._parts:
             image = keys[0] in self.spaces.images
@@ -438,11 +439,19 @@ class Diffusion(WorldModel):
         """Memories (B, T, M); zero where nothing was before."""
         keep = (~batch.is_first).float().unsqueeze(-1)
         memory = embed.new_zeros(len(embed), self.config.memory)
-        weights, memories = self.core.hidden_weights(), [memory]
-        for t in range(1, embed.shape[1]):
-            memory = self._remember(memory, embed[:, t - 1], batch.action[:, t], weights)
-            memories.append(memory := memory * keep[:, t])
+        memories = [memory]
+        with _float32(memory):
+            weights = self.core.hidden_weights()
+            looked, acted = self.core.in_stoch(embed[:, :-1]), self.core.embed_action(batch.action)
+            for t in range(1, embed.shape[1]):
+                memory = self.core.step(memory, looked[:, t - 1], acted[:, t], weights)
+                memories.append(memory := memory * keep[:, t])
         return torch.stack(memories, 1)
+
+
+def _float32(like: Tensor) -> torch.autocast:
+    """No autocast, which does not know the meta device, on which plans are made."""
+    return torch.autocast("cpu" if like.is_meta else like.device.type, enabled=False)
 
 
 Model = Diffusion
