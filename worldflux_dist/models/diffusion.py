@@ -22,7 +22,10 @@ Deviations from DIAMOND (Alonso et al. 2024), with reasons:
   (`condition_memory`): what is out of sight of the last frames can still be drawn.
 - The State holds enc(o) and not only o, because an imagined step needs it four times.
 - Reward is two-hot on real rewards, not their sign. There is no attention in the U-Net.
-- One optimizer, LaProp, in which the denoiser has its own rate.
+- One optimizer, LaProp, with a rate of its own for the denoisers.
+
+Shortcut forcing is the default: in the same time it had learned Pendulum with about half of EDM's
+error, with 1, 2 or 4 steps, at every learning rate tried.
 """
 
 from __future__ import annotations
@@ -92,16 +95,17 @@ class DiffusionConfig(Settings):
     warmup: Whole = 1000
 
     def check(self) -> None:
-        if self.objective == "shortcut" and self.steps not in Shortcut.STEPS:
-            raise ValueError(
-                f"model_options.steps is {self.steps}: the shortcut objective samples in 1, 2 or 4 "
-                "steps, so set it to one of these or objective to edm"
-            )
-        if self.objective == "shortcut" and self.denoise_steps == 1:
-            raise ValueError(
-                "model_options.denoise_steps is 1: the shortcut objective needs 2 or more (0 is "
-                "all), so set it to these or objective to edm"
-            )
+        if self.objective == "shortcut":
+            if self.steps not in Shortcut.STEPS:
+                raise ValueError(
+                    f"model_options.steps is {self.steps}: the shortcut objective samples in 1, 2 "
+                    "or 4 steps, so set it to one of these or objective to edm"
+                )
+            if self.denoise_steps == 1:
+                raise ValueError(
+                    "model_options.denoise_steps is 1: the shortcut objective needs 2 or more (0 "
+                    "is all), so set it to these or objective to edm"
+                )
         if self.starts == 1:
             raise ValueError(
                 "model_options.starts is 1: a critic learns from one step to the next, so set it "
@@ -172,8 +176,7 @@ class Diffusion(WorldModel):
     def __init__(self, spaces: Spaces, config: DiffusionConfig) -> None:
         super().__init__(spaces)
         c = self.config = config
-        self.width, self.discount = c.units, c.discount
-        self.encoder = Encoder(spaces, c)
+        self.width, self.discount, self.encoder = c.units, c.discount, Encoder(spaces, c)
         embed = self.encoder.size_out
         self.feature_dim = embed + c.memory
         self.core = BlockGRU(c.memory, embed, spaces.action_dim, c.units, blocks=1)
@@ -220,13 +223,13 @@ class Diffusion(WorldModel):
 
     @property
     def _parts(self) -> list[tuple[tuple[str, ...], Denoiser]]:
-        """What is drawn together, by names, and by what."""
+        """What is drawn together, and by what."""
         return list(zip(self.drawn, cast(Any, self.denoisers), strict=True))
 
     def optimizer(self, params: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         c = self.config
         parts = groups(params, (self.denoisers, {"lr": c.denoiser_rate}))
-        return LaProp(parts, lr=c.learning_rate, agc=c.agc, warmup=c.warmup)
+        return LaProp(parts, c.learning_rate, agc=c.agc, warmup=c.warmup)
 
     def inference_modules(self, planning: bool = False) -> tuple[str, ...]:
         acting = ("encoder", "core")
@@ -252,8 +255,8 @@ class Diffusion(WorldModel):
             if length > 1:
                 state[f"past/{key}"] = zeros(batch_size, length - 1, *spec.shape, dtype=kind)
         if self.num_actions > 1:
-            past = zeros(batch_size, self.num_actions - 1, self.spaces.action_dim)
-            state["past_action"] = past
+            sizes = (self.num_actions - 1, self.spaces.action_dim)
+            state["past_action"] = zeros(batch_size, *sizes)
         return State(state)
 
     def update(
@@ -407,14 +410,17 @@ class Diffusion(WorldModel):
             "continue": dist.bernoulli_loss(self.proceed(features).squeeze(-1), going),
         }
         losses |= self._denoising(states, batch)
-        tail = slice(-self.num_starts if self.num_starts else None, None)
-        states, batch = states[:, tail], batch.map(lambda value: value[:, tail])
+        states, batch = self._tail(states, batch)
         return LossOutput(losses, {}, states, states, torch.ones_like(batch.reward[0]), batch)
 
     @torch.no_grad()
     def observe(self, batch: Batch, noise: Tensor | None = None) -> tuple[State, Batch]:
-        tail = slice(-self.num_starts if self.num_starts else None, None)
-        return self._seen(batch)[:, tail], batch.map(lambda value: value[:, tail])
+        return self._tail(self._seen(batch), batch)
+
+    def _tail(self, states: State, batch: Batch) -> tuple[State, Batch]:
+        """The steps that imagination starts from."""
+        tail = slice(-(self.num_starts or batch.reward.shape[1]), None)
+        return states[:, tail], batch.map(lambda value: value[:, tail])
 
     def _seen(self, batch: Batch) -> State:
         """Posteriors (B, T), their essential part: `update` step by step, in one pass."""
