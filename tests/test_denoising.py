@@ -15,7 +15,7 @@ from worldflux_dist.data import Batch
 from worldflux_dist.nn.denoisers import ImageDenoiser, VectorDenoiser
 from worldflux_dist.nn.denoising import EDM, Draws, Objective, Shortcut
 from worldflux_dist.nn.statistics import RunningMoments
-from worldflux_dist.nn.unet import UNet
+from worldflux_dist.nn.unet import AdaptiveNorm, UNet
 
 
 def affine(noisy: Tensor, level: Tensor) -> Tensor:
@@ -189,6 +189,21 @@ def test_unet_takes_any_size(size: tuple[int, int]) -> None:
         changed[i] = value + 0.5
         assert not torch.allclose(net(*changed), found, atol=1e-3)
     same_sums(net(*(value[:1] for value in inputs), cond[:1]), found[:1])
+    height, width = size  # padded at the lower right, by repetition, to whole cells of 4 x 4
+    rows, columns = (torch.arange(-(-n // 4) * 4).clamp(max=n - 1) for n in size)
+    noisy, frames = (inputs[i][:, :, rows][..., columns] for i in (0, 2))
+    same_sums(net(noisy, inputs[1], frames, cond)[..., :height, :width], found)
+
+
+def test_a_condition_scales_and_shifts() -> None:
+    norm = perturbed(AdaptiveNorm(64, 3))
+    x, cond = 5 + 2 * torch.randn(2, 64, 4, 4), torch.randn(2, 3)
+    grouped = x.unflatten(1, (2, 32))
+    mean, var = (f((2, 3, 4), keepdim=True) for f in (grouped.mean, grouped.var))
+    plain = ((grouped - mean) / var.sqrt()).flatten(1, 2)
+    scale, shift = norm.modulation(cond)[..., None, None].split(64, 1)
+    want = torch.nn.functional.silu((1 + scale) * plain + shift)
+    torch.testing.assert_close(norm(x, cond), want, rtol=0, atol=0.02)
 
 
 @torch.no_grad()

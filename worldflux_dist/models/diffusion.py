@@ -44,9 +44,9 @@ from worldflux_dist.models.base import LossOutput, Prediction, State, WorldModel
 from worldflux_dist.nn import distributions as dist
 from worldflux_dist.nn.denoisers import Denoiser, ImageDenoiser, VectorDenoiser
 from worldflux_dist.nn.denoising import EDM, Objective, Shortcut
+from worldflux_dist.nn.encoder import ObservationEncoder
 from worldflux_dist.nn.layers import MLP, BinOutput, BlockGRU, Linear
 from worldflux_dist.nn.optim import LaProp, groups
-from worldflux_dist.nn.vision import ImageEncoder
 from worldflux_dist.settings import Layers, Positive, Scale, Settings, Share, Units, Whole
 from worldflux_dist.spaces import Spaces
 
@@ -147,27 +147,6 @@ PRESETS = {
 }
 
 
-class Encoder(nn.Module):
-    """Observations (N, ...) -> embeddings (N, size_out) in float32: vectors first, then images."""
-
-    def __init__(self, spaces: Spaces, config: DiffusionConfig) -> None:
-        super().__init__()
-        self.vectors, self.images = spaces.vectors, spaces.images
-        size = sum(spaces.obs[key].shape[0] for key in self.vectors)
-        self.mlp = MLP(size, config.units, config.encoder_layers) if self.vectors else None
-        shapes = [spaces.obs[key].shape for key in self.images]
-        cnns = [ImageEncoder(shape, config.depth, config.multipliers) for shape in shapes]
-        self.cnns = nn.ModuleList(cnns)
-        self.size_out = sum(cnn.size_out for cnn in cnns) + config.units * bool(self.vectors)
-
-    def forward(self, obs: dict[str, Tensor]) -> Tensor:
-        parts = []
-        if self.mlp is not None:
-            parts.append(self.mlp(dist.symlog(torch.cat([obs[k] for k in self.vectors], -1))))
-        parts += [cnn(obs[key]) for key, cnn in zip(self.images, self.cnns, strict=True)]
-        return torch.cat(parts, -1).float()
-
-
 class Diffusion(WorldModel):
     """The family's world model. Owns encoder, memory, denoisers with their moments, two heads."""
 
@@ -176,7 +155,9 @@ class Diffusion(WorldModel):
     def __init__(self, spaces: Spaces, config: DiffusionConfig) -> None:
         super().__init__(spaces)
         c = self.config = config
-        self.width, self.discount, self.encoder = c.units, c.discount, Encoder(spaces, c)
+        self.width, self.discount = c.units, c.discount
+        cnn = (c.depth, c.multipliers)
+        self.encoder = ObservationEncoder(spaces, c.units, c.encoder_layers, *cnn)
         embed = self.encoder.size_out
         self.feature_dim = embed + c.memory
         self.core = BlockGRU(c.memory, embed, spaces.action_dim, c.units, blocks=1)
