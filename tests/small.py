@@ -58,6 +58,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         | {"learning_rate": 4e-5, "tokenizer_every": 2},
         {"horizon": 5},
     ),
+    "diffusion": (
+        "tiny",
+        {"units": 16, "memory": 32, "denoiser_units": 16, "denoiser_layers": 2, "depth": 2}
+        | {"multipliers": (2, 3), "channels": (4, 8), "denoise_steps": 0, "starts": 0, "warmup": 2}
+        | {"history": 2, "frames": 3, "learning_rate": 8e-6, "denoiser_rate": 8e-6},
+        {"horizon": 5},
+    ),
 }
 
 

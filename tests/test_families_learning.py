@@ -66,6 +66,7 @@ FALLING = {
     "tdmpc2": ("consistency", "reward", "value"),
     "jepa": ("prediction", "rec/image", "rec/vector", "reward", "replay_value"),
     "token": ("rec/image", "tokens/image", "reward", "replay_value"),
+    "diffusion": ("denoise", "reward", "replay_value"),
 }
 
 
@@ -104,7 +105,7 @@ def test_a_saved_learner_continues_bit_for_bit(case: tuple[str, str, str], tmp_p
 
 SEEN = {
     **{"dreamerv3": "rec/vector", "tdmpc2": "consistency", "jepa": "prediction"},
-    **{"token": "tokens/vector"},
+    **{"token": "tokens/vector", "diffusion": "denoise"},
 }
 
 
@@ -137,6 +138,7 @@ def test_nan_is_named_and_changes_nothing(family: str, column: str) -> None:
 def test_images_of_any_size_train(family: str, shape: tuple[int, ...]) -> None:
     space = gym_spaces.Box(0, 255, shape, np.uint8)
     depth = {} if family == "tdmpc2" else {"depth": 2, "multipliers": (2, 3, 4, 4)}
+    depth |= {"channels": (4, 4, 8)} if family == "diffusion" else {}
     model = make_small(family, space, "discrete", **depth).world_model
     batch = tensors(random_batch(model.spaces, 2, 6))
     losses = model.loss(batch).losses

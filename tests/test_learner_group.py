@@ -26,6 +26,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "dreamerv3": ("dreamerv3", "agent", CRITIC, 1),
     "dreamerv3 model": ("dreamerv3", "world_model", CRITIC, 2),
     "dreamerv3 behavior": ("dreamerv3", "behavior", CRITIC, 1),
+    "diffusion model": ("diffusion", "world_model", CRITIC, 2),
     "tdmpc2": ("tdmpc2", "agent", {"scale_rate": 0.5}, 1),
     "tdmpc2 model": ("tdmpc2", "world_model", {}, 1),
     "tdmpc2 behavior": ("tdmpc2", "behavior", CRITIC, 1),
@@ -38,7 +39,8 @@ def make_learner(case: str, seed: int) -> Learner:
     four digits or fewer."""
     family, part, behavior, accumulate = CASES[case]
     torch.manual_seed(seed)
-    agent = perturbed(make_small(family, "dict", "continuous", behavior), seed, 0.5)
+    rates = {"learning_rate": 4e-5, "denoiser_rate": 4e-5} if family == "diffusion" else {}
+    agent = perturbed(make_small(family, "dict", "continuous", behavior, **rates), seed, 0.5)
     for module in agent.modules():
         if isinstance(module, BinOutput):
             num = module.out_features

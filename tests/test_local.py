@@ -61,6 +61,7 @@ ECHO: dict[str, dict[str, Any]] = {
     "tdmpc2": {},
     "jepa": {"learning_rate": 4e-3, "warmup": 20},
     "token": {"learning_rate": 2e-3, "warmup": 20},
+    "diffusion": {"learning_rate": 4e-3, "warmup": 20},
 }
 
 

@@ -55,9 +55,16 @@ PAIRS = [
     ("tdmpc2", "continuous", "actor_critic", "none"),
     ("token", "discrete", "actor_critic", "none"),
     ("token", "continuous", "latent_td", "none"),
+    ("diffusion", "continuous", "actor_critic", "mppi"),
+    ("diffusion", "discrete", "latent_td", "cem"),
+    ("diffusion", "mixed", "actor_critic", "none"),
+    ("jepa", "continuous", "actor_critic", "cem"),
+    ("jepa", "discrete", "latent_td", "cem"),
+    ("jepa", "mixed", "actor_critic", "none"),
 ]
+PLANS = [pair for pair in PAIRS if pair[3] != "none"]
 PAIRINGS = pytest.mark.parametrize("pair", PAIRS, ids=["-".join(pair) for pair in PAIRS])
-PLANNED = pytest.mark.parametrize("pair", PAIRS[:10], ids=["-".join(pair) for pair in PAIRS[:10]])
+PLANNED = pytest.mark.parametrize("pair", PLANS, ids=["-".join(pair) for pair in PLANS])
 
 
 def make_pair(pair: tuple[str, str, str, str], **planner: Any) -> Any:

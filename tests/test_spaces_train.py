@@ -50,6 +50,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "behavior": {"horizon": 3},
         "replay": {"batch_size": 2, "batch_length": 6, "capacity": 1000},
     },
+    "diffusion": {
+        "model": "diffusion:tiny",
+        "model_options": {
+            **{"units": 16, "memory": 16, "denoiser_units": 16, "denoiser_layers": 1, "depth": 2},
+            **{"channels": (4, 8), "steps": 1, "denoise_steps": 2, "starts": 2, "warmup": 2},
+        },
+        "behavior": {"horizon": 3},
+        "replay": {"batch_size": 2, "batch_length": 6, "capacity": 1000},
+    },
 }
 
 

@@ -144,6 +144,8 @@ loss/dyn | nats | mean | KL divergence that trains the prior, at least the free 
 loss/rep | nats | mean | KL divergence that trains the posterior, at least the free nats.
 loss/reward | nats | mean | Cross-entropy of the predicted reward.
 loss/continue | nats | mean | Cross-entropy of the predicted continuation.
+loss/denoise | 1 | mean | Denoising of the next vectors: squared error, their mean.
+loss/denoise/<key> | 1 | mean | Denoising of the next image: squared error, the mean of its pixels.
 loss/consistency | 1 | mean | Squared error of predicted latents.
 loss/prediction | 1 | mean | Squared error of predicted embeddings.
 loss/masked | 1 | mean | Squared error of the embeddings of what was hidden.

@@ -160,13 +160,23 @@ class BlockGRU(nn.Module):
         action: Tensor,
         weights: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """deter (B, D), stoch (B, G * C), embedded action (B, hidden) -> deter (B, D).
+        """deter (B, D), stoch (B, G * C), embedded action (B, hidden) -> deter (B, D)."""
+        return self.step(deter, self.in_stoch(stoch), action, weights)
+
+    def step(
+        self,
+        deter: Tensor,
+        stoch: Tensor,
+        action: Tensor,
+        weights: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """As forward, of an embedded stoch (B, hidden), too.
 
         r, c, u per block; c = tanh(sigmoid(r) * c), u = sigmoid(u - 1),
         deter' = u c + (1 - u) deter
         """
         own, shared = weights or self.hidden_weights()
-        inputs = torch.cat([self.in_deter(deter), self.in_stoch(stoch), action], -1)
+        inputs = torch.cat([self.in_deter(deter), stoch, action], -1)
         x = block_linear(deter, own, self.hid_bias) + linear(inputs, shared)
         x = self.gates(F.silu(self.hid_norm(x))).unflatten(-1, (self.blocks, 3, -1))
         reset, candidate, update = x.unbind(-2)  # (B, blocks, D / blocks) each

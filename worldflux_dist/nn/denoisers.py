@@ -1,0 +1,155 @@
+"""What draws the next observation from the last ones: for vectors and for images.
+
+Each owns a network and has an objective (nn/denoising.py); it knows the units of observations,
+which the objective does not. One interface, over N rows: `history` (N, k, ...) are the last
+observations, the newest last, and `told` (N, C) is all else that is known of the step.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldflux_dist.nn.denoising import LevelEmbedding, Objective
+from worldflux_dist.nn.layers import Linear, NormedLinear
+from worldflux_dist.nn.statistics import RunningMoments
+from worldflux_dist.nn.unet import UNet
+
+
+class Denoiser(nn.Module, ABC):
+    """`noise_size` is how many numbers of noise one sample starts from."""
+
+    noise_size: int
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.objective = objective
+
+    @abstractmethod
+    def loss(self, target: Tensor, history: Tensor, told: Tensor, num_pairs: int) -> Tensor:
+        """The objective's losses (N,) of the observations `target` (N, ...)."""
+
+    @abstractmethod
+    def sample(self, normal: Tensor, history: Tensor, told: Tensor, steps: int) -> Tensor:
+        """Observations (N, ...) from normal noise (N, noise_size)."""
+
+    def take(self, target: Tensor, newest: Tensor, keep: Tensor) -> None:
+        """Note the scale of steps from `newest` to `target` where keep (N,)."""
+
+    def update_targets(self) -> None:
+        """After every gradient step: use what was noted."""
+
+
+class ResidualBlock(nn.Module):
+    """x + W_2 silu((1 + scale) norm(W_1 x) + shift), with scale and shift from a condition."""
+
+    def __init__(self, units: int) -> None:
+        super().__init__()
+        self.first, self.second = Linear(units, units), Linear(units, units)
+        self.modulation = Linear(units, 2 * units, outscale=0.0)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        scale, shift = self.modulation(cond).chunk(2, -1)
+        hidden = F.rms_norm(self.first(x), x.shape[-1:], eps=1e-4)
+        return x + self.second(F.silu((1 + scale) * hidden + shift))
+
+
+class VectorNet(nn.Module):
+    """(noisy (N, n), level (N, L), cond (N, C)) -> (N, n): residual blocks that level and condition
+    scale and shift; the first layer sees the condition, too. A fresh one answers 0."""
+
+    def __init__(self, size: int, cond: int, levels: int, units: int, blocks: int) -> None:
+        super().__init__()
+        self.levels = LevelEmbedding(levels)
+        self.cond = NormedLinear(self.levels.size_out + cond, units)
+        self.enter = Linear(size + cond, units)
+        self.blocks = nn.ModuleList(ResidualBlock(units) for _ in range(blocks))
+        self.norm, self.leave = NormedLinear(units, units), Linear(units, size, outscale=0.0)
+
+    def forward(self, noisy: Tensor, level: Tensor, cond: Tensor) -> Tensor:
+        modulation = self.cond(torch.cat([self.levels(level), cond], -1))
+        x = self.enter(torch.cat([noisy, cond], -1))
+        for block in self.blocks:
+            x = block(x, modulation)
+        return self.leave(self.norm(x))
+
+
+class VectorDenoiser(Denoiser):
+    """Draws vectors (N, n). History and target are normalised by running moments; the target is the
+    change (`residual`), whose scale is what a small step leaves to be learned, or the whole."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        size: int,
+        length: int,
+        told: int,
+        units: int,
+        blocks: int,
+        residual: bool = True,
+        rate: float = 0.01,
+    ) -> None:
+        super().__init__(objective)
+        self.noise_size, self.residual = size, residual
+        self.net = VectorNet(size, size * length + told, objective.levels, units, blocks)
+        self.seen, self.wanted = RunningMoments(size, rate), RunningMoments(size, rate)
+
+    def loss(self, target: Tensor, history: Tensor, told: Tensor, num_pairs: int) -> Tensor:
+        wanted = target - history[:, -1] if self.residual else target
+        x = self.objective.std * (wanted - self.wanted.mean) / self.wanted.std
+        return self.objective.loss(self.net, x, [self._cond(history, told)], num_pairs)
+
+    def sample(self, normal: Tensor, history: Tensor, told: Tensor, steps: int) -> Tensor:
+        x = self.objective.sample(self.net, normal, [self._cond(history, told)], steps)
+        drawn = x / self.objective.std * self.wanted.std + self.wanted.mean
+        return history[:, -1] + drawn if self.residual else drawn
+
+    def _cond(self, history: Tensor, told: Tensor) -> Tensor:
+        return torch.cat([((history - self.seen.mean) / self.seen.std).flatten(1), told], -1)
+
+    def take(self, target: Tensor, newest: Tensor, keep: Tensor) -> None:
+        self.wanted.take(target - newest if self.residual else target, keep)
+        self.seen.take(newest, torch.ones_like(keep))
+
+    def update_targets(self) -> None:
+        self.seen.update()
+        self.wanted.update()
+
+
+class ImageDenoiser(Denoiser):
+    """Draws images (N, H, W, C) uint8 with a U-Net on frames in [-1, 1]."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        shape: tuple[int, ...],
+        length: int,
+        told: int,
+        channels: tuple[int, ...],
+        blocks: int,
+        units: int,
+    ) -> None:
+        super().__init__(objective)
+        self.shape, colors = shape, shape[-1]
+        self.noise_size = math.prod(shape)
+        sizes = (objective.levels, channels, blocks, units)
+        self.net = UNet(colors * (1 + length), colors, told, *sizes)
+
+    def loss(self, target: Tensor, history: Tensor, told: Tensor, num_pairs: int) -> Tensor:
+        cond = [self._frames(history), told]
+        return self.objective.loss(self.net, self._frames(target[:, None]), cond, num_pairs)
+
+    def sample(self, normal: Tensor, history: Tensor, told: Tensor, steps: int) -> Tensor:
+        height, width, _ = self.shape
+        noise = normal.unflatten(-1, (-1, height, width))
+        x = self.objective.sample(self.net, noise, [self._frames(history), told], steps)
+        levels = ((x.clamp(-1, 1) + 1) * 127.5).round()
+        return levels.to(torch.uint8).permute(0, 2, 3, 1)
+
+    def _frames(self, images: Tensor) -> Tensor:
+        """(N, k, H, W, C) uint8 -> (N, k C, H, W) in [-1, 1]."""
+        return images.permute(0, 1, 4, 2, 3).flatten(1, 2).float() / 127.5 - 1
