@@ -58,6 +58,7 @@ def everything(agent: Any, on: bool) -> dict[str, Tensor]:
         found["rollout"] = model.rollout(states, behavior.act, 2)
         found["value"] = behavior.value(model.features(path))
         found["greedy"] = behavior.act(model.features(path), greedy=True)
+        found["actor"] = behavior.actor(model.features(path))  # of which an argmax may tip over
         output = model.loss(batch)
         learned = behavior.loss(model, output)
         found["losses"] = {"model": output.losses, "behavior": learned.losses}
@@ -82,16 +83,18 @@ def test_all_that_comes_out_is_float32_and_close_to_it(case: tuple[str, str, str
     exact, coarse = (everything(agent, on) for agent, on in zip(agents, (False, True), strict=True))
     assert exact.keys() == coarse.keys() and len(exact) > 40
     for name, value in coarse.items():
+        if name.startswith(".actor"):  # TD-MPC2's is a network, not what is read off one
+            continue
         assert value.dtype == exact[name].dtype, name
         assert value.dtype in (torch.float32, torch.uint8, torch.int64, torch.bool), name
         assert value.isfinite().all(), name
     # What the networks give from the same states is as close as 8 bits and a few layers allow, and
     # so are the means of losses, although a draw may fall otherwise where a probability is rounded.
     # Rewards and values of random bins, some of 1e8, are not: see below.
-    for name in (".decode.continue", ".greedy", ".log_prob"):
-        for got, want in ((coarse[n], exact[n]) for n in exact if n == name):
-            torch.testing.assert_close(got, want, rtol=0.05, atol=0.05, msg=name)
     for name, want in exact.items():
+        if name.startswith((".decode.continue", ".actor", ".log_prob")):
+            got = coarse[name].float()
+            torch.testing.assert_close(got, want, rtol=0.05, atol=0.05, msg=name)
         if name.startswith((".losses.model.", ".metrics.model.")):
             scale = max(1.0, want.abs().mean().item())
             assert (coarse[name].mean() - want.mean()).abs() < 0.05 * scale, name

@@ -32,7 +32,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
@@ -41,12 +40,12 @@ from torch import Tensor, nn
 
 from worldflux_dist.data import Batch
 from worldflux_dist.models.base import LossOutput, Prediction, State, WorldModel
-from worldflux_dist.nn import distributions as dist
 from worldflux_dist.nn.denoisers import Denoiser, ImageDenoiser, VectorDenoiser
 from worldflux_dist.nn.denoising import EDM, Objective, Shortcut
-from worldflux_dist.nn.encoder import ObservationEncoder
-from worldflux_dist.nn.layers import MLP, BinOutput, BlockGRU, Linear
+from worldflux_dist.nn.layers import BlockGRU
+from worldflux_dist.nn.observations import ObsEncoder, OutcomeHeads
 from worldflux_dist.nn.optim import LaProp, groups
+from worldflux_dist.nn.products import full_precision
 from worldflux_dist.settings import Layers, Positive, Scale, Settings, Share, Units, Whole
 from worldflux_dist.spaces import Spaces
 
@@ -73,7 +72,6 @@ class DiffusionConfig(Settings):
     frames: History = 4
     condition_memory: bool = True
     units: Units = 256
-    encoder_layers: Layers = 2
     memory: Units = 256
     denoiser_units: Units = 256
     denoiser_layers: Layers = 3
@@ -148,26 +146,21 @@ PRESETS = {
 
 
 class Diffusion(WorldModel):
-    """The family's world model. Owns encoder, memory, denoisers with their moments, two heads."""
-
-    bins: Tensor
+    """The family's world model. Owns encoder, memory, denoisers with their moments, heads."""
 
     def __init__(self, spaces: Spaces, config: DiffusionConfig) -> None:
         super().__init__(spaces)
         c = self.config = config
         self.width, self.discount = c.units, c.discount
-        cnn = (c.depth, c.multipliers)
-        self.encoder = ObservationEncoder(spaces, c.units, c.encoder_layers, *cnn)
+        self.encoder = ObsEncoder(spaces, c.units, c.depth, c.multipliers)
         embed = self.encoder.size_out
         self.feature_dim = embed + c.memory
         self.core = BlockGRU(c.memory, embed, spaces.action_dim, c.units, blocks=1)
-        self.reward = MLP(self.feature_dim, c.units, 1, partial(BinOutput, bins=255))
-        self.proceed = MLP(self.feature_dim, c.units, 1, partial(Linear, size_out=1))
+        self.heads = OutcomeHeads(self.feature_dim, c.units)
         self.lengths = dict.fromkeys(spaces.vectors, c.history)
         self.lengths |= dict.fromkeys(spaces.images, c.frames)
         self.num_actions = max(self.lengths.values())
         self._make_denoisers()
-        self.register_buffer("bins", dist.symexp_bins(255), persistent=False)
         self.loss_scales = dict.fromkeys(map(self._loss_name, self.drawn), c.denoise_scale)
         self.num_starts = (c.starts or None) if spaces.images else None
         search = {"samples": 64, "elites": 8, "proposals": 16, "iterations": 2, "horizon": 5}
@@ -214,7 +207,7 @@ class Diffusion(WorldModel):
 
     def inference_modules(self, planning: bool = False) -> tuple[str, ...]:
         acting = ("encoder", "core")
-        return (*acting, "denoisers", "reward", "proceed") if planning else acting
+        return (*acting, "denoisers", "heads") if planning else acting
 
     def update_targets(self) -> None:
         for _, denoiser in self._parts:
@@ -223,7 +216,7 @@ class Diffusion(WorldModel):
     # ------------------------------------------------------------------------- five verbs
 
     def initial(self, batch_size: int) -> State:
-        c, zeros = self.config, self.bins.new_zeros
+        c, zeros = self.config, self.core.hid_bias.new_zeros
         state = {
             "embed": zeros(batch_size, self.encoder.size_out),
             "memory": zeros(batch_size, c.memory),
@@ -275,15 +268,10 @@ class Diffusion(WorldModel):
     def decode(
         self, state: State, heads: Sequence[str] = ("obs", "reward", "continue")
     ) -> Prediction:
-        features = self.features(state)
-        preds: dict[str, Any] = {}
+        preds: dict[str, Any] = self.heads.decode(self.features(state), heads)
         if "obs" in heads:
             obs = {key: state.tensors[f"obs/{key}"] for key in self.spaces.obs}
             preds["obs"] = obs["obs"] if set(obs) == {"obs"} else obs
-        if "reward" in heads:
-            preds["reward"] = dist.twohot_predict(self.reward(features), self.bins)
-        if "continue" in heads:
-            preds["continue"] = torch.sigmoid(self.proceed(features).squeeze(-1).float())
         return Prediction(preds)
 
     def features(self, state: State) -> Tensor:
@@ -291,14 +279,16 @@ class Diffusion(WorldModel):
 
     def _remember(self, memory: Tensor, embed: Tensor, action: Tensor) -> Tensor:
         """m' (B, M). Always in float32: it is small, and errors would add up."""
-        with _float32(memory):
+        with full_precision(memory):
             return self.core(memory, embed, self.core.embed_action(action))
 
     def _followed(
         self, old: dict[str, Tensor], action: Tensor, obs: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """The state that `obs` makes of the one before, but for the memory."""
-        new = {f"obs/{key}": value for key, value in obs.items()} | {"embed": self.encoder(obs)}
+        new = {f"obs/{key}": value for key, value in obs.items()} | {
+            "embed": self.encoder(obs).float()
+        }
         latest = {f"past/{key}": old[f"obs/{key}"] for key in obs} | {"past_action": action}
         for name in (name for name in latest if name in old):
             new[name] = torch.cat([old[name][:, 1:], latest[name].unsqueeze(1)], 1)
@@ -383,13 +373,10 @@ class Diffusion(WorldModel):
                 f"and replay gives {length}: set replay.batch_length to {needed} or more"
             )
         states = self._seen(batch)
-        features = self.features(states)
         going = (1 - batch.is_terminal.float()) * self.discount
         told = torch.cat([batch.is_first[:, :1], torch.ones_like(batch.is_first[:, 1:])], 1)
-        losses = {
-            "reward": told * dist.twohot_loss(self.reward(features), batch.reward, bins=self.bins),
-            "continue": dist.bernoulli_loss(self.proceed(features).squeeze(-1), going),
-        }
+        reward, proceed = self.heads.losses(self.features(states), batch.reward, going)
+        losses = {"reward": told * reward, "continue": proceed}
         losses |= self._denoising(states, batch)
         states, batch = self._tail(states, batch)
         return LossOutput(losses, {}, states, states, torch.ones_like(batch.reward[0]), batch)
@@ -406,7 +393,7 @@ class Diffusion(WorldModel):
     def _seen(self, batch: Batch) -> State:
         """Posteriors (B, T), their essential part: `update` step by step, in one pass."""
         flat = {key: value.flatten(0, 1) for key, value in batch.obs.items()}
-        embed = self.encoder(flat).unflatten(0, batch.reward.shape)
+        embed = self.encoder(flat).float().unflatten(0, batch.reward.shape)
         state = {"embed": embed, "memory": self._memories(embed, batch)}
         state |= {f"obs/{key}": value for key, value in batch.obs.items()}
         rows = torch.arange(len(embed), device=embed.device)[:, None, None]
@@ -427,18 +414,13 @@ class Diffusion(WorldModel):
         keep = (~batch.is_first).float().unsqueeze(-1)
         memory = embed.new_zeros(len(embed), self.config.memory)
         memories = [memory]
-        with _float32(memory):
+        with full_precision(memory):
             weights = self.core.hidden_weights()
             looked, acted = self.core.in_stoch(embed[:, :-1]), self.core.embed_action(batch.action)
             for t in range(1, embed.shape[1]):
                 memory = self.core.step(memory, looked[:, t - 1], acted[:, t], weights)
                 memories.append(memory := memory * keep[:, t])
         return torch.stack(memories, 1)
-
-
-def _float32(like: Tensor) -> torch.autocast:
-    """No autocast, which does not know the meta device, on which plans are made."""
-    return torch.autocast("cpu" if like.is_meta else like.device.type, enabled=False)
 
 
 Model = Diffusion
