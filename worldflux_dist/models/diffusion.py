@@ -24,8 +24,8 @@ Deviations from DIAMOND (Alonso et al. 2024), with reasons:
 - Reward is two-hot on real rewards, not their sign. There is no attention in the U-Net.
 - One optimizer, LaProp, with a rate of its own for the denoisers.
 
-Shortcut forcing is the default: in the same time it had learned Pendulum with about half of EDM's
-error, with 1, 2 or 4 steps, at every learning rate tried.
+Shortcut forcing is the default: in the same time of learning Pendulum it foresaw one step with half
+of EDM's error, in 1, 2 or 4 steps and at every learning rate tried; 15 steps ahead they are close.
 """
 
 from __future__ import annotations
