@@ -89,6 +89,24 @@ def test_eval_plays_the_saved_agent(
     assert played > 0.45 > 0.4 > float(random.split()[1])
 
 
+def test_inspect_gives_the_report_card_of_the_saved_agent(
+    solved: Solved, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["", "inspect", str(solved[0]), "--episodes", "40", "--horizon", "3"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].startswith("dreamerv3:tiny on held-out episodes")
+    numbers = {words[0]: float(words[1]) for words in map(str.split, lines) if "@" in words[0]}
+    assert numbers["reward@1"] < 0.5  # the task is solved, so its rewards are known
+    assert lines[-1].endswith("report_card.png")
+    picture = imageio.imread(solved[0] / "report_card.png")
+    assert picture.shape[2] >= 3 and picture.std() > 10
+
+
 @pytest.mark.nightly  # test_faults.py kills each alone and looks closer; here the task is solved
 def test_killed_runners_and_shards_come_back(tmp_path: Path) -> None:
     with ToyRun(tmp_path, "train.threshold=null") as run:

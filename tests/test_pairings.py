@@ -303,3 +303,17 @@ def test_a_first_call_in_mid_episode_is_a_first_look() -> None:
     _, carry = agent.act_batch(obs, np.zeros(len(obs["obs"]), bool))
     frames = carry["state/frames/obs"]
     assert torch.equal(frames[:, 0], frames[:, -1]) and frames.any()
+
+
+def test_a_goal_is_refused_where_distances_mean_nothing() -> None:
+    for family in ("dreamerv3", "token", "diffusion"):
+        with pytest.raises(ValueError, match=r"take jepa or tdmpc2, or set planner.objective"):
+            make_small(family, planner=SEARCH | {"method": "cem", "objective": "goal"})
+
+
+def test_a_goal_of_a_family_with_memory_is_an_embedding_alone() -> None:
+    """What led to the goal is not known, so the memory is not compared."""
+    search = SEARCH | {"method": "cem", "objective": "goal", "goal": (1.0, 2.0, 3.0, 4.0, 5.0)}
+    agent = perturbed(make_small("jepa", planner=search, memory="gru"))
+    assert agent._goal_features().shape == (1, 16) != (1, agent.world_model.feature_dim)
+    assert agent.act(np.zeros(5, np.float32)).shape == (2,)

@@ -41,6 +41,8 @@ class Toy(WorldModel):
     loss_scales = NO_LOSSES
     discount = 1.0
 
+    reaches_goals = True
+
     def __init__(
         self,
         action: gym_spaces.Space,

@@ -230,7 +230,7 @@ class Agent(nn.Module):
         return self.planner is not None and self.planner.config.objective == "goal"
 
     def _goal_features(self) -> Tensor | None:
-        """Features (1, F) of the goal, where plans have one."""
+        """What plans bring near, (1, G), of the goal, where they have one."""
         if self.needs_goal:
             raise ValueError(
                 "planner.objective is goal and there is none: set planner.goal or call "
@@ -238,7 +238,7 @@ class Agent(nn.Module):
             )
         if not self._plans_to_goal:
             return None
-        return self.world_model.features(self.world_model.encode(self._goal))
+        return self.world_model.goal(self.world_model.encode(self._goal))
 
     def set_goal(self, obs: Any) -> None:
         """Plan from now on to where `obs`, one observation of the environment's own, is seen.

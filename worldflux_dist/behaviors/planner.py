@@ -3,7 +3,7 @@
 Candidate action sequences (H, B, N, A) are rolled out by `transition` and scored by `decode`:
 
     reward:  sum_k w_k r_k + w_H V(s_H),  w_k = continue_1 ... continue_{k-1}     H steps
-    goal:    -|features(s_H) - features(goal)|^2
+    goal:    -|g(s_H) - g(goal)|^2,  g: `WorldModel.goal`, features where a family has no other
 
 MPPI (Gaussian actions) weighs the elites by exp(temperature (score - best)) and acts on one of
 them; CEM weighs them alike and acts on the mean, and takes categorical actions too: their
@@ -106,6 +106,11 @@ class Planner:
                 "planner.objective is reward and this world model predicts none: set "
                 "planner.objective to goal and give one in planner.goal or by Agent.set_goal"
             )
+        if config.objective == "goal" and not world_model.reaches_goals:
+            raise ValueError(
+                "planner.objective is goal and distances of this family's states mean nothing: "
+                "take jepa or tdmpc2, or set planner.objective to reward"
+            )
         self.config, self.parts, self.weighted = config, parts, method == "mppi"
         self.sizes = [part.size for part in parts]
         means = [0.0 if part.kind == "continuous" else 1 / part.size for part in parts]
@@ -146,7 +151,8 @@ class Planner:
     ) -> tuple[Tensor, Tensor]:
         """Actions (B, A) for states (B, ...), and the mean (B, H, A) for the step after.
 
-        `mean` is what the last call gave, or `initial`; `goal` (B, F) or (1, F) are features.
+        `mean` is what the last call gave, or `initial`; `goal` (B, G) or (1, G) is what
+        `WorldModel.goal` gives of it.
         """
         device = mean.device
         bfloat16 = self.config.precision == "bfloat16"
@@ -235,9 +241,10 @@ class _Search:
                 preds = model.decode(state, ("reward", "continue")).preds
                 total = total + weight * preds["reward"]
                 weight = weight * preds["continue"]
-        features = model.features(state).unflatten(0, lead)
         if self.goal is not None:
-            return -(features - self.goal.unsqueeze(1)).square().sum(-1)
+            reached = model.goal(state).unflatten(0, lead)
+            return -(reached - self.goal.unsqueeze(1)).square().sum(-1)
+        features = model.features(state).unflatten(0, lead)
         value = self.behavior.value(features, value_noise)
         return (total + weight * value.flatten()).unflatten(0, lead)
 

@@ -121,7 +121,8 @@ class WorldModel(nn.Module, ABC):
     (values of the behavior and the planner it was published with: what it gets where none are
     asked for), `noise_shape` (of one row's uniform draws in `transition`; None where there are
     none), `num_starts` (imagination starts from the last so many steps of each row, so that large
-    states stay few; None is all) and whether `decode` gives an `obs` and a `reward`.
+    states stay few; None is all), whether `decode` gives an `obs` and a `reward`, and whether
+    distances of `goal` mean something.
     """
 
     feature_dim: int
@@ -133,6 +134,7 @@ class WorldModel(nn.Module, ABC):
     num_starts: int | None = None
     decodes_obs: bool = True
     decodes_reward: bool = True
+    reaches_goals: bool = False
 
     def __init__(self, spaces: Spaces) -> None:
         super().__init__()
@@ -170,6 +172,11 @@ class WorldModel(nn.Module, ABC):
     @abstractmethod
     def features(self, state: State) -> Tensor:
         """(..., F): all that policies and critics see."""
+
+    def goal(self, state: State) -> Tensor:
+        """(..., G): what a plan to a goal brings near to that of the goal, for families whose
+        distances mean something (`reaches_goals`)."""
+        return self.features(state)
 
     @abstractmethod
     def loss(

@@ -117,6 +117,8 @@ PRESETS = {
 class JEPA(WorldModel):
     """The family's world model. Owns encoder, predictor, heads, and memory and probe if any."""
 
+    reaches_goals = True
+
     def __init__(self, spaces: Spaces, config: JEPAConfig) -> None:
         super().__init__(spaces)
         c = self.config = config

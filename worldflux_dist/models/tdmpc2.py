@@ -151,6 +151,7 @@ class TDMPC2(WorldModel):
 
     bins: Tensor
     decodes_obs = False
+    reaches_goals = True
 
     def __init__(self, spaces: Spaces, config: TDMPC2Config) -> None:
         super().__init__(spaces)

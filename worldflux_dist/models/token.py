@@ -124,7 +124,7 @@ PRESETS = {
     "btf": replace(TokenConfig(), heads=8, context=20, learning_rate=1e-3),
     # Learns small tasks in minutes on two cores: narrow, with a short memory and quick to learn.
     "tiny": replace(
-        TokenConfig(width=64, layers=2, context=8, units=64, starts=16),
+        TokenConfig(width=64, layers=2, context=8, units=64, starts=8),
         learning_rate=1e-3,
         warmup=100,
         tokenizer_warmup=100,
