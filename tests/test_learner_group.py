@@ -27,6 +27,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "dreamerv3 model": ("dreamerv3", "world_model", CRITIC, 2),
     "dreamerv3 behavior": ("dreamerv3", "behavior", CRITIC, 1),
     "diffusion model": ("diffusion", "world_model", CRITIC, 2),
+    "token": ("token", "agent", CRITIC, 1),
     "tdmpc2": ("tdmpc2", "agent", {"scale_rate": 0.5}, 1),
     "tdmpc2 model": ("tdmpc2", "world_model", {}, 1),
     "tdmpc2 behavior": ("tdmpc2", "behavior", CRITIC, 1),
@@ -136,6 +137,8 @@ def test_two_ranks_are_one_with_the_whole_batch(case: str, ranks: Path) -> None:
     np.testing.assert_allclose(rows, want.pop("rows"), rtol=1e-4)
     assert first.keys() == want.keys()
     for name, value in want.items():
+        if name.startswith("metric/perplexity"):  # of each rank's own tokens
+            continue
         np.testing.assert_allclose(first[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
     assert want.get("metric/return_scale", np.array([2.0]))[-1] > 1  # else it would not count
 

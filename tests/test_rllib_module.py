@@ -27,10 +27,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "model": "tdmpc2:tiny",
         "model_options": {"plan_samples": 32, "plan_iterations": 2, "plan_proposals": 4},
     },
+    "jepa": {"model": "jepa:tiny", "model_options": {"plan_samples": 16, "plan_horizon": 3}},
+    "token": {"model": "token:tiny"},
+    "diffusion": {"model": "diffusion:tiny", "model_options": {"denoise_steps": 2}},
 }
 NOT_FOR_ACTING = {
     "dreamerv3": {"world_model": ["decoder", "reward"], "behavior": ["critic", "slow_critic"]},
     "tdmpc2": {"world_model": [], "behavior": ["target_qs"]},
+    "jepa": {"world_model": [], "behavior": ["slow_critic"]},
+    "token": {"world_model": ["predictor", "heads"], "behavior": ["critic", "slow_critic"]},
+    "diffusion": {"world_model": ["denoisers", "heads"], "behavior": ["critic", "slow_critic"]},
 }
 
 
