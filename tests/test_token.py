@@ -285,6 +285,11 @@ def test_an_acting_agent_of_every_mode_and_tokenizer() -> None:
         (vector(3), {"levels": (64, 64, 64)}, "levels .* give fewer"),
         (vector(3), {"starts": 1}, "starts is 1: it must be 0, for all steps, or at least 2"),
         (vector(3), {"context": 1}, "context is 1: it must be at least 2"),
+        (
+            vector(3),
+            {"mode": "autoregressive", "tokenizer": "categorical"},
+            "mode must be parallel",
+        ),
         (vector(3), {"mode": "paralell"}, "mode is 'paralell': it must be 'parallel' or"),
     ],
 )

@@ -12,7 +12,7 @@ from gymnasium import spaces as gym_spaces
 from small import IMAGE, vector
 
 from worldflux_dist.nn import distributions as dist
-from worldflux_dist.nn.tokenizers import FSQ, VQ, Bins, Identity, perplexity
+from worldflux_dist.nn.tokenizers import FSQ, VQ, Bins, Categorical, Identity, draw, perplexity
 from worldflux_dist.spaces import ObsSpec, Spaces
 
 STAGES = (2, 4)
@@ -161,6 +161,48 @@ def test_a_trained_tokenizer_learns_to_reconstruct(kind: str, space: Any) -> Non
     error = (found - want).square().flatten(1).sum(-1).mean()
     assert error < 2 * history[-1]
     assert perplexity(ids, 64) > 0.1 * len(ids.unique())
+
+
+def test_one_hots_are_drawn_by_their_probabilities_and_have_their_gradient() -> None:
+    logits = torch.tensor([[[2.0, 0.0, -9.0], [0.0, 1.0, 0.0]]], requires_grad=True)
+    probs = dist.unimix(logits, 0.03)
+    assert torch.equal(
+        draw(probs, torch.tensor([[0.5, 0.99]]))[0], torch.tensor([1, 0, 0, 0, 0, 1])
+    )
+    many = draw(probs.detach().expand(20000, -1, -1)).unflatten(-1, (2, 3))
+    assert many.sum(-1).eq(1).all() and not many.requires_grad
+    torch.testing.assert_close(many.mean(0), probs[0].detach(), atol=0.02, rtol=0)
+    assert many[:, 0, 2].sum() > 100  # 1 % of what is all but ruled out
+    weight = torch.randn(6)
+    (found,) = torch.autograd.grad((draw(probs) * weight).sum(), logits, retain_graph=True)
+    (want,) = torch.autograd.grad((probs.flatten(1) * weight).sum(), logits)
+    torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize("space", [IMAGE, vector(5)])
+def test_a_categorical_tokenizer_learns_to_reconstruct(space: Any) -> None:
+    torch.manual_seed(0)
+    tokenizer = Categorical(spec(space), 6, 8, 0.01, 16, 4, STAGES)
+    obs = torch.randn(64, 5)
+    if space is IMAGE:
+        shade = torch.randint(0, 256, (64, 2, 2, 3), dtype=torch.uint8)
+        obs = shade.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    assert tokenizer.encode(obs).shape == (64, 48) and tokenizer.entries == 48
+    optimizer = torch.optim.Adam(tokenizer.parameters(), 5e-3)
+    history = []
+    for _ in range(150):
+        error = tokenizer.error(tokenizer.encode(obs), obs)
+        assert error.shape == (64,)
+        optimizer.zero_grad()
+        error.mean().backward()
+        assert all(p.grad is not None and p.grad.any() for p in tokenizer.parameters())
+        optimizer.step()
+        history.append(error.mean().item())
+    assert np.mean(history[-10:]) < 0.6 * np.mean(history[:10])
+    found = tokenizer.decode(tokenizer.encode(obs))
+    assert found.shape == obs.shape and found.dtype == torch.float32
+    found, want = (x / 255 if space is IMAGE else dist.symlog(x) for x in (found, obs.float()))
+    assert (found - want).square().flatten(1).sum(-1).mean() < 2 * np.mean(history[-10:])
 
 
 def test_perplexity_counts_what_occurs() -> None:

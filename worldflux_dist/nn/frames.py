@@ -2,21 +2,25 @@
 
 A frame is the K tokens of all observations of a step, side by side. What must stay true: each
 observation has its own vocabulary, and a token that it does not have is never drawn.
+
+An embedder says how many `positions` a block has, and how many of the first ones are `ahead`: what
+comes out there foretells the next frame. Packed frames, of one-hots, have one position for all.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldflux_dist.nn import distributions as dist
-from worldflux_dist.nn.layers import BlockLinear, Linear, NormedLinear
+from worldflux_dist.nn.layers import MLP, BlockLinear, Linear, NormedLinear
 from worldflux_dist.nn.products import full_precision
-from worldflux_dist.nn.tokenizers import Tokenizer
+from worldflux_dist.nn.tokenizers import Tokenizer, draw
 from worldflux_dist.nn.transformer import Layer
 
 SHORTEST = 60.0  # radians from 0 to 1 of the shortest waves
@@ -45,6 +49,7 @@ class Embedder(nn.Module):
         self.register_buffer("offsets", torch.tensor(offsets), persistent=False)
         self.action = Linear(action_dim, width)
         self.frame = NormedLinear(len(offsets) * width, width)
+        self.positions, self.ahead = len(offsets) + 1, len(offsets)
 
     def tokens(self, ids: Tensor) -> Tensor:
         """(..., K) -> (..., K, W)."""
@@ -52,13 +57,18 @@ class Embedder(nn.Module):
 
     def forward(self, ids: Tensor, action: Tensor) -> Tensor:
         """The block (..., K + 1, W) of tokens (..., K) and the action (..., A) that follows."""
-        acted = self.action(action / action.detach().abs().clamp(min=1))
+        acted = self.action(_bounded(action))
         return torch.cat([self.tokens(ids), acted.unsqueeze(-2)], -2)
 
     def pooled(self, ids: Tensor) -> Tensor:
         """(..., K) -> (..., W). In float32 under autocast, too: a policy sees what it acts on."""
         with full_precision(ids):
             return self.frame(self.tokens(ids).flatten(-2))
+
+
+def _bounded(action: Tensor) -> Tensor:
+    """a / max(1, |a|)"""
+    return action / action.detach().abs().clamp(min=1)
 
 
 def _first_table(tokenizer: Tokenizer, token: int, width: int) -> Tensor:
@@ -135,9 +145,64 @@ class Predictor(nn.Module):
         for _ in range(1 if self.given is None else noise.shape[1]):
             drawn = []
             logits = self(ahead, embedder.tokens(ids))
-            for x, draw in zip(logits, noise.split(self.nums, 1), strict=True):
+            for x, uniform in zip(logits, noise.split(self.nums, 1), strict=True):
                 probs = x.softmax(-1)
                 likely = probs >= self.rare * probs.amax(-1, keepdim=True)
-                drawn.append(dist.sample_index(probs * likely, draw))
+                drawn.append(dist.sample_index(probs * likely, uniform))
             ids = torch.cat(drawn, 1)
         return ids
+
+
+class PackedEmbedder(nn.Module):
+    """A frame's one-hots side by side, (..., K V), and an action, mixed into a block of one vector;
+    and a frame alone as one vector."""
+
+    positions = ahead = 1
+
+    def __init__(self, tokenizers: Sequence[Tokenizer], action_dim: int, width: int) -> None:
+        super().__init__()
+        size = sum(tokenizer.entries for tokenizer in tokenizers)
+        self.mix = MLP(size + action_dim, width, 1, partial(Linear, size_out=width))
+        self.frame = NormedLinear(size, width)
+
+    def tokens(self, onehots: Tensor) -> Tensor:
+        return onehots
+
+    def forward(self, onehots: Tensor, action: Tensor) -> Tensor:
+        """The block (..., 1, W) of a frame (..., K V) and the action (..., A) that follows."""
+        return self.mix(torch.cat([onehots, _bounded(action)], -1)).unsqueeze(-2)
+
+    def pooled(self, onehots: Tensor) -> Tensor:
+        """(..., K V) -> (..., W), in float32."""
+        with full_precision(onehots):
+            return self.frame(onehots)
+
+
+class PackedPredictor(nn.Module):
+    """What the transformer says of a frame (N, 1, W) -> the probabilities of its tokens, all of V
+    values, of which a share `mix` is uniform."""
+
+    def __init__(self, tokenizers: Sequence[Tokenizer], width: int, mix: float) -> None:
+        super().__init__()
+        self.nums, self.mix = [tokenizer.num_tokens for tokenizer in tokenizers], mix
+        self.head = Linear(width, sum(tokenizer.entries for tokenizer in tokenizers))
+
+    def probs(self, ahead: Tensor) -> Tensor:
+        """(N, 1, W) -> (N, K, V), float32."""
+        return dist.unimix(
+            self.head(ahead).float().reshape(len(ahead), sum(self.nums), -1), self.mix
+        )
+
+    def divergences(self, ahead: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """KL(seen || probs) (B, T) of probabilities (B, T, K, V) that were seen and those of
+        (B, T, 1, W), twice: with the gradient of what was foretold, and of what was seen."""
+        probs = self.probs(ahead.flatten(0, 1)).view_as(seen)
+        return dist.kl_onehot(seen.detach(), probs), dist.kl_onehot(seen, probs.detach())
+
+    def forward(self, ahead: Tensor, drawn: Tensor) -> list[Tensor]:
+        """Their logarithms (N, K_i, V) by observation; what was `drawn` does not matter."""
+        return list(self.probs(ahead).log().split(self.nums, 1))
+
+    def sample(self, ahead: Tensor, embedder: PackedEmbedder, noise: Tensor) -> Tensor:
+        """One-hots side by side (N, K V) by uniform noise (N, K)."""
+        return draw(self.probs(ahead), noise)

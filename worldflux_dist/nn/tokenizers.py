@@ -3,13 +3,15 @@
     identity  Discrete and MultiDiscrete: they are tokens already
     bins      vectors: the nearest of 125 values in symlog space, one token a number; not trained
     fsq, vq   images, one token for each cell of the encoder's grid; and vectors, 8 tokens
+    categorical   all: tokens of the whole frame, drawn, and learned with what foretells them
 
 fsq (finite scalar quantisation, Mentzer et al. 2023) rounds each of a few bounded numbers to one of
 its levels and needs no loss but the reconstruction's; vq (van den Oord et al. 2017) takes the
 nearest of learned codes, which are drawn to the encoder's outputs, and those to them by `COMMIT`.
 
-What must stay true: tokens carry no gradient, so that a tokenizer learns from its own losses alone;
-and a code that is tokenized again gives the same token.
+What must stay true: tokens carry no gradient, so that a tokenizer learns from its own losses alone,
+but for categorical ones, which are no numbers but one-hots with the gradient of their
+probabilities; and a code of bins or fsq that is tokenized again gives the same token.
 """
 
 from __future__ import annotations
@@ -41,13 +43,15 @@ IDLE = 0.03  # of an even share of tokens: a code that has less is given to othe
 
 class Tokenizer(nn.Module, ABC):
     """One observation's. `sizes` (K,) says how many values each token has, `vocab` the most of
-    them; `shared`, whether one value means the same in all tokens, as in the cells of an image."""
+    them; `shared`, whether one value means the same in all tokens, as in the cells of an image;
+    `entries`, how many numbers a frame's tokens are, K."""
 
     shared = False
 
     def __init__(self, sizes: Sequence[int]) -> None:
         super().__init__()
         self.sizes, self.num_tokens, self.vocab = tuple(sizes), len(sizes), max(sizes)
+        self.entries = self.num_tokens
 
     @abstractmethod
     def encode(self, obs: Tensor) -> Tensor:
@@ -126,8 +130,40 @@ def _bins(low: float, high: float) -> Tensor:
     return torch.cat([-half[1:].flip(0), half])
 
 
-class Quantized(Tokenizer):
-    """A trained tokenizer: encoder to K vectors, quantisation of each, decoder of all.
+class Autoencoder(Tokenizer):
+    """A trained tokenizer: encoder to K vectors (K, D), decoder of as many. The networks are a
+    subclass's; those of an image whose cells are the tokens go through a cell at a time."""
+
+    image: bool
+    encoder: nn.Module
+    to_latent: nn.Module
+    decoder: nn.Module
+
+    def latent(self, obs: Tensor) -> Tensor:
+        x = self.encoder(obs if self.image else dist.symlog(obs))
+        if self.shared:
+            x = x.unflatten(-1, (self.num_tokens, -1))
+        return self.to_latent(x).float().reshape(len(obs), self.num_tokens, -1)
+
+    def reconstruct(self, codes: Tensor) -> Tensor:
+        """Codes (N, K, D), or one-hots side by side, -> an image in [0, 1] or a vector in symlog
+        space."""
+        return self.decoder(codes if self.shared else codes.flatten(1)).float()
+
+    def restore(self, codes: Tensor) -> Tensor:
+        """The same in the observation's own units."""
+        x = self.reconstruct(codes)
+        return 255 * x if self.image else dist.symexp(x)
+
+    def error(self, codes: Tensor, obs: Tensor) -> Tensor:
+        """The squared error (N,), summed over the observation."""
+        target = obs.float() / 255 if self.image else dist.symlog(obs)
+        error = F.mse_loss(self.reconstruct(codes), target, reduction="none")
+        return error.flatten(1).sum(-1)
+
+
+class Quantized(Autoencoder):
+    """An autoencoder each of whose K vectors is quantised.
 
     A subclass says how K `latent`s become codes of `code_size` numbers.
     """
@@ -141,9 +177,9 @@ class Quantized(Tokenizer):
         super().__init__([vocab] * num)
         self.shared = self.image
         if self.image:
-            self.encoder: nn.Module = ImageEncoder(shape, depth, multipliers)
+            self.encoder = ImageEncoder(shape, depth, multipliers)
             self.to_latent = Linear(depth * multipliers[-1], latent)
-            self.decoder: nn.Module = GridDecoder(shape, latent, depth, multipliers)
+            self.decoder = GridDecoder(shape, latent, depth, multipliers)
         else:
             self.encoder = MLP(shape[0], units, 2)
             self.to_latent = Linear(units, num * latent)
@@ -158,31 +194,18 @@ class Quantized(Tokenizer):
     def codes(self, ids: Tensor) -> Tensor:
         """Tokens (N, K) -> codes (N, K, D)."""
 
-    def latent(self, obs: Tensor) -> Tensor:
-        x = self.encoder(obs if self.image else dist.symlog(obs))
-        if self.image:
-            x = x.unflatten(-1, (self.num_tokens, -1))
-        return self.to_latent(x).float().reshape(len(obs), self.num_tokens, -1)
-
-    def reconstruct(self, codes: Tensor) -> Tensor:
-        """Codes (N, K, D) -> an image in [0, 1] or a vector in symlog space."""
-        return self.decoder(codes if self.image else codes.flatten(1)).float()
-
     @torch.no_grad()
     def encode(self, obs: Tensor) -> Tensor:
         return self.quantize(self.latent(obs))[0]
 
     def decode(self, ids: Tensor) -> Tensor:
-        x = self.reconstruct(self.codes(ids))
-        return 255 * x if self.image else dist.symexp(x)
+        return self.restore(self.codes(ids))
 
     def losses(self, obs: Tensor) -> dict[str, Tensor]:
-        """With `rec`: the squared error, summed over the observation."""
+        """With `rec`, the squared error."""
         ids, codes, more = self.quantize(self.latent(obs))
-        target = obs.float() / 255 if self.image else dist.symlog(obs)
-        error = F.mse_loss(self.reconstruct(codes), target, reduction="none")
         self.count(ids)
-        return {"rec": error.flatten(1).sum(-1)} | more
+        return {"rec": self.error(codes, obs)} | more
 
     def count(self, ids: Tensor) -> None:
         """Take notice of which tokens occur."""
@@ -272,8 +295,61 @@ class VQ(Quantized):
         self.usage.copy_(torch.where(given, usage[model], usage))
 
 
+class Categorical(Autoencoder):
+    """Each of the K vectors is the logits of one of V values; all of them are about the whole
+    frame. Tokens are one-hots side by side, (N, K V) float, as is the gradient of probabilities.
+
+    A variational autoencoder without a prior of its own: what foretells the tokens is that.
+    """
+
+    def __init__(
+        self,
+        spec: ObsSpec,
+        num: int,
+        vocab: int,
+        mix: float,
+        units: int,
+        depth: int,
+        stages: Sequence[int],
+    ) -> None:
+        super().__init__([vocab] * num)
+        self.image, self.mix, self.entries = spec.kind == "image", mix, num * vocab
+        shape, multipliers = spec.shape, tuple(stages)
+        if self.image:
+            encoder, top = ImageEncoder(shape, depth, multipliers), depth * multipliers[-1]
+            self.encoder, size, cells = encoder, encoder.size_out, grid(shape, len(multipliers))
+            self.decoder = nn.Sequential(
+                Linear(self.entries, size),
+                nn.Unflatten(-1, (math.prod(cells), top)),
+                GridDecoder(shape, top, depth, multipliers),
+            )
+        else:
+            self.encoder, size = MLP(shape[0], units, 2), units
+            self.decoder = MLP(self.entries, units, 2, partial(Linear, size_out=shape[0]))
+        self.to_latent = Linear(size, self.entries)
+
+    def posterior(self, obs: Tensor) -> Tensor:
+        """Probabilities (N, K, V) of the tokens of observations (N, ...), a share `mix` uniform."""
+        return dist.unimix(self.latent(obs), self.mix)
+
+    def encode(self, obs: Tensor) -> Tensor:
+        return draw(self.posterior(obs))
+
+    def decode(self, ids: Tensor) -> Tensor:
+        return self.restore(ids)
+
+
+def draw(probs: Tensor, noise: Tensor | None = None) -> Tensor:
+    """One-hots side by side (..., K V) by uniform noise (..., K), with the gradient of the
+    probabilities (..., K, V) that they are drawn from."""
+    if noise is None:
+        noise = torch.rand(probs.shape[:-1], device=probs.device)
+    onehot = dist.sample_onehot(probs, noise)
+    return (dist.straight_through(onehot, probs) if probs.requires_grad else onehot).flatten(-2)
+
+
 def fitting(spec: ObsSpec) -> tuple[str, ...]:
-    """The kinds of tokenizers that fit an observation, the best first."""
+    """The kinds of tokenizers that fit an observation, the best first; categorical fits all."""
     if spec.kind == "image":
         return ("fsq", "vq")
     if isinstance(spec.space, gym_spaces.Discrete | gym_spaces.MultiDiscrete):
