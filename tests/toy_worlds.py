@@ -16,7 +16,7 @@ from worldflux_dist.behaviors.actor_critic import ActorCritic, ActorCriticConfig
 from worldflux_dist.data import Batch
 from worldflux_dist.models.base import LossOutput, Prediction, State, WorldModel
 from worldflux_dist.nn.optim import LaProp
-from worldflux_dist.settings import Settings, Units
+from worldflux_dist.settings import Count, Settings, Units
 from worldflux_dist.spaces import Spaces
 
 
@@ -94,7 +94,7 @@ class Model(WorldModel):
 
 @dataclass(frozen=True)
 class BriefConfig(ActorCriticConfig):
-    horizon: int = 3
+    horizon: Count = 3
 
 
 class Brief(ActorCritic):
