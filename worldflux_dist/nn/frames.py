@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldflux_dist.nn import distributions as dist
-from worldflux_dist.nn.layers import MLP, BlockLinear, Linear, NormedLinear
+from worldflux_dist.nn.layers import BlockLinear, Linear, NormedLinear, RMSNorm
 from worldflux_dist.nn.products import full_precision
 from worldflux_dist.nn.tokenizers import Tokenizer, draw
 from worldflux_dist.nn.transformer import Layer
@@ -155,14 +154,16 @@ class Predictor(nn.Module):
 
 class PackedEmbedder(nn.Module):
     """A frame's one-hots side by side, (..., K V), and an action, mixed into a block of one vector;
-    and a frame alone as one vector."""
+    and a frame alone as one vector. Each is weighted by its own size, as otherwise the few numbers
+    of an action would hardly count among the many of a frame."""
 
     positions = ahead = 1
 
     def __init__(self, tokenizers: Sequence[Tokenizer], action_dim: int, width: int) -> None:
         super().__init__()
         size = sum(tokenizer.entries for tokenizer in tokenizers)
-        self.mix = MLP(size + action_dim, width, 1, partial(Linear, size_out=width))
+        self.seen, self.action = Linear(size, width), Linear(action_dim, width)
+        self.mix = nn.Sequential(RMSNorm(width), nn.SiLU(), Linear(width, width))
         self.frame = NormedLinear(size, width)
 
     def tokens(self, onehots: Tensor) -> Tensor:
@@ -170,7 +171,7 @@ class PackedEmbedder(nn.Module):
 
     def forward(self, onehots: Tensor, action: Tensor) -> Tensor:
         """The block (..., 1, W) of a frame (..., K V) and the action (..., A) that follows."""
-        return self.mix(torch.cat([onehots, _bounded(action)], -1)).unsqueeze(-2)
+        return self.mix(self.seen(onehots) + self.action(_bounded(action))).unsqueeze(-2)
 
     def pooled(self, onehots: Tensor) -> Tensor:
         """(..., K V) -> (..., W), in float32."""
@@ -189,9 +190,8 @@ class PackedPredictor(nn.Module):
 
     def probs(self, ahead: Tensor) -> Tensor:
         """(N, 1, W) -> (N, K, V), float32."""
-        return dist.unimix(
-            self.head(ahead).float().reshape(len(ahead), sum(self.nums), -1), self.mix
-        )
+        logits = self.head(ahead).reshape(len(ahead), sum(self.nums), -1)
+        return dist.unimix(logits, self.mix)
 
     def divergences(self, ahead: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         """KL(seen || probs) (B, T) of probabilities (B, T, K, V) that were seen and those of

@@ -297,7 +297,7 @@ class VQ(Quantized):
 
 class Categorical(Autoencoder):
     """Each of the K vectors is the logits of one of V values; all of them are about the whole
-    frame. Tokens are one-hots side by side, (N, K V) float, as is the gradient of probabilities.
+    frame. Tokens are one-hots side by side, (N, K V), with the gradient of their probabilities.
 
     A variational autoencoder without a prior of its own: what foretells the tokens is that.
     """
