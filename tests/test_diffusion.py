@@ -10,7 +10,6 @@ import pytest
 import torch
 from gymnasium import spaces as gym_spaces
 from small import family_batch, look, make_small, perturbed, random_batch, same_sums, tensors
-from test_denoising import pendulum
 
 from worldflux_dist.data import Batch
 from worldflux_dist.learner import Learner, LearnerConfig
@@ -181,35 +180,6 @@ def fitted(
         optimizer.step()
         model.update_targets()
     return model
-
-
-@torch.no_grad()
-def errors(model: Any, batch: Batch, horizon: int = 15) -> tuple[list[float], list[float]]:
-    """Squared error of the observations 1..horizon ahead, by that of the present one; and the mean
-    error of rewards."""
-    state, ratio, reward = model.observe(batch.map(lambda x: x[:, :20]))[0][:, -1], [], []
-    scale, now = batch.obs["obs"].flatten(0, 1).std(0), batch.obs["obs"][:, 19]
-    for t in range(20, 20 + horizon):
-        state, want = model.transition(state, batch.action[:, t]), batch.obs["obs"][:, t]
-        found = ((state.tensors["obs/obs"] - want) / scale).square().mean()
-        ratio.append((found / ((now - want) / scale).square().mean()).item())
-        earned = model.decode(state, ("reward",)).preds["reward"]
-        reward.append((earned - batch.reward[:, t]).abs().mean().item())
-    return ratio, reward
-
-
-PENDULUM = Spaces(
-    gym_spaces.Box(-np.inf, np.inf, (3,)), gym_spaces.Box(-1.0, 1.0, (1,), dtype=np.float32)
-)
-
-
-@pytest.mark.learning
-def test_pendulum_is_foreseen() -> None:
-    model = fitted(pendulum(32, 0), PENDULUM, 300)
-    ratio, reward = errors(model, pendulum(64, 1))
-    assert ratio[0] < 0.02
-    assert max(ratio) < 0.3
-    assert reward[0] < 0.6
 
 
 @pytest.mark.learning

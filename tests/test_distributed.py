@@ -93,7 +93,7 @@ def test_inspect_gives_the_report_card_of_the_saved_agent(
     solved: Solved, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        sys, "argv", ["", "inspect", str(solved[0]), "--episodes", "40", "--horizon", "3"]
+        sys, "argv", ["", "inspect", str(solved[0]), "--episodes", "40", "--horizon", "2"]
     )
     with pytest.raises(SystemExit) as ended:
         cli.main()

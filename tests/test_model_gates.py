@@ -1,6 +1,6 @@
 """What a world model must know of Pendulum-v1 after seconds of learning, by its report card.
 
-Random play, judged on held-out episodes: one step ahead the error is at most a fiftieth of a copy's,
+Random play, judged on held-out episodes: one step ahead the error is at most a 50th of a copy's,
 15 steps ahead it is still below a copy's, rewards are known, features have not collapsed.
 """
 
@@ -13,24 +13,22 @@ from pendulum import card, trained
 
 pytestmark = pytest.mark.learning
 
-# Of each family: gradient steps, the shape of batches, options, and the most that the error one
-# step ahead may be of a copy's. A token model's bins alone cost 0.006 and what it draws from them
-# more; a JEPA's is that of its embeddings.
-GATES: dict[str, tuple[int, tuple[int, int], dict[str, Any], float]] = {
-    "jepa": (1000, (16, 16), {}, 0.02),
-    "token": (600, (8, 32), {"learning_rate": 3e-3}, 0.1),
-    "diffusion": (400, (16, 16), {}, 0.02),
+# Of each family: gradient steps, the shape of batches and options. A JEPA's errors are those of its
+# embeddings. Token models have a gate of their own (test_token.py): what they draw from a hundred
+# bins is further off than a copy one step ahead.
+GATES: dict[str, tuple[int, tuple[int, int], dict[str, Any]]] = {
+    "jepa": (1000, (16, 16), {}),
+    "diffusion": (400, (16, 16), {}),
 }
 
 
 @pytest.mark.parametrize("family", GATES)
 def test_pendulum_is_known(family: str) -> None:
-    steps, shape, options, limit = GATES[family]
+    steps, shape, options = GATES[family]
     agent, _ = trained(f"{family}:tiny", steps, shape, **options)
     found = card(agent)
     what = "obs" if agent.world_model.decodes_obs else "features"
-    print(family, {name: round(value, 4) for name, value in found.numbers.items()})
-    assert found.numbers[f"{what}@1"] < limit
+    assert found.numbers[f"{what}@1"] < 0.02
     assert found.curves[what].max() < 0.5
     assert found.numbers["reward@1"] < 0.2 and found.numbers["reward@15"] < 0.5
     assert found.numbers["rank"] > 2 and found.numbers["probe"] > 0.9

@@ -125,3 +125,7 @@ def test_rows_that_are_too_short_are_refused() -> None:
     agent = linear_agent(DECAY, PUSH, (1.0, -1.0))
     with pytest.raises(ValueError, match=r"rows of at least 52 steps"):
         report_card(agent, [linear_world()], horizon=50)
+    steps = linear_world()
+    steps.is_first[:, ::4] = True
+    with pytest.raises(ValueError, match=r"no episode is as long as an open loop of 5 steps"):
+        report_card(agent, [steps], horizon=5)

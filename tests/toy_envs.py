@@ -70,3 +70,31 @@ class BanditEnv(gymnasium.Env):
         right = self._actions == [self._context, (self._context + 1) % self.n]
         reward = float(self.np_random.random() < (self.optimum if right else 1 - self.optimum))
         return self.n, reward, True, False, {}
+
+
+class TMaze(gymnasium.Env):
+    """A corridor of `length` steps, at whose end one turns left or right; which of them pays 1 is
+    told in the first observation alone. Without memory of it, half of the episodes pay."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (3,))
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def __init__(self, length: int = 8) -> None:
+        self.length = length
+
+    def _look(self) -> np.ndarray:
+        """The cue, at the beginning alone; how far it is; whether this is the end."""
+        cue = self.cue if self.at == 0 else 0.0
+        return np.array([cue, self.at / self.length, self.at == self.length], np.float32)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.cue, self.at = float(self.np_random.choice((-1.0, 1.0))), 0
+        return self._look(), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        if self.at < self.length:
+            self.at += 1
+            return self._look(), 0.0, False, False, {}
+        pays = (action == 1) == (self.cue > 0)
+        return self._look(), float(pays), True, False, {}

@@ -67,7 +67,7 @@ def report_card(agent: Agent, chunks: Sequence[Steps], horizon: int = 15) -> Rep
     """The card of an agent's world model, from steps (N, T) that it has not learned from.
 
     Rows may hold several episodes. A model that draws is rolled out SAMPLES times and averaged.
-    Raises ValueError where no row is as long as an open loop of `horizon` steps.
+    Raises ValueError where no row or no episode is as long as an open loop of `horizon` steps.
     """
     batches = [chunk.map(lambda x: torch.tensor(x, device=agent.device)) for chunk in chunks]
     batches = [batch for batch in batches if batch.reward.shape[1] > horizon + 1]
@@ -77,6 +77,10 @@ def report_card(agent: Agent, chunks: Sequence[Steps], horizon: int = 15) -> Rep
             "shorter horizon"
         )
     walks = [_Walk(agent, Batch.from_columns(b.columns()), horizon) for b in batches]
+    if not any(walk.totals for walk in walks):
+        raise ValueError(
+            f"no episode is as long as an open loop of {horizon} steps: give a shorter horizon"
+        )
     numbers, curves = _open_loops(walks, agent.world_model.decodes_obs)
     ahead, steps = torch.cat([w.ahead for w in walks]), torch.cat([w.going for w in walks])
     calibration = _calibration(ahead.clamp(0, 1), steps)
@@ -184,8 +188,9 @@ class _Walk:
         self.imagined, self.obtained = torch.cat(imagined or empty), torch.cat(obtained or empty)
         self.totals = {name: torch.stack(value).sum(0) for name, value in totals.items()}
         # Rewards that are nearly all the same are to be known within a twentieth of them.
-        least = 0.05 * self.mean_reward.abs() * len(self.obtained)
-        self.totals["reward/base"] = self.totals["reward/base"].clamp(min=float(least))
+        if "reward/base" in self.totals:
+            least = 0.05 * self.mean_reward.abs() * len(self.obtained)
+            self.totals["reward/base"] = self.totals["reward/base"].clamp(min=float(least))
 
 
 def _errors(found: Tensor, real: Tensor, t: int, span: slice) -> tuple[Tensor, Tensor]:

@@ -91,6 +91,10 @@ class JEPAConfig(Settings):
     plan_horizon: Annotated[int, Ge(1), Le(1000)] = 10
 
     def check(self) -> None:
+        if self.objective != "dynamics" and self.units % 8:
+            raise ValueError(
+                f"model_options.units is {self.units}: masked prediction needs a multiple of 8"
+            )
         if self.emb % ObsDecoder.MULTIPLE:
             raise ValueError(
                 f"model_options.emb is {self.emb}: it must be a multiple of {ObsDecoder.MULTIPLE}"
@@ -99,7 +103,7 @@ class JEPAConfig(Settings):
 
 PRESETS = {
     "tiny": JEPAConfig(),
-    "small": JEPAConfig(emb=64, units=256, layers=3, memory_size=512, depth=16),
+    "small": JEPAConfig(emb=64, units=256, layers=3, memory_size=512, depth=6),
     # LeWM's embedding and predictor, about 15 M parameters with images.
     "lewm": JEPAConfig(
         emb=192,
