@@ -95,7 +95,15 @@ def ray_local() -> Iterator[None]:
 
 # Files that take longest, in the order in which processes take them; the others follow.
 LONGEST = ("faults", "resume", "distributed", "weights", "jobs", "one_machine", "cluster")
-LONGEST += ("rllib", "rllib_tune", "rllib_apart", "rllib_examples", "rllib_episodes")
+LONGEST += (
+    "families_ray",
+    "rllib",
+    "rllib_tune",
+    "rllib_apart",
+    "rllib_examples",
+    "rllib_episodes",
+)
+LONGEST += ("learner_options", "jepa", "families_learning", "model_gates", "spaces_train", "token")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

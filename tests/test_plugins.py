@@ -118,3 +118,6 @@ def test_a_name_that_two_packages_use_is_refused(toy: Path, tmp_path: Path) -> N
     folder = install(tmp_path, "other", {FAMILIES: "toy = other"}, "")
     done = python(create("toy:tiny"), folder, toy)
     assert "bring 'toy' in worldflux_dist.families: remove one of them" in done.stdout
+    ours = install(tmp_path / "ours", "thief", {FAMILIES: "tdmpc2 = thief"}, "")
+    done = python(create("tdmpc2:tiny"), ours)
+    assert "package thief brings 'tdmpc2'" in done.stdout and done.stdout.count("\n") == 1

@@ -1,4 +1,5 @@
-"""Evaluation: returns of whole episodes, and the open loop that shows what a model knows."""
+"""Evaluation: returns of whole episodes, the open loop that shows what a model knows, and held-out
+steps for its report card (report_card.py)."""
 
 from __future__ import annotations
 
@@ -14,9 +15,7 @@ from worldflux_dist.data import Chunk, Step, Steps
 from worldflux_dist.envs import EnvConfig, make_envs
 from worldflux_dist.envs.base import Act, random_act
 from worldflux_dist.models.base import State
-from worldflux_dist.report_card import (
-    report_card as report_card,
-)  # beside `held_out`, which it reads
+from worldflux_dist.report_card import report_card as report_card
 from worldflux_dist.runner import EnvRunner
 
 HELD_OUT_STEPS = 5_000  # of each environment, where episodes are long

@@ -88,7 +88,8 @@ def report_card(card: Any, path: Path) -> None:
     ends.plot([0, 1], [0, 1], color=FAINT, linestyle=(0, (5, 4)), linewidth=1.5)
     ends.scatter(predicted, observed, s=20 + 180 * num / num.max(), color=OPEN)
     ends.set(title="going on", xlabel="predicted", ylabel="observed")
-    values.plot(card.values[:, 1], card.values[:, 1], color=FAINT, linewidth=1.5)
+    ends_of = [card.values[:, 1].min(), card.values[:, 1].max()]
+    values.plot(ends_of, ends_of, color=FAINT, linestyle=(0, (5, 4)), linewidth=1.5)
     values.scatter(card.values[:, 1], card.values[:, 0], s=6, color=TRUTH, alpha=0.3, linewidth=0)
     values.set(title="values", xlabel="return obtained", ylabel="predicted")
     spectrum.bar(np.arange(1, len(card.spectrum) + 1), card.spectrum, width=1, color=OPEN)

@@ -18,10 +18,16 @@ FAMILIES, BEHAVIORS = "worldflux_dist.families", "worldflux_dist.behaviors"
 
 
 @functools.cache
-def entries(group: str) -> dict[str, metadata.EntryPoint]:
-    """What is brought in a group, by name. Raises ValueError where two packages use one name."""
+def entries(group: str, own: tuple[str, ...] = ()) -> dict[str, metadata.EntryPoint]:
+    """What is brought in a group, by name. Raises ValueError where two packages use one name, or
+    one uses a name of our `own`."""
     found: dict[str, metadata.EntryPoint] = {}
     for entry in metadata.entry_points(group=group):
+        if entry.name in own:
+            raise ValueError(
+                f"the package {package(entry)} brings {entry.name!r} in {group}, which is one of "
+                "worldflux_dist's own: name it otherwise there, or remove that package"
+            )
         other = found.setdefault(entry.name, entry)
         if other.value != entry.value:
             raise ValueError(

@@ -69,14 +69,17 @@ def report_card(agent: Agent, chunks: Sequence[Steps], horizon: int = 15) -> Rep
     Rows may hold several episodes. A model that draws is rolled out SAMPLES times and averaged.
     Raises ValueError where no row or no episode is as long as an open loop of `horizon` steps.
     """
-    batches = [chunk.map(lambda x: torch.tensor(x, device=agent.device)) for chunk in chunks]
-    batches = [batch for batch in batches if batch.reward.shape[1] > horizon + 1]
+    batches = [
+        Batch.from_columns(chunk.columns()).map(lambda x: torch.tensor(x, device=agent.device))
+        for chunk in chunks
+        if chunk.reward.shape[1] > horizon + 1
+    ]
     if not batches:
         raise ValueError(
             f"a report card needs rows of at least {horizon + 2} steps: give longer chunks or a "
             "shorter horizon"
         )
-    walks = [_Walk(agent, Batch.from_columns(b.columns()), horizon) for b in batches]
+    walks = [_Walk(agent, batch, horizon) for batch in batches]
     if not any(walk.totals for walk in walks):
         raise ValueError(
             f"no episode is as long as an open loop of {horizon} steps: give a shorter horizon"
@@ -92,21 +95,22 @@ def report_card(agent: Agent, chunks: Sequence[Steps], horizon: int = 15) -> Rep
     values = torch.cat([w.values for w in walks])
     numbers["value_correlation"] = float(torch.corrcoef(values.t())[0, 1].nan_to_num())
     features = torch.cat([w.features.flatten(0, 1) for w in walks])
-    numbers |= _spread(features)
+    spectrum = _spectrum(features)
+    numbers |= _spread(features, spectrum)
     numbers["probe"] = _probe(features, torch.cat([w.seen.flatten(0, 1) for w in walks]))
     for name in ("imagined", "obtained"):
         returns = torch.cat([getattr(w, name) for w in walks])
         numbers[f"return_{name}"] = float(returns.mean())
-    spectrum = _spectrum(features).cpu().numpy()
-    every = (agent.recipe["model"], numbers, curves, calibration, values.cpu().numpy(), spectrum)
-    return ReportCard(*every, _weak(numbers, horizon))
+    drawn = (calibration, values.cpu().numpy(), spectrum.cpu().numpy())
+    return ReportCard(agent.recipe["model"], numbers, curves, *drawn, _weak(numbers, horizon))
 
 
 class _Walk:
     """One pass over steps (N, T): posteriors, what the model expects of each next step, and open
     loops of K steps from some of them. Loops do not run across a reset.
 
-    `errors` and `baselines`: by name, sums (K,) over all loops. `ahead` and `going` (n,): expected
+    `totals`: sums (K,) over all loops, of errors by name and of what they are compared with by
+    `<name>/base`; none where no episode is as long as a loop. `ahead` and `going` (n,): expected
     and real continues of single steps. `values` (n, 2); `imagined` and `obtained` (loops,).
     """
 
@@ -114,8 +118,7 @@ class _Walk:
         self.agent, self.batch, self.horizon = agent, batch, horizon
         model, (num, length) = agent.world_model, batch.reward.shape
         self.seen = _flat(agent, batch.obs)  # (N, T, n)
-        draws = model.noise_shape is not None
-        self.samples = SAMPLES if draws else 1
+        self.samples = SAMPLES if model.noise_shape is not None else 1
         self.stride = max(1, num * (length - horizon) // STARTS)
         state, starts, features, ahead = model.initial(num), [], [], []
         for t in range(length):
@@ -246,8 +249,8 @@ def _spectrum(features: Tensor) -> Tensor:
     return (eigenvalues / eigenvalues.sum().clamp(min=1e-30)).float()
 
 
-def _spread(features: Tensor) -> dict[str, float]:
-    shares, std = _spectrum(features).clamp(min=1e-12), features.std(0)
+def _spread(features: Tensor, spectrum: Tensor) -> dict[str, float]:
+    shares, std = spectrum.clamp(min=1e-12), features.std(0)
     rank = float((-(shares * shares.log()).sum()).exp())
     return {"rank": rank, "still": float((std < 0.01 * std.max().clamp(min=1e-6)).float().mean())}
 

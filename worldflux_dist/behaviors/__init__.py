@@ -18,7 +18,7 @@ def find(kind: Any) -> type[Behavior]:
 
     Raises ValueError for an unknown kind, naming the nearest, and for a broken one.
     """
-    brought = plugins.entries(plugins.BEHAVIORS)
+    brought = plugins.entries(plugins.BEHAVIORS, tuple(BEHAVIORS))
     if isinstance(kind, str) and kind in BEHAVIORS:
         return BEHAVIORS[kind]
     if not isinstance(kind, str) or kind not in brought:

@@ -233,6 +233,12 @@ class WorldModel(nn.Module, ABC):
                 states.append(self.essential(state))
         return State.stack(states, 1), batch.map(lambda value: value[:, first:])
 
+    def tail(self, states: State, batch: Batch) -> tuple[State, Batch]:
+        """What of (B, T) states and their steps imagination starts from; of states, what was made
+        for no other steps may be as short already."""
+        num = min(self.num_starts or batch.reward.shape[1], batch.reward.shape[1])
+        return states.map(lambda value: value[:, -num:]), batch.map(lambda value: value[:, -num:])
+
     def rollout(
         self,
         state: State,
@@ -275,7 +281,8 @@ class WorldModel(nn.Module, ABC):
 
 def families() -> list[str]:
     """Names of all families: the modules beside this one, and those that other packages bring."""
-    return sorted({*_own(), *plugins.entries(plugins.FAMILIES)})
+    own = tuple(_own())
+    return sorted([*own, *plugins.entries(plugins.FAMILIES, own)])
 
 
 def _own() -> list[str]:

@@ -379,23 +379,20 @@ class Diffusion(WorldModel):
         reward, proceed = self.heads.losses(self.features(states), batch.reward, going)
         losses = {"reward": told * reward, "continue": proceed}
         losses |= self._denoising(states, batch)
-        states, batch = self._tail(states, batch)
+        states, batch = self.tail(states, batch)
         return LossOutput(losses, {}, states, states, torch.ones_like(batch.reward[0]), batch)
 
     @torch.no_grad()
     def observe(self, batch: Batch, noise: Tensor | None = None) -> tuple[State, Batch]:
-        return self._tail(self._seen(batch), batch)
-
-    def _tail(self, states: State, batch: Batch) -> tuple[State, Batch]:
-        """The steps that imagination starts from."""
-        tail = slice(-(self.num_starts or batch.reward.shape[1]), None)
-        return states[:, tail], batch.map(lambda value: value[:, tail])
+        return self.tail(self._seen(batch), batch)
 
     def _seen(self, batch: Batch) -> State:
         """Posteriors (B, T), their essential part: `update` step by step, in one pass."""
         flat = {key: value.flatten(0, 1) for key, value in batch.obs.items()}
         embed = self.encoder(flat).float().unflatten(0, batch.reward.shape)
-        state = {"embed": embed, "memory": self._memories(embed, batch)}
+        with full_precision(embed):
+            memory = self.core.memories(embed, batch.action, batch.is_first)
+        state = {"embed": embed, "memory": memory}
         state |= {f"obs/{key}": value for key, value in batch.obs.items()}
         rows = torch.arange(len(embed), device=embed.device)[:, None, None]
         now = torch.arange(embed.shape[1], device=embed.device)
@@ -409,19 +406,6 @@ class Diffusion(WorldModel):
             acted = batch.action[rows, back.clamp(min=0)]  # (B, T, k - 1, A)
             state["past_action"] = acted * (back > begun).unsqueeze(-1)
         return State(state)
-
-    def _memories(self, embed: Tensor, batch: Batch) -> Tensor:
-        """Memories (B, T, M); zero where nothing was before."""
-        keep = (~batch.is_first).float().unsqueeze(-1)
-        memory = embed.new_zeros(len(embed), self.config.memory)
-        memories = [memory]
-        with full_precision(memory):
-            weights = self.core.hidden_weights()
-            looked, acted = self.core.in_stoch(embed[:, :-1]), self.core.embed_action(batch.action)
-            for t in range(1, embed.shape[1]):
-                memory = self.core.step(memory, looked[:, t - 1], acted[:, t], weights)
-                memories.append(memory := memory * keep[:, t])
-        return torch.stack(memories, 1)
 
 
 Model = Diffusion

@@ -82,7 +82,7 @@ class JEPAConfig(Settings):
     objective: Literal["dynamics", "masked", "both"] = "dynamics"
     patch: Annotated[int, Ge(1), Le(1024)] = 8
     masked_layers: Layers = 2
-    masked_scale: Scale = 10.0
+    masked_scale: Scale = 1.0
     discount: Annotated[float, Gt(0), Le(1)] = 0.99
     learning_rate: Positive = 2e-3
     agc: Scale = 0.3
@@ -214,9 +214,7 @@ class JEPA(WorldModel):
         if self.memory is None:
             return torch.cat([emb, action], -1)
         with full_precision(emb):
-            new: Tensor = self.memory(
-                context.float(), emb.float(), self.memory.embed_action(action.float())
-            )
+            new: Tensor = self.memory(context, emb, self.memory.embed_action(action))
             return new
 
     def transition(self, state: State, action: Tensor, noise: Tensor | None = None) -> State:
@@ -254,8 +252,11 @@ class JEPA(WorldModel):
     def loss(
         self, batch: Batch, start: State | None = None, noise: Tensor | None = None
     ) -> LossOutput:
-        """Losses: regularizer (B, T), prediction, reward and continue (B, T - 1)."""
-        states = self._seen(batch, start)
+        """Losses: regularizer (B, T), prediction, reward and continue (B, T - 1).
+
+        A row begins with a look, so `start` is not used.
+        """
+        states = self._seen(batch)
         emb, going = states.tensors["emb"], (1 - batch.is_terminal.float()) * self.discount
         targets = self._targets(emb, batch)
         more = {} if self.masked is None else {"masked": self._masked(targets, batch)}
@@ -281,23 +282,19 @@ class JEPA(WorldModel):
 
     @torch.no_grad()
     def observe(self, batch: Batch, noise: Tensor | None = None) -> tuple[State, Batch]:
-        return self._seen(batch, None), batch  # all observations are encoded at once
+        return self._seen(batch), batch  # all observations are encoded at once
 
-    def _seen(self, batch: Batch, start: State | None) -> State:
+    def _seen(self, batch: Batch) -> State:
         """Posteriors (B, T)."""
-        num, length = batch.reward.shape
         flat = {key: value.flatten(0, 1) for key, value in batch.obs.items()}
-        emb = self.encoder(flat).unflatten(0, (num, length))
-        start = self.initial(num) if start is None else start
-        before = torch.cat([start.tensors["emb"].unsqueeze(1), emb[:, :-1]], 1)
-        keep = (before.any(-1) & ~batch.is_first).to(emb.dtype).unsqueeze(-1)
-        if self.memory is None:
-            return State({"emb": emb, "context": keep * self._context(emb, before, batch.action)})
-        context, contexts = start.tensors["context"], []
-        for t in range(length):
-            context = keep[:, t] * self._context(context, before[:, t], batch.action[:, t])
-            contexts.append(context)
-        return State({"emb": emb, "context": torch.stack(contexts, 1)})
+        emb = self.encoder(flat).unflatten(0, batch.reward.shape)
+        if self.memory is not None:
+            with full_precision(emb):
+                context = self.memory.memories(emb, batch.action, batch.is_first)
+            return State({"emb": emb, "context": context})
+        led = torch.cat([emb[:, :-1], batch.action[:, 1:]], -1)
+        led = led * (~batch.is_first[:, 1:]).to(emb.dtype).unsqueeze(-1)
+        return State({"emb": emb, "context": F.pad(led, (0, 0, 1, 0))})
 
     def _unrolled(self, states: State, batch: Batch) -> tuple[State, Tensor]:
         """States (K, B, T - 1) predicted for step t from k = 1..K steps before, all with gradient,

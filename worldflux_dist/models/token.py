@@ -326,16 +326,11 @@ class Token(WorldModel):
         out = {"hidden": out[:, :, -1], "ahead": out[:, :, : self.embedder.ahead]}
         return State({"tokens": ids, **out, "kv": kv, "length": lengths})
 
-    def _last(self, state: State, batch: Batch) -> tuple[State, Batch]:
-        """The part of both that imagination starts from."""
-        num = state.tensors["kv"].shape[1]
-        return state.map(lambda value: value[:, -num:]), batch.map(lambda value: value[:, -num:])
-
     @torch.no_grad()
     def observe(self, batch: Batch, noise: Tensor | None = None) -> tuple[State, Batch]:
         obs = {key: value.flatten(0, 1) for key, value in batch.obs.items()}
         tokens = self._tokens(obs, None if noise is None else noise.flatten(0, 1))
-        return self._last(self._pass(tokens.unflatten(0, batch.reward.shape), batch), batch)
+        return self.tail(self._pass(tokens.unflatten(0, batch.reward.shape), batch), batch)
 
     def loss(
         self, batch: Batch, start: State | None = None, noise: Tensor | None = None
@@ -357,7 +352,7 @@ class Token(WorldModel):
         reward, proceed = self.heads.losses(self.features(states), batch.reward, going)
         told = torch.maximum(moved, batch.is_first.float())
         losses |= {"reward": told * reward, "continue": proceed}
-        path, steps = self._last(states, batch)
+        path, steps = self.tail(states, batch)
         weight = torch.ones_like(steps.reward[0])
         return LossOutput(losses, metrics, path, path, weight, steps)
 

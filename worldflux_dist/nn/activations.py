@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from worldflux_dist.nn.products import full_precision
+
 GROUP = 8  # entries that share one softmax in SimNorm
 
 
@@ -51,6 +53,6 @@ def simnorm(x: Tensor) -> Tensor:
     """Softmax over groups of 8 neighbours of the last axis: entries >= 0, group sums 1."""
     weights = x.float().clamp(-80, 80).exp()  # after a LayerNorm no entry is large
     ones = torch.ones(GROUP, GROUP, device=x.device)
-    with torch.autocast(x.device.type if not x.is_meta else "cpu", enabled=False):
+    with full_precision(x):
         totals = weights.unflatten(-1, (-1, GROUP)) @ ones  # the sum, already in every column
     return weights / totals.flatten(-2)

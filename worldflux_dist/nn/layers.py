@@ -163,6 +163,19 @@ class BlockGRU(nn.Module):
         """deter (B, D), stoch (B, G * C), embedded action (B, hidden) -> deter (B, D)."""
         return self.step(deter, self.in_stoch(stoch), action, weights)
 
+    def memories(self, stoch: Tensor, action: Tensor, is_first: Tensor) -> Tensor:
+        """m_t = forward(m_{t-1}, stoch_{t-1}, a_t), (B, T, D), of stoch (B, T, S) and raw actions
+        (B, T, A); zero in the first step of each row and where is_first (B, T). What does not
+        depend on the memory is computed for all steps at once."""
+        keep = (~is_first).to(stoch.dtype).unsqueeze(-1)
+        looked, acted = self.in_stoch(stoch[:, :-1]), self.embed_action(action)
+        memory = stoch.new_zeros(len(stoch), self.deter)
+        memories, weights = [memory], self.hidden_weights()
+        for t in range(1, stoch.shape[1]):
+            memory = keep[:, t] * self.step(memory, looked[:, t - 1], acted[:, t], weights)
+            memories.append(memory)
+        return torch.stack(memories, 1)
+
     def step(
         self,
         deter: Tensor,
