@@ -300,6 +300,11 @@ def test_barlow_twins_take_the_place_of_a_decoder() -> None:
     output.losses["barlow"].mean().backward()
     reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
     assert reached == {"encoder", "core", "posterior", "projector"}
+    with torch.no_grad():  # a posterior that does not look: nothing is left that could reach it
+        model.posterior[0].linear.weight[:, model.config.deter :] = 0
+    model.zero_grad()
+    model.loss(tensors(batch)).losses["barlow"].mean().backward()
+    assert not any(p.grad.any() for p in model.encoder.parameters())
     learner = Learner(agent, LearnerConfig(device="cpu"))
     history = [learner.step(batch)["loss/barlow"] for _ in range(20)]
     assert history[-1] < 0.8 * history[0]

@@ -24,17 +24,18 @@ DECAY, PUSH = torch.tensor([0.9, 0.8]), torch.tensor([0.5, -0.5])
 
 def linear_world() -> Steps:
     """x' = DECAY x + PUSH a and r' = x_0 - a, in 3 rows of 40 steps; episodes of row 0 end in
-    terminal steps 12 and 25 (and of row 1 are cut there), and begin anew right after."""
+    terminal steps 12 and 25 (and of row 1 are cut there), and begin anew right after; row 2 goes on
+    throughout, from mid-episode."""
     rng = np.random.default_rng(0)
     obs, action, reward = np.zeros((3, 40, 2)), rng.uniform(-1, 1, (3, 40, 1)), np.zeros((3, 40))
     first, last, terminal = (np.zeros((3, 40), bool) for _ in range(3))
-    first[:, 0] = True
+    first[:2, 0] = True
     for end in (12, 25):
         last[:2, end] = first[:2, end + 1] = terminal[0, end] = True
     action[first] = 0
     for t in range(40):
         for row in range(3):
-            if first[row, t]:
+            if first[row, t] or t == 0:
                 obs[row, t] = rng.normal(size=2)
             else:
                 before, act = obs[row, t - 1], action[row, t, 0]
@@ -78,10 +79,15 @@ def test_a_model_that_copies_is_persistence_itself() -> None:
 
 
 def test_returns_obtained_end_where_episodes_end() -> None:
-    """With values of 0 for all states: sums of rewards to the end, whether it is a terminal step, a
-    cut, or the end of the row."""
+    """With one value for all states: sums of rewards to the end, and that value after it where it
+    is a cut or the end of the row, but not after a terminal step."""
     steps = linear_world()
     agent = linear_agent(DECAY, PUSH, (1.0, -1.0))
+    bins = agent.behavior.bins
+    index = int((bins - 7).abs().argmin())
+    worth = float(bins[index])
+    with torch.no_grad():
+        agent.behavior.critic[-1].bias[index] = 100
     card = report_card(agent, [steps], 5)
     want = []
     for row in range(3):
@@ -94,9 +100,11 @@ def test_returns_obtained_end_where_episodes_end() -> None:
                 factor *= 0.99
                 if steps.is_last[row, s]:
                     break
+            if not steps.is_terminal[row, s]:
+                total += factor * worth
             want.append(total)
     np.testing.assert_allclose(card.values[:, 1], want, rtol=1e-4, atol=1e-5)
-    assert not card.values[:, 0].any()
+    np.testing.assert_allclose(card.values[:, 0], worth, rtol=1e-5)
 
 
 def test_calibration_counts_every_step_that_is_no_reset() -> None:

@@ -145,7 +145,6 @@ class _Walk:
         value = self.agent.behavior.value(self.features)  # (N, T)
         after, returns = value[:, -1], []
         for t in reversed(range(1, b.reward.shape[1])):
-            after = torch.where(b.is_last[:, t], value[:, t], after)
             going = discount * (1 - b.is_terminal[:, t].float())
             after = torch.where(b.is_first[:, t], value[:, t - 1], b.reward[:, t] + going * after)
             returns.append(after)
