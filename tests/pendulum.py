@@ -30,6 +30,7 @@ def episodes(seed: int, num: int) -> Chunk:
 def trained(
     model: str,
     steps: int,
+    /,
     shape: tuple[int, int] = (16, 16),
     scales: dict[str, float] | None = None,
     **options: Any,

@@ -10,10 +10,14 @@ import torch
 from pendulum import card, trained
 from small import family_batch, make_small, perturbed, same_sums, tensors
 from torch import Tensor
+from toy_envs import Arm
 
+from worldflux_dist.agent import Agent
+from worldflux_dist.data import Batch
 from worldflux_dist.learner import Learner, LearnerConfig
 from worldflux_dist.nn import collapse
 from worldflux_dist.nn.masked import visible_parts
+from worldflux_dist.spaces import Spaces
 
 
 def make_jepa(obs: str = "vector", **options: Any) -> Any:
@@ -252,3 +256,58 @@ def test_masked_prediction_learns_on_vectors_and_images() -> None:
         learner = Learner(agent, LearnerConfig(device="cpu"))
         history = [learner.step(family_batch(agent))["loss/masked"] for _ in range(30)]
         assert np.mean(history[-5:]) < 0.6 * np.mean(history[:5])
+
+
+def arm_episodes(num: int, length: int, seed: int) -> tuple[Batch, np.ndarray]:
+    """Episodes (num, length) of random play, and where elbow and hand are in each picture, of which
+    the model is not told: (num, length, 4)."""
+    rng, env = np.random.default_rng(seed), Arm()
+    pictures, actions, places = [], [], []
+    for row in range(num):
+        picture, action = env.reset(seed=seed + row)[0], np.zeros(2)
+        for _ in range(length):
+            pictures.append(picture)
+            actions.append(action)
+            places.append(np.concatenate(env.places()))
+            action = rng.uniform(-1, 1, 2)
+            picture = env.step(action)[0]
+    obs, action, place = (
+        np.stack(x).reshape(num, length, *np.shape(x[0])) for x in (pictures, actions, places)
+    )
+    flags = np.zeros((num, length), bool)
+    first = flags | (np.arange(length) == 0)
+    reward = np.zeros((num, length), np.float32)
+    return Batch({"obs": obs}, action.astype(np.float32), reward, first, flags, flags), place
+
+
+def explained(model: Any, seen: list[tuple[Batch, np.ndarray]]) -> np.ndarray:
+    """R2 of each coordinate by the best linear map of embeddings on the first of `seen`, judged on
+    the second."""
+    with torch.no_grad():
+        embs = [
+            model.encoder({"obs": torch.from_numpy(b.obs["obs"]).flatten(0, 1)}) for b, _ in seen
+        ]
+    inputs = [np.pad(emb.numpy(), ((0, 0), (0, 1)), constant_values=1.0) for emb in embs]
+    wanted, truth = (place.reshape(-1, 4) for _, place in seen)
+    weights = np.linalg.lstsq(inputs[0], wanted, rcond=None)[0]
+    return 1 - np.square(truth - inputs[1] @ weights).mean(0) / truth.var(0)
+
+
+@pytest.mark.learning
+def test_masked_prediction_alone_learns_where_an_arm_is() -> None:
+    seen = [arm_episodes(400, 8, seed=0), arm_episodes(100, 8, seed=1000)]
+    spaces = Spaces(Arm.observation_space, Arm.action_space)
+    torch.manual_seed(0)
+    agent = Agent(
+        "jepa:tiny",
+        spaces,
+        {"objective": "masked", "memory": "none", "emb": 8, "learning_rate": 4e-3},
+    )
+    untrained = explained(agent.world_model, seen)
+    learner = Learner(agent, LearnerConfig(device="cpu"), part="world_model")
+    rng = np.random.default_rng(0)
+    for _ in range(600):
+        rows = rng.integers(0, 400, 16)
+        learner.step(seen[0][0].map(lambda x, rows=rows: x[rows]))
+    found = explained(agent.world_model, seen)
+    print(untrained.round(3), found.round(3))

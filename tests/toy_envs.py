@@ -1,7 +1,7 @@
 """Tiny environments whose answers are known.
 
 Each isolates one thing a world model must get right: EchoEnv the time convention, BanditEnv memory
-and delayed, noisy credit.
+and delayed, noisy credit, TMaze memory over many steps, Arm what an image shows.
 """
 
 from __future__ import annotations
@@ -98,3 +98,48 @@ class TMaze(gymnasium.Env):
             return self._look(), 0.0, False, False, {}
         pays = (action == 1) == (self.cue > 0)
         return self._look(), float(pays), True, False, {}
+
+
+class Arm(gymnasium.Env):
+    """An arm of two joints, seen as a picture of SIZE x SIZE; the actions turn them, with some
+    inertia. It is paid for the height of its hand, and each episode takes `length` steps."""
+
+    SIZE = 32
+    LINKS = ((0.5, (230, 80, 60)), (0.42, (80, 160, 240)))  # length in half pictures, colour
+    observation_space = gymnasium.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)
+    action_space = gymnasium.spaces.Box(-1, 1, (2,))
+
+    def __init__(self, length: int = 32) -> None:
+        self.length = length
+        at = np.linspace(-1, 1, self.SIZE)
+        self._points = np.stack(np.meshgrid(at, at), -1)
+
+    def places(self) -> list[np.ndarray]:
+        """Where elbow and hand are, (x, y) in half pictures from the middle, y downwards."""
+        angles = np.cumsum(self.joints)
+        links = np.stack([np.cos(angles), np.sin(angles)], -1)
+        return list(
+            np.cumsum([link * x for link, (x, _) in zip(links, self.LINKS, strict=True)], 0)
+        )
+
+    def _look(self) -> np.ndarray:
+        image, begin = np.full((self.SIZE, self.SIZE, 3), 40.0), np.zeros(2)
+        for (_, color), end in zip(self.LINKS, self.places(), strict=True):
+            link, rel = end - begin, self._points - begin
+            share = (rel @ link / (link @ link)).clip(0, 1)
+            away = np.linalg.norm(rel - share[..., None] * link, axis=-1)
+            cover = ((0.09 - away) / 0.06).clip(0, 1)[..., None]
+            image, begin = image * (1 - cover) + np.array(color) * cover, end
+        return image.astype(np.uint8)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.joints = self.np_random.uniform(-np.pi, np.pi, 2)
+        self.speeds, self.at = np.zeros(2), 0
+        return self._look(), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.speeds = 0.9 * self.speeds + 0.15 * np.asarray(action)
+        self.joints, self.at = self.joints + self.speeds, self.at + 1
+        height = float(-self.places()[1][1])
+        return self._look(), height, False, self.at == self.length, {}

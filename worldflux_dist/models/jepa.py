@@ -49,6 +49,8 @@ from worldflux_dist.nn.products import full_precision
 from worldflux_dist.settings import Layers, Positive, Scale, Settings, Share, Units, Whole
 from worldflux_dist.spaces import Spaces
 
+WIDE = 0.25  # half the standard deviation that embeddings are to have, squared
+
 
 @dataclass(frozen=True)
 class JEPAConfig(Settings):
@@ -82,7 +84,7 @@ class JEPAConfig(Settings):
     objective: Literal["dynamics", "masked", "both"] = "dynamics"
     patch: Annotated[int, Ge(1), Le(1024)] = 8
     masked_layers: Layers = 2
-    masked_scale: Scale = 1.0
+    masked_scale: Scale = 0.25
     discount: Annotated[float, Gt(0), Le(1)] = 0.99
     learning_rate: Positive = 2e-3
     agc: Scale = 0.3
@@ -268,8 +270,9 @@ class JEPA(WorldModel):
         outcome = torch.cat([self._outcome(states)[None, :, 1:], self._outcome(path)])
         real = batch.reward[None, :, 1:], going[None, :, 1:]
         reward, proceed = self.heads.losses(outcome, *(x.expand(outcome.shape[:-1]) for x in real))
-        losses = more | {
-            "prediction": (weight * self._error(path.tensors["emb"], wanted)).sum(0),
+        spread = self._spread(emb)
+        losses = {name: spread * loss for name, loss in more.items()} | {
+            "prediction": spread * (weight * self._error(path.tensors["emb"], wanted)).sum(0),
             "reward": keep * reward[0] + (weight * reward[1:]).sum(0),
             "continue": proceed[0] + (weight * proceed[1:]).sum(0),
         }
@@ -349,6 +352,14 @@ class JEPA(WorldModel):
         pick = torch.randint(len(flat), (min(c.samples, len(flat)),), device=emb.device)
         directions = torch.randn(c.directions, c.emb, device=emb.device)
         return collapse.sigreg(flat[pick], directions)
+
+    def _spread(self, emb: Tensor) -> Tensor | float:
+        """What prediction counts while embeddings (B, T, D) are still near each other: their mean
+        variance over WIDE, at most 1. At full weight they would stay there, as pictures that
+        differ in a few pixels do: being foretold is then gained sooner than being told apart."""
+        if self.config.regularizer not in ("sigreg", "vicreg"):
+            return 1.0  # nothing drives them apart
+        return (emb.detach().flatten(0, 1).var(0).mean() / WIDE).clamp(max=1)
 
     def _metrics(self, emb: Tensor) -> dict[str, Tensor]:
         std, rank = collapse.spread(emb.flatten(0, 1))
