@@ -49,8 +49,6 @@ from worldflux_dist.nn.products import full_precision
 from worldflux_dist.settings import Layers, Positive, Scale, Settings, Share, Units, Whole
 from worldflux_dist.spaces import Spaces
 
-WIDE = 0.25  # half the standard deviation that embeddings are to have, squared
-
 
 @dataclass(frozen=True)
 class JEPAConfig(Settings):
@@ -58,6 +56,8 @@ class JEPAConfig(Settings):
 
     `memory` is the size of a GRU for what one observation does not show; auto has one where there
     are images. `steps` is how far embeddings are predicted, `rho` what each further step counts.
+    `prediction_scale` counts a tenth where there are images: frames that differ in a few pixels
+    begin with nearly one embedding, and at full weight they keep it.
     SIGReg compares `samples` embeddings along so many random `directions`. `probe` adds a decoder
     that learns from embeddings and never changes them. Masked prediction sees images as patches of
     `patch` x `patch` pixels, through `masked_layers` of a transformer.
@@ -153,7 +153,7 @@ class JEPA(WorldModel):
             self.target = copy.deepcopy(self.encoder).requires_grad_(False)
         self.context_dim = size
         self.loss_scales = {
-            "prediction": c.prediction_scale,
+            "prediction": c.prediction_scale * (0.1 if spaces.images else 1),
             "regularizer": c.regularizer_scale,
             **({} if self.masked is None else {"masked": c.masked_scale}),
         }
@@ -270,9 +270,8 @@ class JEPA(WorldModel):
         outcome = torch.cat([self._outcome(states)[None, :, 1:], self._outcome(path)])
         real = batch.reward[None, :, 1:], going[None, :, 1:]
         reward, proceed = self.heads.losses(outcome, *(x.expand(outcome.shape[:-1]) for x in real))
-        spread = self._spread(emb)
-        losses = {name: spread * loss for name, loss in more.items()} | {
-            "prediction": spread * (weight * self._error(path.tensors["emb"], wanted)).sum(0),
+        losses = more | {
+            "prediction": (weight * self._error(path.tensors["emb"], wanted)).sum(0),
             "reward": keep * reward[0] + (weight * reward[1:]).sum(0),
             "continue": proceed[0] + (weight * proceed[1:]).sum(0),
         }
@@ -352,14 +351,6 @@ class JEPA(WorldModel):
         pick = torch.randint(len(flat), (min(c.samples, len(flat)),), device=emb.device)
         directions = torch.randn(c.directions, c.emb, device=emb.device)
         return collapse.sigreg(flat[pick], directions)
-
-    def _spread(self, emb: Tensor) -> Tensor | float:
-        """What prediction counts while embeddings (B, T, D) are still near each other: their mean
-        variance over WIDE, at most 1. At full weight they would stay there, as pictures that
-        differ in a few pixels do: being foretold is then gained sooner than being told apart."""
-        if self.config.regularizer not in ("sigreg", "vicreg"):
-            return 1.0  # nothing drives them apart
-        return (emb.detach().flatten(0, 1).var(0).mean() / WIDE).clamp(max=1)
 
     def _metrics(self, emb: Tensor) -> dict[str, Tensor]:
         std, rank = collapse.spread(emb.flatten(0, 1))
