@@ -293,6 +293,7 @@ def explained(model: Any, seen: list[tuple[Batch, np.ndarray]]) -> np.ndarray:
     return 1 - np.square(truth - inputs[1] @ weights).mean(0) / truth.var(0)
 
 
+@pytest.mark.nightly  # a minute and a half
 @pytest.mark.learning
 def test_masked_prediction_alone_learns_where_an_arm_is() -> None:
     seen = [arm_episodes(400, 8, seed=0), arm_episodes(100, 8, seed=1000)]
@@ -310,4 +311,4 @@ def test_masked_prediction_alone_learns_where_an_arm_is() -> None:
         rows = rng.integers(0, 400, 16)
         learner.step(seen[0][0].map(lambda x, rows=rows: x[rows]))
     found = explained(agent.world_model, seen)
-    print(untrained.round(3), found.round(3))
+    assert untrained.mean() < 0.3 and found.mean() > 0.75  # measured: 0.17 and 0.83
