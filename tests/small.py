@@ -66,6 +66,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"horizon": 5},
     ),
 }
+# Other models of a family, by its small preset and options: they go through the same tests.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "latent": ("diffusion", {"latent": True, "emb": 16, "multipliers": (2, 4)}),
+    "dreamer4": (
+        "diffusion",
+        {"backbone": "transformer", "heads": 2, "context": 4, "emb": 16, "multipliers": (2, 4)},
+    ),
+}
 
 
 def make_small(
@@ -76,14 +84,16 @@ def make_small(
     planner: dict[str, Any] | None = None,
     **options: Any,
 ) -> Any:
-    """A fresh small agent of any family; spaces are kinds of OBSERVATIONS and ACTIONS, or any."""
+    """A fresh small agent of any family or variant; spaces are kinds of OBSERVATIONS and ACTIONS,
+    or any."""
+    family, more = VARIANTS.get(family, (family, {}))
     preset, sizes, native = FAMILIES[family]
     spaces = Spaces(
         OBSERVATIONS[obs] if isinstance(obs, str) else obs,
         ACTIONS[action] if isinstance(action, str) else action,
     )
     name, behavior = f"{family}:{preset}", native if behavior is None else behavior
-    return Agent(name, spaces, sizes | options, behavior, planner)
+    return Agent(name, spaces, sizes | more | options, behavior, planner)
 
 
 def make_agent(kind: str, **options: Any) -> Agent:
@@ -102,9 +112,10 @@ def make_agent(kind: str, **options: Any) -> Agent:
     return Agent("dreamerv3:size1m", Spaces(obs, action), SIZES | options, {"horizon": 5})
 
 
-EVERY = list(itertools.product(families(), ["vector", "image", "dict"], ["continuous", "discrete"]))
+MODELS = [*families(), *VARIANTS]
+EVERY = list(itertools.product(MODELS, ["vector", "image", "dict"], ["continuous", "discrete"]))
 CASES = pytest.mark.parametrize("case", EVERY, ids=["-".join(case) for case in EVERY])
-FAMILY = pytest.mark.parametrize("family", families())
+FAMILY = pytest.mark.parametrize("family", MODELS)
 LENGTH = 12  # a multiple of every family's window
 
 

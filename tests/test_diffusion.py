@@ -137,7 +137,7 @@ def test_imagining_elsewhere_knows_the_moments() -> None:
         ({"objective": "shortcut", "steps": 3}, "steps is 3: the shortcut .* in 1, 2 or 4 steps"),
         ({"objective": "ddpm"}, "objective is 'ddpm': it must be 'edm' or 'shortcut'"),
         ({"objective": "shortcut", "denoise_steps": 1}, "denoise_steps is 1: .* needs 2 or more"),
-        ({"starts": 1}, "starts is 1: .* set it to 2 or more, or to 0 for all"),
+        ({"starts": 1}, "starts is 1: .* set it to 2 or more, or 0 for all"),
         ({"history": 0}, "history is 0: it must be at least 1"),
         ({"frames": 0}, "frames is 0: it must be at least 1"),
         ({"channels": ()}, r"channels is \(\): .* at least 1 item"),
@@ -164,11 +164,17 @@ def test_rows_that_are_too_short_are_refused(objective: str, needed: int) -> Non
 
 
 def fitted(
-    batch: Batch, spaces: Spaces, num: int, size: int = 64, length: int = 4, **options: Any
+    batch: Batch,
+    spaces: Spaces,
+    num: int,
+    size: int = 64,
+    length: int = 4,
+    preset: str = "tiny",
+    **options: Any,
 ) -> Any:
     """A tiny model after `num` gradient steps on `size` windows of a batch each."""
     torch.manual_seed(0)
-    model = create_from_spaces("diffusion:tiny", spaces, **options)
+    model = create_from_spaces(f"diffusion:{preset}", spaces, **options)
     optimizer = model.optimizer([p for p in model.parameters() if p.requires_grad])
     rows, steps = batch.reward.shape
     for _ in range(num):

@@ -17,6 +17,7 @@ from small import (
     FAMILIES,
     FAMILY,
     IMAGE,
+    VARIANTS,
     family_batch,
     look,
     make_case,
@@ -67,6 +68,7 @@ FALLING = {
     "jepa": ("prediction", "rec/image", "rec/vector", "reward", "replay_value"),
     "token": ("rec/image", "tokens/image", "reward", "replay_value"),
     "diffusion": ("denoise", "reward", "replay_value"),
+    **dict.fromkeys(VARIANTS, ("rec/image", "rec/vector", "reward", "replay_value")),
 }
 
 
@@ -74,7 +76,8 @@ FALLING = {
 @FAMILY
 def test_learning_lowers_the_loss(family: str, precision: Any) -> None:
     torch.manual_seed(0)
-    warm = {name: 0 for name in ("warmup", "tokenizer_warmup") if name in FAMILIES[family][1]}
+    sizes = FAMILIES[VARIANTS.get(family, (family,))[0]][1]
+    warm = {name: 0 for name in ("warmup", "tokenizer_warmup") if name in sizes}
     agent = make_small(family, "dict", "discrete", learning_rate=3e-3, **warm)
     learner = Learner(agent, LearnerConfig(device="cpu", precision=precision))
     batch = family_batch(agent)
@@ -106,6 +109,7 @@ def test_a_saved_learner_continues_bit_for_bit(case: tuple[str, str, str], tmp_p
 SEEN = {
     **{"dreamerv3": "rec/vector", "tdmpc2": "consistency", "jepa": "prediction"},
     **{"token": "tokens/vector", "diffusion": "denoise"},
+    **dict.fromkeys(VARIANTS, "denoise"),
 }
 
 

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import torch
 from fixed_draws import fix_draws
-from small import FAMILIES, FAMILY, family_batch, make_small, perturbed, random_batch, same_sums
+from small import (
+    FAMILIES,
+    FAMILY,
+    VARIANTS,
+    family_batch,
+    make_small,
+    perturbed,
+    random_batch,
+    same_sums,
+)
 
 from worldflux_dist.imaginer import Imaginer
 from worldflux_dist.learner import Learner, LearnerConfig
@@ -21,6 +30,7 @@ CRITIC = {"kind": "actor_critic", "horizon": 3}
 CRITIC_STILL = {"horizon": 3, "return_rate": 0.0}
 STILL = {"tdmpc2": {"scale_rate": 0.0}}
 APART: dict[str, dict[str, Any]] = {"jepa": {"regularizer": "none"}}
+APART |= {variant: {"regularizer_scale": 0.0} for variant in VARIANTS}
 
 
 def make_learner(
@@ -33,7 +43,8 @@ def make_learner(
     **options: Any,
 ) -> Learner:
     torch.manual_seed(0)
-    behavior = FAMILIES[family][2] if behavior is None else behavior
+    native = FAMILIES[VARIANTS.get(family, (family,))[0]][2]
+    behavior = native if behavior is None else behavior
     agent = perturbed(make_small(family, obs, "continuous", behavior, **(model or {})))
     return Learner(agent, LearnerConfig(device="cpu", **options), part, rows)
 

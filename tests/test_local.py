@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import toy_task
-from small import FAMILY, family_batch, make_agent, make_small, perturbed, random_batch
+from small import FAMILY, VARIANTS, family_batch, make_agent, make_small, perturbed, random_batch
 
 from worldflux_dist import local
 from worldflux_dist.envs import EnvConfig, make_envs
@@ -63,12 +63,14 @@ ECHO: dict[str, dict[str, Any]] = {
     "token": {"learning_rate": 2e-3, "warmup": 20},
     "diffusion": {"learning_rate": 4e-3, "warmup": 20},
 }
+ECHO |= {name: more | ECHO[family] for name, (family, more) in VARIANTS.items()}
 
 
 def trained_on_echo(family: str, runner: EnvRunner, spaces: Spaces, steps: int) -> WorldModel:
     """A small world model fitted to random play, through the runner and replay."""
     torch.manual_seed(0)
-    model = create_from_spaces(f"{family}:tiny", spaces, **ECHO[family])
+    name, _ = VARIANTS.get(family, (family, {}))
+    model = create_from_spaces(f"{name}:tiny", spaces, **ECHO[family])
     optimizer = model.optimizer(list(model.parameters()))
     replay = ReplayBuffer(ReplayConfig(batch_size=64, batch_length=4, capacity=8192))
     for _ in range(16):

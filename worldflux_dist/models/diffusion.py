@@ -15,6 +15,10 @@ that the objective expects. Each image has a U-Net on frames in [-1, 1], whose a
 to the 256 levels that images have. Where there are both, each denoiser also gets enc(o), which has
 seen all of them; given that and the memory, vectors and images of one step are drawn apart.
 
+With `latent` the embedding enc(o) is drawn, a vector, and all losses shape the encoder; SIGReg (see
+nn/collapse.py) keeps its variance. A decoder that changes nothing shows what was drawn. With
+`backbone: transformer` one network is memory and denoiser, as in Dreamer 4: nn/forcing.py.
+
 Deviations from DIAMOND (Alonso et al. 2024), with reasons:
 
 - Its reward model is an LSTM apart, burnt in on a few frames, and its policy another one. Here one
@@ -31,8 +35,9 @@ of EDM's error, in 1, 2 or 4 steps and at every learning rate tried; 15 steps ah
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, cast
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le, MaxLen, MinLen
@@ -40,16 +45,19 @@ from torch import Tensor, nn
 
 from worldflux_dist.data import Batch
 from worldflux_dist.models.base import LossOutput, Prediction, State, WorldModel
-from worldflux_dist.nn.denoisers import Denoiser, ImageDenoiser, VectorDenoiser
+from worldflux_dist.nn import collapse
+from worldflux_dist.nn.denoisers import Denoiser, Denoisers, ImageDenoiser, VectorDenoiser
 from worldflux_dist.nn.denoising import EDM, Objective, Shortcut
+from worldflux_dist.nn.forcing import Forcing, ForcingHead
+from worldflux_dist.nn.history import History, Named, Names
 from worldflux_dist.nn.layers import BlockGRU
-from worldflux_dist.nn.observations import ObsEncoder, OutcomeHeads
+from worldflux_dist.nn.observations import ObsDecoder, ObsEmbedder, ObsEncoder, OutcomeHeads
 from worldflux_dist.nn.optim import LaProp, groups
 from worldflux_dist.nn.products import full_precision
 from worldflux_dist.settings import Layers, Positive, Scale, Settings, Share, Units, Whole
 from worldflux_dist.spaces import Spaces
 
-History = Annotated[int, Ge(1), Le(64)]
+Length = Annotated[int, Ge(1), Le(64)]
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,10 @@ class DiffusionConfig(Settings):
     `channels` has one number for each level of the U-Net. Images are dear: `denoise_steps` is how
     many steps of a row are denoised in a gradient step, and `starts` from how many, its last ones,
     is imagined; 0 is all. `moment_rate` is the share of a batch in the running moments.
+
+    `latent`: what is drawn is an embedding of `emb` numbers. `backbone` transformer: one of width
+    `memory`, with `denoiser_layers` layers and so many `heads`, sees the last `context` steps; on
+    images it is always `latent`.
     """
 
     section: ClassVar[str] = "model_options"
@@ -68,9 +80,15 @@ class DiffusionConfig(Settings):
     objective: Literal["edm", "shortcut"] = "shortcut"
     steps: Annotated[int, Ge(1), Le(64)] = 4
     target: Literal["residual", "absolute"] = "residual"
-    history: History = 1
-    frames: History = 4
+    history: Length = 1
+    frames: Length = 4
     condition_memory: bool = True
+    backbone: Literal["gru", "transformer"] = "gru"
+    heads: Annotated[int, Ge(1), Le(64)] = 4
+    context: Annotated[int, Ge(2), Le(1024)] = 8
+    latent: bool = False
+    emb: Units = 32
+    regularizer_scale: Scale = 1.0
     units: Units = 256
     memory: Units = 256
     denoiser_units: Units = 256
@@ -93,38 +111,43 @@ class DiffusionConfig(Settings):
     warmup: Whole = 1000
 
     def check(self) -> None:
-        if self.objective == "shortcut":
-            if self.steps not in Shortcut.STEPS:
-                raise ValueError(
-                    f"model_options.steps is {self.steps}: the shortcut objective samples in 1, 2 "
-                    "or 4 steps, so set it to one of these or objective to edm"
-                )
-            if self.denoise_steps == 1:
-                raise ValueError(
-                    "model_options.denoise_steps is 1: the shortcut objective needs 2 or more (0 "
-                    "is all), so set it to these or objective to edm"
-                )
+        shortcut, forced = self.objective == "shortcut", self.backbone == "transformer"
+        wrong, edm = {}, "so set it to one of these or objective to edm"
+        if shortcut and self.steps not in Shortcut.STEPS:
+            wrong["steps"] = f"the shortcut objective samples in 1, 2 or 4 steps, {edm}"
+        if shortcut and self.denoise_steps == 1:
+            wrong["denoise_steps"] = f"the shortcut objective needs 2 or more (0 is all), {edm}"
+        if forced and not shortcut:
+            wrong["objective"] = "a transformer needs shortcut: set it to that or backbone to gru"
+        if forced and self.memory % (2 * self.heads):
+            wrong["memory"] = f"a transformer needs a multiple of twice its heads, {2 * self.heads}"
+        if self.emb % ObsDecoder.MULTIPLE:
+            wrong["emb"] = f"it must be a multiple of {ObsDecoder.MULTIPLE}"
         if self.starts == 1:
-            raise ValueError(
-                "model_options.starts is 1: a critic learns from one step to the next, so set it "
-                "to 2 or more, or to 0 for all"
-            )
+            wrong["starts"] = "critics learn from step to step: set it to 2 or more, or 0 for all"
+        for name, remedy in wrong.items():
+            raise ValueError(f"model_options.{name} is {getattr(self, name)}: {remedy}")
 
 
+# Learns small tasks in minutes on two cores: narrow, with higher learning rates.
+TINY = DiffusionConfig(
+    steps=2,
+    units=64,
+    memory=64,
+    denoiser_units=128,
+    channels=(8, 16, 32, 32),
+    depth=4,
+    denoise_steps=4,
+    starts=2,
+    learning_rate=8e-4,
+    denoiser_rate=1e-3,
+    warmup=100,
+)
 PRESETS = {
-    # Learns small tasks in minutes on two cores: narrow, with higher learning rates.
-    "tiny": DiffusionConfig(
-        steps=2,
-        units=64,
-        memory=64,
-        denoiser_units=128,
-        channels=(8, 16, 32, 32),
-        depth=4,
-        denoise_steps=4,
-        starts=2,
-        learning_rate=8e-4,
-        denoiser_rate=1e-3,
-        warmup=100,
+    "tiny": TINY,
+    # A transformer in place of GRU and denoiser: Dreamer 4 in small.
+    "dreamer4_tiny": replace(
+        TINY, backbone="transformer", denoiser_layers=2, starts=8, learning_rate=1e-3
     ),
     "small": DiffusionConfig(),
     # The sizes and constants of DIAMOND, for images.
@@ -153,53 +176,56 @@ class Diffusion(WorldModel):
         super().__init__(spaces)
         c = self.config = config
         self.width, self.discount = c.units, c.discount
-        self.encoder = ObsEncoder(spaces, c.units, c.depth, c.multipliers)
+        self.latent = c.latent or (c.backbone == "transformer" and bool(spaces.images))
+        vision = (c.units, c.depth, c.multipliers)
+        self.encoder: Any = (
+            ObsEmbedder(spaces, c.emb, *vision) if self.latent else ObsEncoder(spaces, *vision)
+        )
         embed = self.encoder.size_out
+        self.pictures = {} if self.latent else {f"obs/{key}": key for key in spaces.images}
+        vectors = ["embed"] if self.latent else [f"obs/{key}" for key in spaces.vectors]
+        shapes = [(c.emb,)] if self.latent else [spaces.obs[key].shape for key in spaces.vectors]
+        self.size = sum(shape[0] for shape in shapes)
+        self.lengths = dict.fromkeys(vectors, c.history) | dict.fromkeys(self.pictures, c.frames)
         self.feature_dim = embed + c.memory
-        self.core = BlockGRU(c.memory, embed, spaces.action_dim, c.units, blocks=1)
+        self.core = self._make_core()
         self.heads = OutcomeHeads(self.feature_dim, c.units)
-        self.lengths = dict.fromkeys(spaces.vectors, c.history)
-        self.lengths |= dict.fromkeys(spaces.images, c.frames)
-        self.num_actions = max(self.lengths.values())
-        self._make_denoisers()
-        self.loss_scales = dict.fromkeys(map(self._loss_name, self.drawn), c.denoise_scale)
-        self.num_starts = (c.starts or None) if spaces.images else None
+        self.history = History(self.lengths, spaces.action_dim)
+        self.denoisers: Any = self._make_denoisers()
+        self.noise_shape = (self.denoisers.noise_size,)
+        self.probe = ObsDecoder(spaces, embed, embed, *vision) if self.latent else None
+        self.loss_scales = dict.fromkeys(self.denoisers.parts, c.denoise_scale)
+        self.regularized = self.latent and c.regularizer_scale > 0
+        self.loss_scales |= {"regularizer": c.regularizer_scale} if self.regularized else {}
+        large = bool(self.pictures) or c.backbone == "transformer"  # states
+        self.num_starts = (c.starts or None) if large else None
         search = {"samples": 64, "elites": 8, "proposals": 16, "iterations": 2, "horizon": 5}
         self.native = {
             "behavior": {"kind": "actor_critic", "horizon": c.horizon},
             "planner": {"method": "none"} | search,
         }
 
-    def _make_denoisers(self) -> None:
-        """One for all vectors and one for each image; `noise_shape` is what they start from."""
+    def _make_core(self) -> Any:
+        c = self.config
+        return BlockGRU(c.memory, self.encoder.size_out, self.spaces.action_dim, c.units, blocks=1)
+
+    def _make_denoisers(self) -> Any:
+        """One for all vectors, or the embedding, and one for each image."""
         c, spaces, edm = self.config, self.spaces, self.config.objective == "edm"
-        cond = spaces.action_dim * self.num_actions + c.memory * c.condition_memory
-        cond += self.encoder.size_out * bool(spaces.vectors and spaces.images)
-        self.drawn = [tuple(spaces.vectors)] if spaces.vectors else []
-        self.drawn += [(key,) for key in spaces.images]
-        made: list[Denoiser] = []
-        for keys in self.drawn:
-            shapes = [spaces.obs[key].shape for key in keys]
+        mixed = not self.latent and bool(spaces.vectors and spaces.images)
+        cond = spaces.action_dim * self.history.num_actions + c.memory * c.condition_memory
+        cond += self.encoder.size_out * mixed
+        parts: dict[str, tuple[Names, Denoiser]] = {}
+        if vectors := tuple(n for n in self.lengths if n not in self.pictures):
             by: Objective = EDM(unit_start=c.unit_start) if edm else Shortcut()
-            if keys[0] in spaces.images:
-                by = EDM(0.5, c.sigma_offset, c.unit_start) if edm else by
-                net = (c.channels, c.channel_blocks, c.units)
-                made.append(ImageDenoiser(by, shapes[0], c.frames, cond, *net))
-            else:
-                size, residual = sum(shape[0] for shape in shapes), c.target == "residual"
-                sizes = (size, c.history, cond, c.denoiser_units, c.denoiser_layers)
-                made.append(VectorDenoiser(by, *sizes, residual, c.moment_rate))
-        self.denoisers = nn.ModuleList(made)
-        self.noise_sizes = [denoiser.noise_size for denoiser in made]
-        self.noise_shape = (sum(self.noise_sizes),)
-
-    def _loss_name(self, keys: tuple[str, ...]) -> str:
-        return f"denoise/{keys[0]}" if keys[0] in self.spaces.images else "denoise"
-
-    @property
-    def _parts(self) -> list[tuple[tuple[str, ...], Denoiser]]:
-        """What is drawn together, and by what."""
-        return list(zip(self.drawn, cast(Any, self.denoisers), strict=True))
+            sizes = (self.size, c.history, cond, c.denoiser_units, c.denoiser_layers)
+            residual = c.target == "residual"
+            parts["denoise"] = vectors, VectorDenoiser(by, *sizes, residual, c.moment_rate)
+        for name, key in self.pictures.items():
+            by = EDM(0.5, c.sigma_offset, c.unit_start) if edm else Shortcut()
+            shape, net = spaces.obs[key].shape, (c.channels, c.channel_blocks, c.units)
+            parts[f"denoise/{key}"] = (name,), ImageDenoiser(by, shape, c.frames, cond, *net)
+        return Denoisers(parts, c.condition_memory, mixed, c.denoise_steps)
 
     def optimizer(self, params: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         c = self.config
@@ -211,28 +237,23 @@ class Diffusion(WorldModel):
         return (*acting, "denoisers", "heads") if planning else acting
 
     def update_targets(self) -> None:
-        for _, denoiser in self._parts:
-            denoiser.update_targets()
+        self.denoisers.update_targets()
 
     # ------------------------------------------------------------------------- five verbs
 
     def initial(self, batch_size: int) -> State:
-        c, zeros = self.config, self.core.hid_bias.new_zeros
-        state = {
-            "embed": zeros(batch_size, self.encoder.size_out),
-            "memory": zeros(batch_size, c.memory),
-            "seen": zeros(batch_size),
-        }
-        for key, length in self.lengths.items():
-            spec = self.spaces.obs[key]
+        state = self._blank(batch_size)
+        state |= self.history.blank(state, batch_size)
+        return State(state | {"seen": state["memory"].new_zeros(batch_size)})
+
+    def _blank(self, batch_size: int) -> Named:
+        """Zeros of what every state has."""
+        zeros = partial(self.heads.bins.new_zeros, batch_size)
+        state = {"embed": zeros(self.encoder.size_out), "memory": zeros(self.config.memory)}
+        for key, spec in () if self.latent else self.spaces.obs.items():
             kind = torch.uint8 if spec.kind == "image" else torch.float32
-            state[f"obs/{key}"] = zeros(batch_size, *spec.shape, dtype=kind)
-            if length > 1:
-                state[f"past/{key}"] = zeros(batch_size, length - 1, *spec.shape, dtype=kind)
-        if self.num_actions > 1:
-            sizes = (self.num_actions - 1, self.spaces.action_dim)
-            state["past_action"] = zeros(batch_size, *sizes)
-        return State(state)
+            state[f"obs/{key}"] = zeros(*spec.shape, dtype=kind)
+        return state
 
     def update(
         self,
@@ -245,32 +266,43 @@ class Diffusion(WorldModel):
         obs, old = self.tensors(obs), state.tensors
         keep = old["seen"] if is_first is None else old["seen"] * ~is_first  # (B,)
         memory = self._remember(old["memory"], old["embed"], action) * keep.unsqueeze(-1)
-        new = self._followed(old, action, obs) | {"memory": memory}
-        for key, value in obs.items():
-            if (past := new.get(f"past/{key}")) is not None:
-                fresh = keep.view(-1, *[1] * (past.ndim - 1)) == 0
-                new[f"past/{key}"] = torch.where(fresh, value.unsqueeze(1).expand_as(past), past)
-        if "past_action" in new:
-            new["past_action"] = new["past_action"] * keep[:, None, None]
-        return State(new | {"seen": torch.ones_like(keep)})
+        new = self._look(obs) | {"memory": memory, "seen": torch.ones_like(keep)}
+        return State(new | self.history.followed(old, action, new, keep))
 
     def essential(self, state: State) -> State:
         return State({name: value for name, value in state.tensors.items() if name != "seen"})
 
     def visible(self, state: State) -> State:
-        return State({n: x for n, x in state.tensors.items() if not n.startswith(("past", "seen"))})
+        hidden = ("past", "seen", "kv", "length")
+        return State({n: x for n, x in state.tensors.items() if not n.startswith(hidden)})
 
     def transition(self, state: State, action: Tensor, noise: Tensor | None = None) -> State:
-        old = state.tensors
+        c, old = self.config, state.tensors
         memory = self._remember(old["memory"], old["embed"], action)
-        obs = self._draw(old, action, memory, noise)
-        return State(old | self._followed(old, action, obs) | {"memory": memory})
+        drawn = self.denoisers.draw(old, action, memory, self._normal(noise, action), c.steps)
+        new = self._imagined(drawn) | {"memory": memory}
+        return State(old | new | self.history.followed(old, action))
+
+    def _imagined(self, drawn: Named) -> Named:
+        """What a state holds of what was drawn of it."""
+        if self.latent:
+            return drawn
+        return self._look({name.removeprefix("obs/"): value for name, value in drawn.items()})
+
+    def _normal(self, noise: Tensor | None, action: Tensor) -> Tensor:
+        """Normal noise (N, n) of uniform one, which is drawn where there is none."""
+        if noise is None:
+            noise = torch.rand(len(action), self.denoisers.noise_size, device=action.device)
+        return torch.special.ndtri(noise.clamp(1e-6, 1 - 1e-6))
 
     def decode(
         self, state: State, heads: Sequence[str] = ("obs", "reward", "continue")
     ) -> Prediction:
         preds: dict[str, Any] = self.heads.decode(self.features(state), heads)
-        if "obs" in heads:
+        if "obs" in heads and self.probe is not None:
+            embed = state.tensors["embed"]
+            preds["obs"] = self.probe.observations(self.probe(embed, embed))
+        elif "obs" in heads:
             obs = {key: state.tensors[f"obs/{key}"] for key in self.spaces.obs}
             preds["obs"] = obs["obs"] if set(obs) == {"obs"} else obs
         return Prediction(preds)
@@ -283,85 +315,22 @@ class Diffusion(WorldModel):
         with full_precision(memory):
             return self.core(memory, embed, self.core.embed_action(action))
 
-    def _followed(
-        self, old: dict[str, Tensor], action: Tensor, obs: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """The state that `obs` makes of the one before, but for the memory."""
-        new = {f"obs/{key}": value for key, value in obs.items()} | {
-            "embed": self.encoder(obs).float()
-        }
-        latest = {f"past/{key}": old[f"obs/{key}"] for key in obs} | {"past_action": action}
-        for name in (name for name in latest if name in old):
-            new[name] = torch.cat([old[name][:, 1:], latest[name].unsqueeze(1)], 1)
-        return new
+    def _look(self, obs: Named) -> Named:
+        """What a state holds of observations (N, ...)."""
+        seen = {} if self.latent else {f"obs/{key}": value for key, value in obs.items()}
+        return seen | {"embed": self.encoder(obs).float()}
 
-    # --------------------------------------------------------------------------- denoising
-
-    def _condition(self, old: dict[str, Tensor], action: Tensor, memory: Tensor) -> Tensor:
-        """What every denoiser is told of the step from the state `old` by `action`: (N, C)."""
-        parts = [old["past_action"].flatten(1)] if "past_action" in old else []
-        parts.append(action)
-        if self.config.condition_memory:
-            parts.append(memory)
-        if self.spaces.vectors and self.spaces.images:
-            parts.append(old["embed"])
-        return torch.cat(parts, -1)
-
-    def _history(self, old: dict[str, Tensor], keys: Sequence[str]) -> Tensor:
-        """The last observations (N, k, ...), oldest first; vectors as one."""
-        newest = torch.cat([old[f"obs/{key}"] for key in keys], -1).unsqueeze(1)
-        if f"past/{keys[0]}" not in old:
-            return newest
-        return torch.cat([torch.cat([old[f"past/{key}"] for key in keys], -1), newest], 1)
-
-    def _draw(
-        self, old: dict[str, Tensor], action: Tensor, memory: Tensor, noise: Tensor | None
-    ) -> dict[str, Tensor]:
-        """The next observations, drawn from uniform `noise` (N, n)."""
-        if noise is None:
-            noise = torch.rand(len(action), sum(self.noise_sizes), device=action.device)
-        normal = torch.special.ndtri(noise.clamp(1e-6, 1 - 1e-6))
-        told = self._condition(old, action, memory)
-        obs: dict[str, Tensor] = {}
-        starts = normal.split(self.noise_sizes, -1)
-        for (keys, denoiser), start in zip(self._parts, starts, strict=True):
-            drawn = denoiser.sample(start, self._history(old, keys), told, self.config.steps)
-            sizes = [self.spaces.obs[key].shape[-1] for key in keys]
-            obs |= dict(zip(keys, drawn.split(sizes, -1), strict=True))
-        return obs
-
-    def _denoising(self, states: State, batch: Batch) -> dict[str, Tensor]:
-        """Losses (B, T - 1) of the steps into 1..T-1, of images (B, denoise_steps) of some of them;
-        0 for the step into a reset."""
-        num, length = batch.reward.shape
-        order = torch.rand(length - 1, device=batch.reward.device).argsort(stable=True)
-        keep = ~batch.is_first[:, 1:]
-        losses = {}
-        for keys, denoiser in self._parts:
-            image = keys[0] in self.spaces.images
-            steps = order[: (image and self.config.denoise_steps) or None]
-
-            def of(value: Tensor, at: Tensor) -> Tensor:
-                return value[:, at].transpose(0, 1).flatten(0, 1)  # step after step, as in `order`
-
-            old = {n: of(x, steps) for n, x in states.tensors.items()}
-            memory, action = (of(x, steps + 1) for x in (states.tensors["memory"], batch.action))
-            told, history = self._condition(old, action, memory), self._history(old, keys)
-            target = torch.cat([of(batch.obs[key], steps + 1) for key in keys], -1)
-            num_pairs = max(1, len(steps) // 4) * num
-            if torch.is_grad_enabled():
-                denoiser.take(target, history[:, -1], of(keep, steps))
-            loss = denoiser.loss(target, history, told, num_pairs).unflatten(0, (-1, num)).t()
-            at = steps.argsort()
-            losses[self._loss_name(keys)] = loss[:, at] * keep[:, steps[at]]
-        return losses
+    def _looks(self, batch: Batch) -> Named:
+        """`_look` at a batch: (B, T, ...) each."""
+        looks = self._look({key: value.flatten(0, 1) for key, value in batch.obs.items()})
+        return {name: value.unflatten(0, batch.reward.shape) for name, value in looks.items()}
 
     # ------------------------------------------------------------------------------ losses
 
     def loss(
         self, batch: Batch, start: State | None = None, noise: Tensor | None = None
     ) -> LossOutput:
-        """Losses (B, T) of reward and continue, and those of `_denoising`.
+        """Losses (B, T) of reward and continue, and those of the denoisers.
 
         Rows begin with a look, so `start` is not used. The reward of a first step is that of a
         reset, which is 0, or, in mid-episode, of an action from a state that is not known, and then
@@ -379,8 +348,24 @@ class Diffusion(WorldModel):
         reward, proceed = self.heads.losses(self.features(states), batch.reward, going)
         losses = {"reward": told * reward, "continue": proceed}
         losses |= self._denoising(states, batch)
+        more, metrics = self._embedding(states.tensors["embed"], batch)
         states, batch = self.tail(states, batch)
-        return LossOutput(losses, {}, states, states, torch.ones_like(batch.reward[0]), batch)
+        weight = torch.ones_like(batch.reward[0])
+        return LossOutput(losses | more, metrics, states, states, weight, batch)
+
+    def _denoising(self, states: State, batch: Batch) -> Named:
+        return self.denoisers.losses(states.tensors, batch.action, batch.is_first)
+
+    def _embedding(self, embed: Tensor, batch: Batch) -> tuple[Named, Named]:
+        """Losses (B, T) of embeddings that are drawn, and of what decodes them; metrics."""
+        if self.probe is None:
+            return {}, {}
+        flat, seen = embed.flatten(0, 1), embed.detach()
+        losses = self.probe.losses(self.probe(seen, seen), batch.obs)
+        if self.regularized:
+            losses["regularizer"] = collapse.sampled_sigreg(flat).expand_as(batch.reward)
+        std, rank = collapse.spread(flat)
+        return losses, {"emb_std": std, "emb_rank": rank}
 
     @torch.no_grad()
     def observe(self, batch: Batch, noise: Tensor | None = None) -> tuple[State, Batch]:
@@ -388,24 +373,78 @@ class Diffusion(WorldModel):
 
     def _seen(self, batch: Batch) -> State:
         """Posteriors (B, T), their essential part: `update` step by step, in one pass."""
-        flat = {key: value.flatten(0, 1) for key, value in batch.obs.items()}
-        embed = self.encoder(flat).float().unflatten(0, batch.reward.shape)
-        with full_precision(embed):
-            memory = self.core.memories(embed, batch.action, batch.is_first)
-        state = {"embed": embed, "memory": memory}
-        state |= {f"obs/{key}": value for key, value in batch.obs.items()}
-        rows = torch.arange(len(embed), device=embed.device)[:, None, None]
-        now = torch.arange(embed.shape[1], device=embed.device)
-        begun = torch.where(batch.is_first, now, 0).cummax(1).values[..., None]  # (B, T, 1)
-        for key, length in self.lengths.items():
-            if length > 1:  # nothing from before a reset: its first observation again
-                back = now[:, None] - torch.arange(length - 1, 0, -1, device=now.device)
-                state[f"past/{key}"] = batch.obs[key][rows, torch.maximum(back, begun)]
-        if self.num_actions > 1:
-            back = now[:, None] - torch.arange(self.num_actions - 2, -1, -1, device=now.device)
-            acted = batch.action[rows, back.clamp(min=0)]  # (B, T, k - 1, A)
-            state["past_action"] = acted * (back > begun).unsqueeze(-1)
-        return State(state)
+        state = self._looks(batch)
+        with full_precision(state["embed"]):
+            state["memory"] = self.core.memories(state["embed"], batch.action, batch.is_first)
+        return State(state | self.history.of_steps(state, batch.action, batch.is_first))
 
 
-Model = Diffusion
+class Forced(Diffusion):
+    """With a transformer for memory and denoiser, as in Dreamer 4: see nn/forcing.py.
+
+    A state holds the cache of its own and the last blocks, `kv` (B, context - 1, ...), of which
+    `length` (B,) count, in place of a history. The memory has seen what the state has, too.
+    """
+
+    def _make_core(self) -> Any:
+        c = self.config
+        sizes = (c.memory, c.denoiser_layers, c.heads, c.context)
+        residual = c.target == "residual"
+        return Forcing(self.size, self.spaces.action_dim, *sizes, residual, c.moment_rate)
+
+    def _make_denoisers(self) -> Any:
+        return ForcingHead(tuple(self.lengths), self.size, self.config.memory)
+
+    def update_targets(self) -> None:
+        self.core.update_targets()
+
+    def initial(self, batch_size: int) -> State:
+        state = self._blank(batch_size)
+        zeros = partial(state["embed"].new_zeros, batch_size)
+        kv, length = zeros(*self.core.transformer.cache_shape), zeros(dtype=torch.long)
+        return State(state | {"kv": kv, "length": length})
+
+    def update(
+        self,
+        state: State,
+        action: Tensor,
+        obs: Any,
+        is_first: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> State:
+        keep = state.tensors["length"] > 0
+        keep = keep if is_first is None else keep & ~is_first
+        return self._arrived(state.tensors, action, self._look(self.tensors(obs)), keep)
+
+    def transition(self, state: State, action: Tensor, noise: Tensor | None = None) -> State:
+        old, normal = state.tensors, self._normal(noise, action)
+        behind = (self._drawn(old), action, old["kv"], old["length"])
+        drawn = self.denoisers.sample(self.core, normal, *behind, self.config.steps)
+        sizes = [old[name].shape[-1] for name in self.lengths]
+        new = self._imagined(dict(zip(self.lengths, drawn.split(sizes, -1), strict=True)))
+        return self._arrived(old, action, new, old["length"] > 0)
+
+    def _arrived(self, old: Named, action: Tensor, new: Named, keep: Tensor) -> State:
+        """The state that a look, seen or drawn, makes of the one before where keep (B,)."""
+        parts = (self._drawn(new), self._drawn(old), action, old["kv"], old["length"], keep)
+        memory, kv, length = self.core.step(*parts)
+        return State(new | {"memory": memory, "kv": kv, "length": length})
+
+    def _drawn(self, state: Named) -> Tensor:
+        """z (..., n) of a state's tensors."""
+        return torch.cat([state[name] for name in self.lengths], -1)
+
+    def _denoising(self, states: State, batch: Batch) -> Named:
+        kv, length = states.tensors["kv"], states.tensors["length"]
+        steps = (self._drawn(states.tensors), batch.action, batch.is_first)
+        return {"denoise": self.denoisers.losses(self.core, *steps, kv, length)}
+
+    def _seen(self, batch: Batch) -> State:
+        state = self._looks(batch)
+        memory, kv, length = self.core(self._drawn(state), batch.action, batch.is_first)
+        return State(state | {"memory": memory, "kv": kv, "length": length})
+
+
+def Model(spaces: Spaces, config: DiffusionConfig) -> Diffusion:
+    """The family's, by its backbone."""
+    return (Forced if config.backbone == "transformer" else Diffusion)(spaces, config)

@@ -43,7 +43,7 @@ from worldflux_dist.models.base import LossOutput, Prediction, State, WorldModel
 from worldflux_dist.nn import collapse
 from worldflux_dist.nn.layers import MLP, BlockGRU, Linear
 from worldflux_dist.nn.masked import MaskedPredictor, PatchEncoder, patches, visible_parts
-from worldflux_dist.nn.observations import ObsDecoder, ObsEncoder, OutcomeHeads
+from worldflux_dist.nn.observations import ObsDecoder, ObsEmbedder, OutcomeHeads
 from worldflux_dist.nn.optim import LaProp
 from worldflux_dist.nn.products import full_precision
 from worldflux_dist.settings import Layers, Positive, Scale, Settings, Share, Units, Whole
@@ -133,7 +133,10 @@ class JEPA(WorldModel):
         size = c.memory_size if recurrent else c.emb + spaces.action_dim
         self.feature_dim = c.emb + (size if recurrent else 0)
         vision = (c.units, c.depth, c.multipliers)
-        self.encoder = Encoder(spaces, c)
+        patched = None
+        if c.objective != "dynamics":
+            patched = partial(PatchEncoder, patch=c.patch, width=c.units, layers=c.masked_layers)
+        self.encoder = ObsEmbedder(spaces, c.emb, *vision, patched)
         self.memory = BlockGRU(size, c.emb, spaces.action_dim, c.units, 1) if recurrent else None
         self.predictor = MLP(
             c.emb + size, c.units, c.layers, partial(Linear, size_out=c.emb, outscale=0.1)
@@ -148,7 +151,7 @@ class JEPA(WorldModel):
             parts += len(spaces.vectors)
             sizes = (spaces.action_dim, c.units, c.masked_layers)
             self.masked = MaskedPredictor(c.emb, parts, *sizes)
-        self.target: Encoder | None = None
+        self.target: ObsEmbedder | None = None
         if c.regularizer == "ema":
             self.target = copy.deepcopy(self.encoder).requires_grad_(False)
         self.context_dim = size
@@ -348,29 +351,11 @@ class JEPA(WorldModel):
             return collapse.vicreg(flat)
         if c.regularizer != "sigreg":
             return emb.new_zeros(())
-        pick = torch.randint(len(flat), (min(c.samples, len(flat)),), device=emb.device)
-        directions = torch.randn(c.directions, c.emb, device=emb.device)
-        return collapse.sigreg(flat[pick], directions)
+        return collapse.sampled_sigreg(flat, c.samples, c.directions)
 
     def _metrics(self, emb: Tensor) -> dict[str, Tensor]:
         std, rank = collapse.spread(emb.flatten(0, 1))
         return {"emb_std": std, "emb_rank": rank}
-
-
-class Encoder(nn.Module):
-    """Observations (N, ...) -> embeddings (N, D) in float32, which no norm holds: SIGReg does."""
-
-    def __init__(self, spaces: Spaces, config: JEPAConfig) -> None:
-        super().__init__()
-        c, patched = config, None
-        if c.objective != "dynamics":
-            patched = partial(PatchEncoder, patch=c.patch, width=c.units, layers=c.masked_layers)
-        self.obs = ObsEncoder(spaces, c.units, c.depth, c.multipliers, patched)
-        self.out = Linear(self.obs.size_out, config.emb)
-
-    def forward(self, obs: dict[str, Tensor], visible: dict[str, Tensor] | None = None) -> Tensor:
-        emb: Tensor = self.out(self.obs(obs, visible)).float()
-        return emb
 
 
 Model = JEPA

@@ -321,7 +321,7 @@ class Token(WorldModel):
         past = steps - torch.where(first, steps, 0).cummax(1).values  # (B, T) blocks of the episode
         out = F.pad(out[:, :-1], (0, 0, 0, 0, 1, 0)) * (past > 0)[..., None, None]
         start = length - min(length, self.num_starts or length)
-        kv = self.transformer.caches(kept[:, :-1], past, start)
+        kv = self.transformer.caches(kept[:, :-1].detach(), past, start)
         lengths = (past + 1).clamp(max=self.config.context)
         out = {"hidden": out[:, :, -1], "ahead": out[:, :, : self.embedder.ahead]}
         return State({"tokens": ids, **out, "kv": kv, "length": lengths})

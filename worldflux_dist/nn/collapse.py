@@ -34,6 +34,13 @@ def sigreg(x: Tensor, directions: Tensor) -> Tensor:
         return ((real.square() + imaginary.square()) * (width * gaussian)).sum(-1).mean()
 
 
+def sampled_sigreg(x: Tensor, samples: int = 256, directions: int = 32) -> Tensor:
+    """sigreg of `samples` of the embeddings x (N, D), or of so many draws as there are of fewer,
+    along so many random directions."""
+    pick = torch.randint(len(x), (min(samples, len(x)),), device=x.device)
+    return sigreg(x[pick], torch.randn(directions, x.shape[1], device=x.device))
+
+
 def vicreg(x: Tensor, covariance_scale: float = 0.5) -> Tensor:
     """mean_d max(0, 1 - std_d) + c / D sum_{i != j} cov_ij^2 of embeddings x (N, D)."""
     with full_precision(x):

@@ -1,4 +1,4 @@
-"""What draws the next observation from the last ones: for vectors and for images.
+"""What draws the next observation from the last ones: for vectors, for images, and of all of them.
 
 Each owns a network and has an objective (nn/denoising.py); it knows the units of observations,
 which the objective does not. One interface, over N rows: `history` (N, k, ...) are the last
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldflux_dist.nn.denoising import LevelEmbedding, Objective
+from worldflux_dist.nn.history import Named, Names, past
 from worldflux_dist.nn.layers import Linear, NormedLinear
 from worldflux_dist.nn.statistics import RunningMoments
 from worldflux_dist.nn.unet import UNet
@@ -153,3 +155,81 @@ class ImageDenoiser(Denoiser):
     def _frames(self, images: Tensor) -> Tensor:
         """(N, k, H, W, C) uint8 -> (N, k C, H, W) in [-1, 1]."""
         return images.permute(0, 1, 4, 2, 3).flatten(1, 2).float() / 127.5 - 1
+
+
+def of(value: Tensor, at: Tensor) -> Tensor:
+    """The steps `at` (S,) of (B, T, ...), one after the other: (S * B, ...)."""
+    return value[:, at].transpose(0, 1).flatten(0, 1)
+
+
+class Denoisers(nn.ModuleList):
+    """All that draw the next of a state's tensors: `parts` has for each, by the name of its loss,
+    the tensors that it draws as one.
+
+    They are told the actions and, if so, the memory and the last embedding. Of images, only so many
+    steps of a row are denoised in a gradient step; 0 is all.
+    """
+
+    def __init__(
+        self,
+        parts: dict[str, tuple[Names, Denoiser]],
+        memory: bool = True,
+        embed: bool = False,
+        image_steps: int = 0,
+    ) -> None:
+        super().__init__(denoiser for _, denoiser in parts.values())
+        self.parts = {loss: names for loss, (names, _) in parts.items()}
+        self.memory, self.embed, self.image_steps = memory, embed, image_steps
+        self.noise_sizes = [denoiser.noise_size for _, denoiser in parts.values()]
+        self.noise_size = sum(self.noise_sizes)
+
+    def draw(self, old: Named, action: Tensor, memory: Tensor, normal: Tensor, steps: int) -> Named:
+        """What follows the state `old` (N, ...), from normal noise (N, noise_size)."""
+        new: Named = {}
+        told = self._told(old, action, memory)
+        parts: Any = zip(self.parts.values(), self, normal.split(self.noise_sizes, -1), strict=True)
+        for names, denoiser, start in parts:
+            drawn = denoiser.sample(start, self._history(old, names), told, steps)
+            sizes = [old[name].shape[-1] for name in names]
+            new |= dict(zip(names, drawn.split(sizes, -1), strict=True))
+        return new
+
+    def losses(self, states: Named, action: Tensor, is_first: Tensor) -> Named:
+        """Losses (B, T - 1) of the steps into 1..T-1, of images (B, image_steps) of some of them;
+        0 for the step into a reset."""
+        num, length = action.shape[:2]
+        order = torch.rand(length - 1, device=action.device).argsort(stable=True)
+        keep, losses = ~is_first[:, 1:], {}
+        parts: Any = zip(self.parts.items(), self, strict=True)
+        for (loss_name, names), denoiser in parts:
+            few = self.image_steps if isinstance(denoiser, ImageDenoiser) else 0
+            steps = order[: few or None]
+            old = {n: of(x, steps) for n, x in states.items()}
+            memory, acted = of(states["memory"], steps + 1), of(action, steps + 1)
+            told, history = self._told(old, acted, memory), self._history(old, names)
+            target = torch.cat([of(states[name], steps + 1) for name in names], -1)
+            num_pairs = max(1, len(steps) // 4) * num
+            if torch.is_grad_enabled():
+                denoiser.take(target, history[:, -1], of(keep, steps))
+            loss = denoiser.loss(target, history, told, num_pairs).unflatten(0, (-1, num)).t()
+            at = steps.argsort()
+            losses[loss_name] = loss[:, at] * keep[:, steps[at]]
+        return losses
+
+    def update_targets(self) -> None:
+        every: Any = self
+        for denoiser in every:
+            denoiser.update_targets()
+
+    def _told(self, old: Named, action: Tensor, memory: Tensor) -> Tensor:
+        """What each is told of the step from the state `old` by `action`: (N, C)."""
+        told = [old["past_action"].flatten(1)] if "past_action" in old else []
+        told += [action, *[memory] * self.memory, *[old["embed"]] * self.embed]
+        return torch.cat(told, -1)
+
+    def _history(self, old: Named, names: Names) -> Tensor:
+        """The last observations (N, k, ...), oldest first; vectors as one."""
+        newest = torch.cat([old[name] for name in names], -1).unsqueeze(1)
+        if past(names[0]) not in old:
+            return newest
+        return torch.cat([torch.cat([old[past(name)] for name in names], -1), newest], 1)

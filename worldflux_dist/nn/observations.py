@@ -59,6 +59,29 @@ class ObsEncoder(nn.Module):
         return torch.cat(tokens, -1)
 
 
+class ObsEmbedder(nn.Module):
+    """Observations (N, ...) -> embeddings (N, size_out) in float32, which no norm holds: a
+    regulariser of nn/collapse.py does. All else is as in `ObsEncoder`."""
+
+    def __init__(
+        self,
+        spaces: Spaces,
+        size: int,
+        units: int,
+        depth: int,
+        multipliers: tuple[int, ...],
+        make_cnn: Callable[[tuple[int, ...]], Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.size_out = size
+        self.obs = ObsEncoder(spaces, units, depth, multipliers, make_cnn)
+        self.out = Linear(self.obs.size_out, size)
+
+    def forward(self, obs: dict[str, Tensor], visible: dict[str, Tensor] | None = None) -> Tensor:
+        emb: Tensor = self.out(self.obs(obs, visible)).float()
+        return emb
+
+
 class ObsDecoder(nn.Module):
     """(deter (..., D), stoch (..., S)) -> observations in float32: symlog vectors and images in
     [0, 1]. D is a multiple of MULTIPLE where there are

@@ -94,7 +94,7 @@ class BlockTransformer(nn.Module):
 
     def forward(self, x: Tensor, is_first: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, P, W), is_first (B, T) -> the same shape, and keys and values
-        (B, T, P, layers, 2, W) without gradient.
+        (B, T, P, layers, 2, W).
 
         Steps are taken in chunks of `context`, each of which sees itself and the one before.
         """
@@ -106,7 +106,7 @@ class BlockTransformer(nn.Module):
         x = x + self.places
         for layer in self.layers:
             query, key, value = layer.queries_keys_values(x)
-            kept.append(torch.stack([key.flatten(-2), value.flatten(-2)], -2).detach())
+            kept.append(torch.stack([key.flatten(-2), value.flatten(-2)], -2))
             query, key = rotate(query, steps), rotate(key, steps)
             read = attend(
                 _chunks(query, chunk, 0, more),
