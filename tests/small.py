@@ -113,7 +113,8 @@ def make_agent(kind: str, **options: Any) -> Agent:
 
 
 MODELS = [*families(), *VARIANTS]
-EVERY = list(itertools.product(MODELS, ["vector", "image", "dict"], ["continuous", "discrete"]))
+EVERY = list(itertools.product(families(), ["vector", "image", "dict"], ["continuous", "discrete"]))
+EVERY += itertools.product(VARIANTS, ["dict"], ["continuous", "discrete"])
 CASES = pytest.mark.parametrize("case", EVERY, ids=["-".join(case) for case in EVERY])
 FAMILY = pytest.mark.parametrize("family", MODELS)
 LENGTH = 12  # a multiple of every family's window

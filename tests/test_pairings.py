@@ -39,7 +39,7 @@ def row(noise: PlanNoise, i: int) -> PlanNoise:
     )
 
 
-SEARCH = {"samples": 24, "elites": 4, "proposals": 5, "iterations": 2}
+SEARCH = {"samples": 24, "elites": 4, "proposals": 5, "iterations": 2, "horizon": 3}
 PAIRS = [
     ("tdmpc2", "continuous", "latent_td", "mppi"),
     ("tdmpc2", "continuous", "actor_critic", "mppi"),
