@@ -1,7 +1,7 @@
-"""Learn from a record alone: a world model and a policy in it, from 80 episodes that something else
+"""Learn from a record alone: a world model and a policy in it, from 90 episodes that something else
 played. The environment is used to record them and, now and then, to see how the policy does.
 
-python examples/offline.py                              # about 5 minutes on one core
+python examples/offline.py                              # minutes, on one core
 python examples/offline.py --model dreamerv3:tiny
 """
 
@@ -21,7 +21,7 @@ from worldflux_dist.learner import Learner, LearnerConfig
 from worldflux_dist.replay.buffer import ReplayBuffer, ReplayConfig
 from worldflux_dist.runner import EnvRunner
 
-ENV, LANES, STEPS = EnvConfig("CartPole-v1"), 16, 220
+ENV, LANES, STEPS = EnvConfig("CartPole-v1"), 16, 400
 
 
 def player(seed: int) -> Any:
@@ -45,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
 
-    replay = ReplayBuffer(ReplayConfig(batch_size=16, batch_length=16, capacity=10_000), args.seed)
+    replay = ReplayBuffer(ReplayConfig(batch_size=8, batch_length=16, capacity=10_000), args.seed)
     with closing(make_envs(ENV, args.seed, num_envs=LANES)) as envs:
         spaces, runner = envs.spaces, EnvRunner(envs, player(args.seed))
         replay.add(runner.collect(STEPS))
