@@ -117,6 +117,8 @@ EVERY = list(itertools.product(families(), ["vector", "image", "dict"], ["contin
 EVERY += itertools.product(VARIANTS, ["dict"], ["continuous", "discrete"])
 CASES = pytest.mark.parametrize("case", EVERY, ids=["-".join(case) for case in EVERY])
 FAMILY = pytest.mark.parametrize("family", MODELS)
+# For tests that take long: latent is diffusion's with another encoder.
+ARCHITECTURE = pytest.mark.parametrize("family", [*families(), "dreamer4"])
 LENGTH = 12  # a multiple of every family's window
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from fixed_draws import fix_draws
 from small import (
+    ARCHITECTURE,
     FAMILIES,
     FAMILY,
     VARIANTS,
@@ -229,7 +230,7 @@ SHORT["diffusion"] = {"history": 1}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("action", ["continuous", "discrete"])
-@FAMILY
+@ARCHITECTURE
 def test_a_compiled_stage_is_one_graph_and_teaches_the_same(
     family: str, action: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 import torch
 import toy_task
-from small import FAMILY, VARIANTS, family_batch, make_agent, make_small, perturbed, random_batch
+from small import (
+    ARCHITECTURE,
+    FAMILY,
+    VARIANTS,
+    family_batch,
+    make_agent,
+    make_small,
+    perturbed,
+    random_batch,
+)
 
 from worldflux_dist import local
 from worldflux_dist.envs import EnvConfig, make_envs
@@ -86,7 +95,7 @@ def trained_on_echo(family: str, runner: EnvRunner, spaces: Spaces, steps: int) 
 
 @pytest.mark.learning
 @pytest.mark.parametrize("discrete", [False, True])
-@FAMILY
+@ARCHITECTURE
 def test_state_and_reward_of_one_index_belong_together(family: str, discrete: bool) -> None:
     """EchoEnv's reward is the action that went in: one step off, it cannot be predicted."""
     config = EnvConfig("toy_envs:EchoEnv", 8, {"discrete": discrete})
