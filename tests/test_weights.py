@@ -54,11 +54,11 @@ class PausingEnv(CountEnv):
 
 
 class SlowShard(ReplayShardActor):
-    """Takes a fifth of a second for a batch."""
+    """Takes half a second for a batch, many times what a step does beside other work, too."""
 
     @ray.method(num_returns=2)
     def sample(self, batch_size: int, online: bool = True) -> Any:
-        time.sleep(0.2)
+        time.sleep(0.5)
         return super().sample(batch_size, online)
 
 
