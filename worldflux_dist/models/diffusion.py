@@ -248,7 +248,7 @@ class Diffusion(WorldModel):
 
     def _blank(self, batch_size: int) -> Named:
         """Zeros of what every state has."""
-        zeros = partial(self.heads.bins.new_zeros, batch_size)
+        zeros = partial(next(self.core.parameters()).new_zeros, batch_size)
         state = {"embed": zeros(self.encoder.size_out), "memory": zeros(self.config.memory)}
         for key, spec in () if self.latent else self.spaces.obs.items():
             kind = torch.uint8 if spec.kind == "image" else torch.float32
