@@ -25,7 +25,7 @@ ENV, LANES, STEPS = EnvConfig("CartPole-v1"), 16, 400
 
 
 def player(seed: int) -> Any:
-    """Pushes to where the pole falls, but for a share of random pushes, from none to all."""
+    """Pushes to where the pole falls, but for a share of random pushes, from a fifth to all."""
     rng, share = np.random.default_rng(seed), np.linspace(0.2, 1, LANES)
 
     def act(obs: dict[str, np.ndarray], is_first: np.ndarray, carry: Any) -> Any:

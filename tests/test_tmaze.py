@@ -11,6 +11,7 @@ from worldflux_dist import config, local
 
 pytestmark = [pytest.mark.nightly, pytest.mark.learning]
 
+# Not DreamerV3 and JEPA with its GRU, which do not learn it in this time (benchmarks/LOG.md).
 WITH: dict[str, dict[str, Any]] = {
     "token": {"model": "token:tiny", "model_options": {"context": 12, "starts": 10}},
     "diffusion": {"model": "diffusion:tiny"},

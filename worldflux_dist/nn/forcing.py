@@ -55,7 +55,7 @@ class Forcing(nn.Module):
         rate: float = 0.01,
     ) -> None:
         super().__init__()
-        self.residual, self.context = residual, context
+        self.residual = residual
         self.levels = LevelEmbedding(Shortcut.levels)
         told = action + self.levels.size_out
         self.act = Linear(told, width)
@@ -71,7 +71,7 @@ class Forcing(nn.Module):
         steps = torch.arange(is_first.shape[1], device=is_first.device)
         num = 1 + steps - torch.where(is_first, steps, 0).cummax(1).values
         caches = self.transformer.caches(kept, F.pad(num, (1, 0)), 1)
-        return out[:, :, 0], caches, num.clamp(max=self.context - 1)
+        return out[:, :, 0], caches, num.clamp(max=self.transformer.context - 1)
 
     def step(
         self,
@@ -88,7 +88,7 @@ class Forcing(nn.Module):
         last, cache = torch.where(kept, last, z), cache * kept[..., None, None, None, None]
         block = self.blocks(self.scaled(z, last), last, action * kept)
         out, cache = self.transformer.step(block, cache, num)
-        return out[:, 0], cache, (num + 1).clamp(max=self.context - 1)
+        return out[:, 0], cache, (num + 1).clamp(max=self.transformer.context - 1)
 
     def before(self, z: Tensor, action: Tensor, is_first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z_{t-1} and a_t of all steps (B, T), and keep (B, T): whether anything came before."""
