@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from worldflux_dist.nn.denoising import LevelEmbedding, Objective
 from worldflux_dist.nn.history import Named, Names, past
 from worldflux_dist.nn.layers import Linear, NormedLinear
-from worldflux_dist.nn.statistics import RunningMoments
+from worldflux_dist.nn.statistics import Normalised
 from worldflux_dist.nn.unet import UNet
 
 
@@ -80,7 +80,7 @@ class VectorNet(nn.Module):
         return self.leave(self.norm(x))
 
 
-class VectorDenoiser(Denoiser):
+class VectorDenoiser(Normalised, Denoiser):
     """Draws vectors (N, n). History and target are normalised by running moments; the target is the
     change (`residual`), whose scale is what a small step leaves to be learned, or the whole."""
 
@@ -96,30 +96,20 @@ class VectorDenoiser(Denoiser):
         rate: float = 0.01,
     ) -> None:
         super().__init__(objective)
-        self.noise_size, self.residual = size, residual
+        self.noise_size = size
         self.net = VectorNet(size, size * length + told, objective.levels, units, blocks)
-        self.seen, self.wanted = RunningMoments(size, rate), RunningMoments(size, rate)
+        self.watch(size, residual, rate)
 
     def loss(self, target: Tensor, history: Tensor, told: Tensor, num_pairs: int) -> Tensor:
-        wanted = target - history[:, -1] if self.residual else target
-        x = self.objective.std * (wanted - self.wanted.mean) / self.wanted.std
+        x = self.objective.std * self.scaled(target, history[:, -1])
         return self.objective.loss(self.net, x, [self._cond(history, told)], num_pairs)
 
     def sample(self, normal: Tensor, history: Tensor, told: Tensor, steps: int) -> Tensor:
         x = self.objective.sample(self.net, normal, [self._cond(history, told)], steps)
-        drawn = x / self.objective.std * self.wanted.std + self.wanted.mean
-        return history[:, -1] + drawn if self.residual else drawn
+        return self.unscaled(x / self.objective.std, history[:, -1])
 
     def _cond(self, history: Tensor, told: Tensor) -> Tensor:
-        return torch.cat([((history - self.seen.mean) / self.seen.std).flatten(1), told], -1)
-
-    def take(self, target: Tensor, newest: Tensor, keep: Tensor) -> None:
-        self.wanted.take(target - newest if self.residual else target, keep)
-        self.seen.take(newest, torch.ones_like(keep))
-
-    def update_targets(self) -> None:
-        self.seen.update()
-        self.wanted.update()
+        return torch.cat([self.known(history).flatten(1), told], -1)
 
 
 class ImageDenoiser(Denoiser):

@@ -35,11 +35,11 @@ from worldflux_dist.nn.denoisers import of
 from worldflux_dist.nn.denoising import LevelEmbedding, Shortcut
 from worldflux_dist.nn.history import Names
 from worldflux_dist.nn.layers import Linear
-from worldflux_dist.nn.statistics import RunningMoments
+from worldflux_dist.nn.statistics import Normalised
 from worldflux_dist.nn.transformer import BlockTransformer
 
 
-class Forcing(nn.Module):
+class Forcing(Normalised, nn.Module):
     """The transformer, and what makes blocks of vectors (..., n) and actions (..., A). `residual`:
     what is drawn is the change; moments move by `rate`."""
 
@@ -55,13 +55,12 @@ class Forcing(nn.Module):
         rate: float = 0.01,
     ) -> None:
         super().__init__()
-        self.residual = residual
+        self.watch(size, residual, rate)
         self.levels = LevelEmbedding(Shortcut.levels)
         told = action + self.levels.size_out
         self.act = Linear(told, width)
         self.look = Linear((1 + residual) * size + told, width)
         self.transformer = BlockTransformer(width, layers, heads, 2, context)
-        self.seen, self.wanted = RunningMoments(size, rate), RunningMoments(size, rate)
 
     def forward(self, z: Tensor, action: Tensor, is_first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of clean steps: memory (B, T, W), caches (B, T, ...), each with its own block, and how
@@ -103,26 +102,8 @@ class Forcing(nn.Module):
         if level is None:
             level = x.new_ones(*x.shape[:-1], 2)
         told = torch.cat([action, self.levels(level)], -1)
-        before = [(last - self.seen.mean) / self.seen.std] if self.residual else []
+        before = [self.known(last)] if self.residual else []
         return torch.stack([self.act(told), self.look(torch.cat([x, told, *before], -1))], -2)
-
-    def scaled(self, z: Tensor, last: Tensor) -> Tensor:
-        """x: what is drawn of z, normalised."""
-        return ((z - last if self.residual else z) - self.wanted.mean) / self.wanted.std
-
-    def unscaled(self, x: Tensor, last: Tensor) -> Tensor:
-        drawn = x * self.wanted.std + self.wanted.mean
-        return last + drawn if self.residual else drawn
-
-    def take(self, z: Tensor, last: Tensor, keep: Tensor) -> None:
-        """Note the scale of steps from `last` to z where keep (...)."""
-        self.wanted.take(z - last if self.residual else z, keep)
-        self.seen.take(last, torch.ones_like(keep))
-
-    def update_targets(self) -> None:
-        """After every gradient step: use what was noted."""
-        self.seen.update()
-        self.wanted.update()
 
 
 class ForcingHead(nn.Module):

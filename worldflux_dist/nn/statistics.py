@@ -72,3 +72,39 @@ class RunningMoments(nn.Module):
         self.var.add_(share * (1 - share) * change.square())
         self.mean.add_(share * change)
         self.taken.zero_()
+
+
+class Normalised:
+    """What is drawn of vectors (..., n), normalised by running moments: the change (`residual`),
+    whose scale is what a small step leaves to be learned, or the whole. Mixed into a module."""
+
+    residual: bool
+    seen: RunningMoments
+    wanted: RunningMoments
+
+    def watch(self, size: int, residual: bool, rate: float) -> None:
+        self.residual = residual
+        self.seen, self.wanted = RunningMoments(size, rate), RunningMoments(size, rate)
+
+    def scaled(self, target: Tensor, newest: Tensor) -> Tensor:
+        """What is drawn of `target` after `newest`."""
+        wanted = target - newest if self.residual else target
+        return (wanted - self.wanted.mean) / self.wanted.std
+
+    def unscaled(self, x: Tensor, newest: Tensor) -> Tensor:
+        drawn = x * self.wanted.std + self.wanted.mean
+        return newest + drawn if self.residual else drawn
+
+    def known(self, value: Tensor) -> Tensor:
+        """Observations that are given."""
+        return (value - self.seen.mean) / self.seen.std
+
+    def take(self, target: Tensor, newest: Tensor, keep: Tensor) -> None:
+        """Note the scale of steps from `newest` to `target` where keep (...)."""
+        self.wanted.take(target - newest if self.residual else target, keep)
+        self.seen.take(newest, torch.ones_like(keep))
+
+    def update_targets(self) -> None:
+        """After every gradient step: use what was noted."""
+        self.seen.update()
+        self.wanted.update()
