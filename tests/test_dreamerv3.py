@@ -188,7 +188,7 @@ def test_dyn_teaches_the_prior_and_rep_the_posterior() -> None:
     }
     assert reached == {"dyn": [True, False], "rep": [False, True]}
     assert gradient_size(losses["dyn"].sum(), model.encoder) == 0
-    assert model.loss_scales == {"dyn": 1.0, "rep": 0.1}
+    assert model.loss_scales == {"dyn": 1.0, "rep": 0.1, "reward": 1.0}
 
 
 def test_every_class_keeps_its_share() -> None:

@@ -12,7 +12,7 @@ from small import same_sums
 from torch import Tensor, nn
 
 from worldflux_dist.nn import distributions as dist
-from worldflux_dist.nn.layers import MLP, BlockLinear, Linear, NormedLinear, RMSNorm
+from worldflux_dist.nn.layers import MLP, BlockGRU, BlockLinear, Linear, NormedLinear, RMSNorm
 from worldflux_dist.nn.optim import LaProp, groups, learning_rate
 from worldflux_dist.nn.vision import Conv, ImageDecoder, ImageEncoder
 
@@ -179,6 +179,19 @@ def test_blocks_see_their_own_slice_only() -> None:
     assert changed.tolist() == [False] * 2 + [True] * 2 + [False] * 4
     want = torch.block_diag(*layer.weight.detach())
     same_sums(layer(x), x @ want + layer.bias)
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_units_with_a_span_keep_what_they_hold(blocks: int) -> None:
+    """One step from nothing but a memory of 1: u = 1 / steps, of 2 to 32 steps, spread evenly."""
+    torch.manual_seed(0)
+    core = BlockGRU(1024, 4, 2, 8, blocks, span=32)
+    with torch.no_grad():
+        core.gates.weight.zero_()  # the bias decides; a candidate of 0
+        kept = core(torch.ones(1, 1024), torch.zeros(1, 4), torch.zeros(1, 8))[0]
+    steps = 1 / (1 - kept)
+    assert steps.min() >= 1.99 and steps.max() <= 32.01
+    assert steps.mean() == pytest.approx(17, abs=1)  # 9 of deviation / sqrt(1024) is 0.3
 
 
 def test_rms_norm() -> None:

@@ -45,7 +45,12 @@ from worldflux_dist.spaces import Spaces
 
 @dataclass(frozen=True)
 class DreamerV3Config(Settings):
-    """Sizes and constants; the defaults are size1m and the published constants."""
+    """Sizes and constants; the defaults are size1m and the published constants.
+
+    `memory_span` is for tasks that pay for what was seen long before: units of the core begin by
+    keeping what they hold for up to so many steps (0: about 4, as published). Rare rewards that
+    hang on it want a larger `reward_scale`, too.
+    """
 
     section: ClassVar[str] = "model_options"
 
@@ -54,6 +59,7 @@ class DreamerV3Config(Settings):
     groups: Units = 32
     classes: Annotated[int, Ge(2), Le(2**16)] = 4
     blocks: Units = 8
+    memory_span: Whole = 0
     units: Units = 64
     depth: Annotated[int, Ge(1), Le(1024)] = 4
     multipliers: Annotated[tuple[Layers, ...], MinLen(1), MaxLen(8)] = (2, 3, 4, 4)
@@ -61,6 +67,7 @@ class DreamerV3Config(Settings):
     free_nats: Scale = 1.0
     dyn_scale: Scale = 1.0
     rep_scale: Scale = 0.1
+    reward_scale: Scale = 1.0
     reconstruction: Literal["decoder", "barlow"] = "decoder"
     barlow_scale: Scale = 0.05
     discount: Annotated[float, Gt(0), Le(1)] = 1 - 1 / 333
@@ -107,7 +114,8 @@ class DreamerV3(WorldModel):
         self.feature_dim = config.deter + latent
         vision = (config.units, config.depth, config.multipliers)
         self.encoder = ObsEncoder(spaces, *vision)
-        self.core = BlockGRU(config.deter, latent, spaces.action_dim, config.hidden, config.blocks)
+        widths = (config.deter, latent, spaces.action_dim, config.hidden)
+        self.core = BlockGRU(*widths, config.blocks, config.memory_span)
         out = partial(Linear, size_out=latent)
         self.posterior = MLP(config.deter + self.encoder.size_out, config.hidden, 1, out)
         self.prior = MLP(config.deter, config.hidden, 2, out)
@@ -122,7 +130,7 @@ class DreamerV3(WorldModel):
         self.proceed = MLP(self.feature_dim, config.units, 1, partial(Linear, size_out=1))
         self.register_buffer("bins", dist.symexp_bins(255), persistent=False)
         self.loss_scales = {
-            **{"dyn": config.dyn_scale, "rep": config.rep_scale},
+            **{"dyn": config.dyn_scale, "rep": config.rep_scale, "reward": config.reward_scale},
             **({} if self.decodes_obs else {"barlow": config.barlow_scale}),
         }
         self.native = {"behavior": {"kind": "actor_critic"}, "planner": {"method": "none"}}

@@ -54,10 +54,11 @@ from worldflux_dist.spaces import Spaces
 class JEPAConfig(Settings):
     """Sizes and constants; the defaults are `tiny`, which learns small tasks in minutes.
 
-    `memory` is the size of a GRU for what one observation does not show; auto has one where there
-    are images. `steps` is how far embeddings are predicted, `rho` what each further step counts.
-    `prediction_scale` counts a tenth where there are images: frames that differ in a few pixels
-    begin with nearly one embedding, and at full weight they keep it.
+    `memory` is a GRU for what one observation does not show; auto has one where there are images.
+    Its units begin by keeping what they hold for up to `memory_span` steps (0: about 4). `steps` is
+    how far embeddings are predicted, `rho` what each further step counts. `prediction_scale` counts
+    a tenth where there are images or a memory: at full weight, frames that differ in a few pixels
+    keep the one embedding they begin with, and what foretells nothing is forgotten before it pays.
     SIGReg compares `samples` embeddings along so many random `directions`. `probe` adds a decoder
     that learns from embeddings and never changes them. Masked prediction sees images as patches of
     `patch` x `patch` pixels, through `masked_layers` of a transformer.
@@ -70,6 +71,7 @@ class JEPAConfig(Settings):
     layers: Layers = 2
     memory: Literal["none", "gru", "auto"] = "auto"
     memory_size: Units = 128
+    memory_span: Whole = 0
     depth: Annotated[int, Ge(1), Le(1024)] = 4
     multipliers: Annotated[tuple[Layers, ...], MinLen(1), MaxLen(8)] = (2, 3, 4, 4)
     steps: Annotated[int, Ge(1), Le(1000)] = 5
@@ -137,7 +139,10 @@ class JEPA(WorldModel):
         if c.objective != "dynamics":
             patched = partial(PatchEncoder, patch=c.patch, width=c.units, layers=c.masked_layers)
         self.encoder = ObsEmbedder(spaces, c.emb, *vision, patched)
-        self.memory = BlockGRU(size, c.emb, spaces.action_dim, c.units, 1) if recurrent else None
+        self.memory: BlockGRU | None = None
+        if recurrent:
+            widths = (size, c.emb, spaces.action_dim, c.units)
+            self.memory = BlockGRU(*widths, blocks=1, span=c.memory_span)
         self.predictor = MLP(
             c.emb + size, c.units, c.layers, partial(Linear, size_out=c.emb, outscale=0.1)
         )
@@ -156,7 +161,7 @@ class JEPA(WorldModel):
             self.target = copy.deepcopy(self.encoder).requires_grad_(False)
         self.context_dim = size
         self.loss_scales = {
-            "prediction": c.prediction_scale * (0.1 if spaces.images else 1),
+            "prediction": c.prediction_scale * (0.1 if spaces.images or recurrent else 1),
             "regularizer": c.regularizer_scale,
             **({} if self.masked is None else {"masked": c.masked_scale}),
         }

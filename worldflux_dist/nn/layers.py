@@ -128,9 +128,15 @@ class NormedLinear(nn.Module):
 class BlockGRU(nn.Module):
     """DreamerV3's core: block g of the hidden layer reads its slice of deter and all three inputs,
     as one dense product and a batched one. The rows of the inputs that all blocks share are the
-    last ones of its weight (in, D)."""
+    last ones of its weight (in, D).
 
-    def __init__(self, deter: int, stoch: int, action: int, hidden: int, blocks: int) -> None:
+    With a `span`, units begin by keeping what they hold for 2 to so many steps (Tallec and Ollivier
+    2018, "Can recurrent neural networks warp time?", section 3), without for about 4 all of them.
+    """
+
+    def __init__(
+        self, deter: int, stoch: int, action: int, hidden: int, blocks: int, span: int = 0
+    ) -> None:
         super().__init__()
         self.deter, self.blocks = deter, blocks
         self.in_deter = NormedLinear(deter, hidden)
@@ -141,6 +147,10 @@ class BlockGRU(nn.Module):
         self.hid_norm = RMSNorm(deter)
         self.gates = BlockLinear(deter, 3 * deter, blocks)
         init_weight(self.hid_weight, deter + blocks * 3 * hidden)
+        if span:
+            with torch.no_grad():
+                update = self.gates.bias.view(blocks, 3, -1)[:, 2]  # sigmoid(it - 1) = 1 / steps
+                update.uniform_(1, max(1, span - 1)).log_().neg_().add_(1)
 
     def embed_action(self, action: Tensor) -> Tensor:
         """a / max(1, |a|) -> (..., hidden); independent of the state, so done for all steps."""
