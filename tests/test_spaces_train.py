@@ -62,17 +62,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+# Other models of a family: with a transformer and, as it draws embeddings of images, those too.
+VARIANTS = {
+    "dreamer4": FAMILIES["diffusion"]
+    | {
+        "model_options": FAMILIES["diffusion"]["model_options"]
+        | {"backbone": "transformer", "heads": 2, "context": 4, "emb": 16}
+    }
+}
+
+
 def test_no_family_is_forgotten() -> None:
     assert sorted(FAMILIES) == families()
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(FAMILIES | VARIANTS))
 @pytest.mark.parametrize("name", sorted(SPACE_ENVS))
 def test_a_space_trains_and_acts(name: str, family: str) -> None:
     """Some gradient steps on the env's own data, then episodes with the greedy policy; an action
     outside its space would raise in the env, and the run would stop."""
     settings = config.from_dict(
-        FAMILIES[family]
+        (FAMILIES | VARIANTS)[family]
         | {
             "env": {"id": f"space_envs:{name}", "num_envs": 2, "max_failures": 1},
             "train": {"env_steps": 160, "prefill": 96, "train_ratio": 0.5, "eval_episodes": 2},
