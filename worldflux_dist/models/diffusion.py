@@ -93,7 +93,7 @@ class DiffusionConfig(Settings):
     memory: Units = 256
     denoiser_units: Units = 256
     denoiser_layers: Layers = 3
-    channels: Annotated[tuple[Units, ...], MinLen(1), MaxLen(8)] = (32, 64, 64, 64)
+    channels: Annotated[tuple[Units, ...], MinLen(1), MaxLen(8)] = (16, 32, 64, 64)
     channel_blocks: Layers = 1
     depth: Annotated[int, Ge(1), Le(1024)] = 4
     multipliers: Annotated[tuple[Layers, ...], MinLen(1), MaxLen(8)] = (2, 3, 4, 4)
