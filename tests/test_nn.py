@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small import same_sums
+from small import make_small, same_sums
 from torch import Tensor, nn
 
 from worldflux_dist.nn import distributions as dist
@@ -192,6 +192,13 @@ def test_units_with_a_span_keep_what_they_hold(blocks: int) -> None:
     steps = 1 / (1 - kept)
     assert steps.min() >= 1.99 and steps.max() <= 32.01
     assert steps.mean() == pytest.approx(17, abs=1)  # 9 of deviation / sqrt(1024) is 0.3
+
+
+def test_models_hand_their_span_to_their_memory() -> None:
+    for family, part, options in (("dreamerv3", "core", {}), ("jepa", "memory", {"memory": "gru"})):
+        for span in (0, 8):
+            model = make_small(family, memory_span=span, **options).world_model
+            assert getattr(model, part).gates.bias.any() == bool(span), family
 
 
 def test_rms_norm() -> None:

@@ -11,8 +11,8 @@ from worldflux_dist import config, local
 
 pytestmark = [pytest.mark.nightly, pytest.mark.learning]
 
-# What is not told by rewards is told by the cue and the action together only: a policy that stays
-# undecided for a while shows both turns, and models with a memory like a low learning rate.
+# Neither the cue nor the turn alone says anything about the reward, only both together: so policies
+# are kept undecided until both turns are known, and recurrent models learn at a low rate.
 WITH: dict[str, dict[str, Any]] = {
     "dreamerv3": {
         "model": "dreamerv3:tiny",

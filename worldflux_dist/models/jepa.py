@@ -139,10 +139,8 @@ class JEPA(WorldModel):
         if c.objective != "dynamics":
             patched = partial(PatchEncoder, patch=c.patch, width=c.units, layers=c.masked_layers)
         self.encoder = ObsEmbedder(spaces, c.emb, *vision, patched)
-        self.memory: BlockGRU | None = None
-        if recurrent:
-            widths = (size, c.emb, spaces.action_dim, c.units)
-            self.memory = BlockGRU(*widths, blocks=1, span=c.memory_span)
+        widths = (size, c.emb, spaces.action_dim, c.units)
+        self.memory = BlockGRU(*widths, 1, c.memory_span) if recurrent else None
         self.predictor = MLP(
             c.emb + size, c.units, c.layers, partial(Linear, size_out=c.emb, outscale=0.1)
         )
