@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test nightly chaos check fast lint bench clean
+.PHONY: help demo test nightly chaos check fast lint protocol bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 8
@@ -35,6 +35,10 @@ lint: $(INSTALLED)  ## format, lint, types and import rules
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+protocol: $(INSTALLED)  ## compile serve/*.proto
+	cd worldflux_dist/serve && ../../$(BIN)/python -m grpc_tools.protoc -I . \
+		--descriptor_set_out=protocol.binpb imagination.proto open_inference.proto
 
 bench: $(INSTALLED)  ## the throughput of each part, next to peers and limits
 	set -e; for script in benchmarks/systems/*.py; do echo "== $$script"; $(BIN)/python $$script; done

@@ -179,7 +179,10 @@ def same_sums(
     row; the small networks here have 3 or 4 layers of 16 to 64. `size` is what the absolute values
     of the terms add up to: with layers that are normalised, about the largest |want|.
     """
-    got, want = (torch.as_tensor(x).detach().float() for x in (got, want))
+    got, want = (
+        torch.tensor(x) if isinstance(x, np.ndarray) else torch.as_tensor(x) for x in (got, want)
+    )
+    got, want = got.detach().float(), want.detach().float()
     size = max(1e-3, want.abs().max().item()) if size is None else size
     bound = 2 * torch.finfo(torch.float32).eps * terms * size
     torch.testing.assert_close(got, want, rtol=0, atol=bound, msg=msg)

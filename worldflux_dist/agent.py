@@ -187,11 +187,12 @@ class Agent(nn.Module):
         is_first: np.ndarray,
         carry: Carry | None = None,
         greedy: bool = False,
+        noise: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> tuple[np.ndarray, Carry]:
         """Flat actions (N, A) for converted observations (N, ...), and what to remember.
 
         `carry` is what the last call gave; is_first (N,) rows forget it, and all do where it is
-        None.
+        None. `noise` fixes the draws of `update` and of the policy; those of a plan are torch's.
         """
         device = self.device
         first = torch.as_tensor(is_first, device=device)
@@ -199,10 +200,10 @@ class Agent(nn.Module):
             carry, first = self.initial_carry(len(first)), torch.ones_like(first)
         remembered = {n[6:]: value for n, value in carry.items() if n.startswith("state/")}
         action = carry["action"].to(device)
-        state = self.world_model.update(State(remembered), action, obs, first)
+        state = self.world_model.update(State(remembered), action, obs, first, noise[0])
         new_carry = {f"state/{name}": value for name, value in state.tensors.items()}
         if self.planner is None:
-            action = self.behavior.act(self.world_model.features(state), greedy)
+            action = self.behavior.act(self.world_model.features(state), greedy, noise[1])
         else:
             fresh = self.planner.initial(len(first), device)
             mean = torch.where(first[:, None, None], fresh, carry["plan"])

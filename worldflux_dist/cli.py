@@ -136,19 +136,56 @@ def inspect_run(
     print(f"picture: {out}")
 
 
+@app.command()
+def serve(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory.")],
+    follow: Annotated[bool, typer.Option("--follow", help="Go on with newer weights.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=1, help="Torch threads.")] = 1,
+    host: Annotated[str, typer.Option(help="Others than 127.0.0.1 want TLS and a token.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 50051,
+    token_file: Annotated[
+        Path | None, typer.Option(help="Holds the token; or WORLDFLUX_SERVE_TOKEN does.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The server's key, PEM.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="The server's certificate, PEM.")] = None,
+    tls_ca: Annotated[
+        Path | None, typer.Option(help="Clients must have a certificate of this one, PEM (mTLS).")
+    ] = None,
+    limit: Annotated[
+        list[str] | None, typer.Option(help="A limit, such as horizon=64; may be repeated.")
+    ] = None,
+) -> None:
+    """Serve a run's world model over gRPC: encode, imagine, act."""
+    from worldflux_dist.serve import process
+
+    folder = _storage_of(run_dir)
+    security = process.security(token_file, tls_key, tls_cert, tls_ca)
+    process.serve(folder, device, threads, follow, host, port, security, limit or [])
+
+
 def _agent_of(run_dir: Path, seed: int) -> tuple[Any, Any]:
     """The agent of a run's newest good checkpoint, on one thread, and the run's config."""
     import torch
 
     from worldflux_dist.agent import Agent
+    from worldflux_dist.distributed.run import saved_config
+
+    folder = _storage_of(run_dir)
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    return Agent.load(folder), saved_config(run_dir)
+
+
+def _storage_of(run_dir: Path) -> Any:
+    """Where a run keeps its checkpoints."""
     from worldflux_dist.distributed.run import saved_config, storage_of
 
     if not (run_dir / "config.yaml").exists():
         raise FileNotFoundError(f"{run_dir} is no run directory: it has no config.yaml")
-    settings = saved_config(run_dir)
-    torch.set_num_threads(1)
-    torch.manual_seed(seed)
-    return Agent.load(storage_of(settings, run_dir)), settings
+    return storage_of(saved_config(run_dir), run_dir)
 
 
 @envs_app.command("check")

@@ -99,6 +99,10 @@ class Behavior(nn.Module, ABC):
     def value(self, features: Tensor, noise: Any = None) -> Tensor:
         """Features (..., F) -> expected discounted return (...); `noise` from `value_noise`."""
 
+    def expected_value(self, features: Tensor) -> Tensor:
+        """As `value`, where that draws at random without its draws."""
+        return self.value(features)
+
     @abstractmethod
     def loss(self, world_model: WorldModel, output: LossOutput) -> BehaviorLoss:
         """Losses beside the world model's own, whose states they may start from or reach into."""

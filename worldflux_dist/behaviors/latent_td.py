@@ -148,6 +148,11 @@ class LatentTD(Behavior):
         draw = noise or self.value_noise(features.shape[:-1], features.device)
         return self.q(features, self.act(features, noise=draw.action), draw.pair).mean(0)
 
+    def expected_value(self, features: Tensor) -> Tensor:
+        """The mean of all Qs at the likeliest action."""
+        every = torch.arange(self.config.num_q, device=features.device)
+        return self.q(features, self.act(features, greedy=True), every).mean(0)
+
     def value_noise(self, shape: Sequence[int], device: Any) -> QDraw:
         pair = torch.randperm(self.config.num_q)[:2]
         return QDraw(dist.action_noise(self.parts, shape, device), pair)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -119,10 +120,11 @@ class WorldModel(nn.Module, ABC):
     Attributes a family sets: `feature_dim` F, `width` (units of its own MLPs, which behaviors
     copy), `discount` (what `continue` contains), `loss_scales` (weight of each loss), `native`
     (values of the behavior and the planner it was published with: what it gets where none are
-    asked for), `noise_shape` (of one row's uniform draws in `transition`; None where there are
-    none), `num_starts` (imagination starts from the last so many steps of each row, so that large
-    states stay few; None is all), whether `decode` gives an `obs` and a `reward`, and whether
-    distances of `goal` mean something.
+    asked for), `noise_shape` and `look_noise_shape` (of one row's uniform draws in `transition` and
+    in `update`; None where there are none), `state_limits` (what the whole numbers of a state stay
+    below; uint8 need none), `num_starts` (imagination starts from the last so many steps of each
+    row, so that large states stay few; None is all), whether `decode` gives an `obs` and a
+    `reward`, and whether distances of `goal` mean something.
     """
 
     feature_dim: int
@@ -131,6 +133,8 @@ class WorldModel(nn.Module, ABC):
     loss_scales: dict[str, float]
     native: dict[str, dict[str, Any]]
     noise_shape: tuple[int, ...] | None = None
+    look_noise_shape: tuple[int, ...] | None = None
+    state_limits: Mapping[str, Any] = MappingProxyType({})
     num_starts: int | None = None
     decodes_obs: bool = True
     decodes_reward: bool = True
@@ -255,15 +259,22 @@ class WorldModel(nn.Module, ABC):
             horizon = len(actions)
         state = self.essential(state)
         states, taken = [self.visible(state)], []
-        for h in range(horizon):
-            action = actions[h] if isinstance(actions, Tensor) else actions(self.features(state))
-            state = self.transition(state, action, None if noise is None else noise[h])
-            states.append(self.visible(state))
+        for action, reached in self.walk(state, actions, horizon, noise):
+            states.append(self.visible(reached))
             taken.append(action)
         path = State.stack(states)
         preds = self.decode(path, ("reward", "continue")).preds
         reward, going = preds["reward"], preds["continue"]
         return Rollout(path, torch.stack(taken), reward[1:], going[1:], going[0])
+
+    def walk(
+        self, state: State, actions: Tensor | Policy, horizon: int, noise: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, State]]:
+        """The steps of a rollout from an essential state, one by one: action and next state."""
+        for h in range(horizon):
+            action = actions[h] if isinstance(actions, Tensor) else actions(self.features(state))
+            state = self.transition(state, action, None if noise is None else noise[h])
+            yield action, state
 
     def tensors(self, obs: Any) -> dict[str, Tensor]:
         """Converted observations (see `Spaces.encode_obs`) as tensors on the model's device."""

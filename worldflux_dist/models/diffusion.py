@@ -386,6 +386,10 @@ class Forced(Diffusion):
     `length` (B,) count, in place of a history. The memory has seen what the state has, too.
     """
 
+    def __init__(self, spaces: Spaces, config: DiffusionConfig) -> None:
+        super().__init__(spaces, config)
+        self.state_limits = {"length": config.context}
+
     def _make_core(self) -> Any:
         c = self.config
         sizes = (c.memory, c.denoiser_layers, c.heads, c.context)

@@ -208,6 +208,8 @@ class Token(WorldModel):
         }
         self.num_tokens = sum(tokenizer.num_tokens for tokenizer in tokenizers)
         self.noise_shape, self.num_starts = (self.num_tokens,), c.starts or None
+        sizes = [size for tokenizer in tokenizers for size in tokenizer.sizes]
+        self.state_limits = {"tokens": sizes, "length": c.context + 1}
 
     def _predictor(self, tokenizers: list[Tokenizer]) -> Any:
         c = self.config
@@ -410,6 +412,8 @@ class Storm(Token):
         super().__init__(spaces, config)
         self.loss_scales = {"dyn": config.dyn_scale, "rep": config.rep_scale}
         self.native["behavior"]["horizon"] = 16
+        self.look_noise_shape = self.noise_shape
+        self.state_limits = {"length": config.context + 1}
 
     def _predictor(self, tokenizers: list[Tokenizer]) -> Any:
         return PackedPredictor(tokenizers, self.config.width, self.config.unimix)
