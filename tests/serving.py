@@ -1,13 +1,23 @@
-"""Imagination servers for tests: in a thread of this process, on a free port of loopback."""
+"""Imagination servers for tests, on free ports of loopback: in a thread of this process, or as the
+command starts them."""
 
 from __future__ import annotations
 
 import asyncio
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
+from worldflux_dist import checkpoint, config, storage
+from worldflux_dist.envs import make_envs
+from worldflux_dist.envs.base import random_act
+from worldflux_dist.replay.shard import ReplayShard
+from worldflux_dist.runner import EnvRunner
 from worldflux_dist.serve.dreams import Dreams
 from worldflux_dist.serve.server import ImaginationServer
 
@@ -38,3 +48,43 @@ def serving(dreams: Any, **options: Any) -> Iterator[Any]:
 
 def address(server: ImaginationServer) -> str:
     return f"127.0.0.1:{server.port}"
+
+
+# --------------------------------------------------------------------------------- runs on disk
+
+
+def write_run(
+    folder: Path, agent: Any, gradient_steps: int = 1, env_id: str = "CartPole-v1", steps: int = 64
+) -> None:
+    """What a run leaves behind that is served: its settings, a checkpoint, and replay of `steps`
+    random steps where there was none."""
+    settings = config.from_dict({"model": agent.recipe["model"], "env": {"id": env_id}})
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(config.to_yaml(settings))
+    root = storage.as_path(folder)
+    made = checkpoint.begin(root / "checkpoints", gradient_steps)
+    agent.save(made)
+    counters = {"gradient_steps": {"agent": gradient_steps}}
+    checkpoint.commit(root / "checkpoints", made, gradient_steps, counters=counters)
+    if steps and not (folder / "replay").exists():
+        shard = ReplayShard(settings.replay, 0, root / "replay", "0001", 0, 1)
+        with closing(make_envs(settings.env, 0, num_envs=2)) as envs:
+            shard.add(EnvRunner(envs, random_act(envs.spaces, 0)).collect(steps))
+        shard.seal().result(WAIT_S)
+        shard.close()
+
+
+@contextmanager
+def process(run: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """`worldflux-dist serve` in a process of its own, once it serves, and where."""
+    command = [sys.executable, "-m", "worldflux_dist.cli", "serve", str(run), "--port", "0"]
+    found = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True)
+    try:
+        assert found.stdout is not None
+        line = found.stdout.readline()
+        at = re.search(r" at ([^ ,]+:\d+)", line)
+        assert at, line
+        yield found, at[1]
+    finally:
+        found.kill()
+        found.wait()
