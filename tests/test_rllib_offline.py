@@ -22,7 +22,7 @@ from rllib_runs import check_ratio, small
 from space_envs import SPACE_ENVS
 
 from worldflux_dist.data import Chunk
-from worldflux_dist.rllib.episodes import encode_actions, read_episodes, to_chunk
+from worldflux_dist.rllib.episodes import read_episodes, to_chunk
 from worldflux_dist.spaces import Spaces
 
 ACTION = spaces.Box(np.array([-1, 0], np.float32), np.array([3, 10], np.float32))
@@ -165,7 +165,7 @@ def test_encoding_actions_undoes_decoding(space: gymnasium.Space) -> None:
     space.seed(0)
     both = Spaces(OBS, space)
     samples = [space.sample() for _ in range(64)]
-    flat = encode_actions(both, stacked(space, samples))
+    flat = both.encode_action(stacked(space, samples))
     assert flat.shape == (64, both.action_dim) and flat.dtype == np.float32
     assert (np.abs(flat) <= 1).all()
     again = iterate(batch_space(space, 64), both.decode_action(flat))
@@ -174,7 +174,7 @@ def test_encoding_actions_undoes_decoding(space: gymnasium.Space) -> None:
         assert np.allclose(np.stack(list(again)) / scale, np.stack(samples) / scale, atol=1e-6)
     else:
         assert all(map(near, again, samples))
-    found = encode_actions(both, both.decode_action(flat))
+    found = both.encode_action(both.decode_action(flat))
     np.testing.assert_allclose(found, flat, atol=1e-5)
 
 
@@ -182,7 +182,7 @@ def test_normalized_actions_are_in_unit_range_already() -> None:
     """RLlib records what the module gave, which goes to the space's bounds later, and clipped."""
     both = Spaces(OBS, spaces.Dict(box=ACTION, kind=spaces.Discrete(2)))
     raw = {"box": np.array([[0.5, -3], [0, 1]]), "kind": np.array([1, 0])}
-    flat = encode_actions(both, raw, normalized=True)
+    flat = both.encode_action(raw, normalized=True)
     np.testing.assert_array_equal(flat, [[0.5, -1, 0, 1], [0, 1, 1, 0]])
     np.testing.assert_array_equal(both.decode_action(flat)["box"], [[2, 0], [1, 10]])
 

@@ -97,6 +97,39 @@ class Spaces:
             start += size
         return _nest(self.action, values)
 
+    def decode_obs(self, named: dict[str, np.ndarray]) -> Any:
+        """dict of (N, *shape) arrays -> a batch of the env's own observations: `encode_obs` undone.
+
+        What a model has drawn becomes the nearest observation of the space.
+        """
+        values = {spec.path: _decode_obs(spec, named[name]) for name, spec in self.obs.items()}
+        return _nest(self.observation, values)
+
+    def encode_action(self, raw: Any, normalized: bool = False) -> np.ndarray:
+        """A batch of the env's own actions -> flat actions (N, A): `decode_action` undone.
+
+        `normalized` Box actions of floats are in [-1, 1] already. Raises ValueError for others than
+        the space has.
+        """
+        columns: list[np.ndarray] = []
+        for path, leaf, parts in self.action_leaves:
+            value = np.asarray(functools.reduce(operator.getitem, path, raw))
+            rows = value.reshape(len(value), -1)
+            if rows.shape[1] != math.prod(leaf.shape or ()):
+                raise ValueError(f"the action {value[0]} is not in {leaf}")
+            if isinstance(leaf, gym_spaces.Box):
+                if not (normalized and np.dtype(leaf.dtype).kind == "f"):
+                    rows = _unit(leaf, rows)
+                columns.append(np.clip(rows, -1, 1))
+                continue
+            rows = rows - np.asarray(getattr(leaf, "start", 0)).reshape(-1)
+            for column, part in zip(rows.T, parts, strict=True):
+                one_hot = column[:, None] == np.arange(part.size)
+                if not one_hot.any(-1).all():
+                    raise ValueError(f"an action is not in {leaf}")
+                columns.append(one_hot)
+        return np.concatenate(columns, -1).astype(np.float32)
+
     def random_action(self, rng: np.random.Generator, num: int) -> np.ndarray:
         """Uniformly random flat actions (num, A) float32."""
         parts = [
@@ -253,6 +286,33 @@ def _decode_leaf(space: Any, parts: tuple[ActionPart, ...], flat: np.ndarray) ->
     unit = (np.clip(flat, -1, 1).reshape(len(flat), *space.shape).astype(np.float64) + 1) / 2
     value = np.clip(low * (1 - unit) + high * unit, low, high)
     return (value if space.dtype.kind == "f" else np.rint(value)).astype(space.dtype)
+
+
+def _unit(space: gym_spaces.Box, rows: np.ndarray) -> np.ndarray:
+    """Values (N, n) of a Box, of which its bounds become -1 and 1."""
+    low, high = (bound.reshape(-1).astype(np.float64) for bound in (space.low, space.high))
+    # Half of everything, because the difference of the bounds can overflow.
+    half = np.where(high > low, high / 2 - low / 2, 1)
+    unit: np.ndarray = (rows / 2 - low / 2) / half * 2 - 1
+    return unit
+
+
+def _decode_obs(spec: ObsSpec, value: np.ndarray) -> np.ndarray:
+    space, num = spec.space, len(value)
+    if isinstance(space, gym_spaces.Discrete):
+        return value.argmax(-1) + space.start
+    if isinstance(space, gym_spaces.MultiDiscrete):
+        parts = np.split(value, np.cumsum(space.nvec.reshape(-1))[:-1], -1)
+        chosen = np.stack([part.argmax(-1) for part in parts], -1).reshape(num, *space.shape)
+        return (chosen + space.start).astype(space.dtype)
+    if isinstance(space, gym_spaces.MultiBinary):
+        return (value > 0.5).reshape(num, *space.shape).astype(space.dtype)
+    if spec.kind == "image":
+        first = len(space.shape) == 3 and space.shape != spec.shape
+        value = (value.transpose(0, 3, 1, 2) if first else value) * (space.high.max() / 255)
+    value = value.reshape(num, *space.shape)
+    rounded = value if space.dtype.kind == "f" else np.rint(value)
+    return np.clip(rounded, space.low, space.high).astype(space.dtype)
 
 
 def space_to_json(space: gym_spaces.Space) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from gymnasium import spaces as gym_spaces
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from worldflux_dist.data import Chunk, Step
@@ -172,8 +170,8 @@ def to_chunk(
     """One recorded episode, or a part of one, as a chunk (1, T + 1) of `stream`.
 
     A part that begins in mid-episode loses its first observation's past: it counts as a beginning.
-    `normalized` is said of the actions, see `encode_actions`. Raises ValueError, with `name`, for
-    an episode of another environment.
+    `normalized` is said of the actions, see `Spaces.encode_action`. Raises ValueError, with `name`,
+    for an episode of another environment.
     """
     length = len(episode)
     action = np.zeros((length + 1, spaces.action_dim), np.float32)
@@ -182,7 +180,7 @@ def to_chunk(
         raw = _stack(episode.get_observations())
         check_obs(spaces.observation, _lane(raw, 0))
         obs = spaces.encode_obs(raw)
-        action[1:] = encode_actions(spaces, _stack(episode.get_actions()), normalized)
+        action[1:] = spaces.encode_action(_stack(episode.get_actions()), normalized)
         reward[1:] = episode.get_rewards()
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(
@@ -202,38 +200,6 @@ def to_chunk(
     )
     chunk.check()
     return chunk
-
-
-def encode_actions(spaces: Spaces, raw: Any, normalized: bool = False) -> np.ndarray:
-    """A batch of the environment's own actions -> flat actions (N, A): `decode_action` undone.
-
-    `normalized` Box actions are in [-1, 1] already: RLlib records those of the module, which go to
-    the bounds of the space on their way to the environment. Raises ValueError for others.
-    """
-    columns = []
-    for path, leaf, parts in spaces.action_leaves:
-        value = raw
-        for key in path:
-            value = value[key]
-        value = np.asarray(value)
-        rows = value.reshape(len(value), -1)
-        if rows.shape[1] != math.prod(leaf.shape or ()):
-            raise ValueError(f"the action {value[0]} is not in {leaf}")
-        if isinstance(leaf, gym_spaces.Box):
-            low, high = (bound.reshape(-1).astype(np.float64) for bound in (leaf.low, leaf.high))
-            if not (normalized and np.dtype(leaf.dtype).kind == "f"):
-                # Half of everything, because the difference of the bounds can overflow.
-                half = np.where(high > low, high / 2 - low / 2, 1)
-                rows = (rows / 2 - low / 2) / half * 2 - 1
-            columns.append(np.clip(rows, -1, 1))
-            continue
-        rows = rows - np.asarray(getattr(leaf, "start", 0)).reshape(-1)
-        for column, part in zip(rows.T, parts, strict=True):
-            one_hot = column[:, None] == np.arange(part.size)
-            if not one_hot.any(-1).all():
-                raise ValueError(f"an action is not in {leaf}")
-            columns.append(one_hot)
-    return np.concatenate(columns, -1).astype(np.float32)
 
 
 def _stack(values: Any) -> Any:

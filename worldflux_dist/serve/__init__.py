@@ -1,6 +1,6 @@
 """Imagination as a service: servers, clients, and environments and pages inside the dream.
 
-`Client` and `AsyncClient` load on first use: importing them loads neither torch nor Ray.
+The public names load on first use: a client loads neither torch nor Ray.
 """
 
 from __future__ import annotations
@@ -21,6 +21,19 @@ _HOMES = {
     "DreamVectorEnv": "dream_env",
 }
 __all__ = [*_HOMES]
+
+
+def _register() -> None:
+    """The dream environment's ids, made without loading it."""
+    import gymnasium
+
+    home = f"{__name__}.dream_env"
+    gymnasium.register(
+        "worldflux/Dream-v0", f"{home}:DreamEnv", vector_entry_point=f"{home}:DreamVectorEnv"
+    )
+
+
+_register()
 
 
 def __getattr__(name: str) -> Any:

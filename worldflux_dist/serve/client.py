@@ -91,6 +91,14 @@ class ModelInfo:
         return tuple(self.message.heads)
 
     @property
+    def discount(self) -> float:
+        return float(self.message.discount)
+
+    @property
+    def feature_dim(self) -> int:
+        return int(self.message.feature_dim)
+
+    @property
     def num_starts(self) -> int:
         return int(self.message.starts)
 

@@ -312,3 +312,15 @@ def _split(named: dict[str, Tensor], calls: Sequence[Any], axis: int = 0) -> lis
         }
         for i in range(len(calls))
     ]
+
+
+def joined(blocks: Sequence[Arrays]) -> Arrays:
+    """Blocks of steps as one; of states there is only the last."""
+    if len(blocks) == 1:
+        return blocks[0]
+    outputs = {
+        name: np.concatenate([block[name] for block in blocks])
+        for name in blocks[0]
+        if not name.startswith("state/")
+    }
+    return outputs | {n: x for n, x in blocks[-1].items() if n.startswith("state/")}

@@ -6,6 +6,7 @@ allocated: a horizon of a billion costs nothing but the sentence.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
@@ -231,3 +232,41 @@ def _held(value: np.ndarray, where: str, dtype: Any, shape: tuple[int, ...]) -> 
     if value.dtype.kind == "f" and not np.isfinite(value).all():
         raise ValueError(f"{where} has numbers that are not finite")
     return value
+
+
+def describe(dreams: Dreams, requests: Requests) -> Any:
+    """What GetModel says."""
+    agent, limits = dreams.agent, requests.limits
+    family, _, preset = agent.recipe["model"].partition(":")
+    return wire.messages.Model(
+        family=family,
+        preset=preset,
+        version=wire.as_version(dreams.version),
+        observations=_specs(requests.obs),
+        action=[{"kind": part.kind, "size": part.size} for part in agent.spaces.action_parts],
+        state=_specs(requests.state),
+        carry=_specs(requests.carry),
+        heads=requests.heads,
+        discount=dreams.model.discount,
+        feature_dim=dreams.model.feature_dim,
+        plans=agent.planner is not None,
+        starts=requests.num_starts,
+        limits=wire.messages.Limits(
+            horizon=limits.horizon,
+            lanes=limits.lanes,
+            samples=limits.samples,
+            steps=limits.steps,
+            request_bytes=limits.request_bytes,
+            answer_bytes=limits.answer_bytes,
+            seconds=limits.seconds,
+        ),
+        spaces_json=json.dumps(agent.spaces.to_json()),
+    )
+
+
+def _specs(spec: Spec) -> list[Any]:
+    make = wire.messages.TensorSpec
+    return [
+        make(name=name, datatype=wire.NAMES[dtype.newbyteorder("<")], shape=shape)
+        for name, (dtype, shape) in spec.items()
+    ]

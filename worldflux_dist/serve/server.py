@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -17,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from worldflux_dist.serve import wire
 from worldflux_dist.serve.batches import Batches, FullError
-from worldflux_dist.serve.dreams import Arrays, Dreams
-from worldflux_dist.serve.requests import Limits, Requests, Spec
+from worldflux_dist.serve.dreams import Arrays, Dreams, joined
+from worldflux_dist.serve.requests import Limits, Requests, describe
 
 HEALTH = "/grpc.health.v1.Health/"  # answered without a token: it says only whether it serves
 logger = logging.getLogger(__name__)
@@ -196,7 +194,7 @@ class Answers:
     async def Encode(self, request: Any, context: Any) -> Any:
         async for version, _, state in self._answer(self.requests.encode, request, context):
             return wire.messages.EncodeResponse(
-                version=as_version(version), state={"tensors": wire.tensors(state)}
+                version=wire.as_version(version), state={"tensors": wire.tensors(state)}
             )
         raise AssertionError
 
@@ -215,7 +213,9 @@ class Answers:
         async for version, _, after in self._answer(self.requests.act, request, context):
             action = wire.tensor(after.pop(""), "action")
             return wire.messages.ActResponse(
-                version=as_version(version), action=action, carry={"tensors": wire.tensors(after)}
+                version=wire.as_version(version),
+                action=action,
+                carry={"tensors": wire.tensors(after)},
             )
         raise AssertionError
 
@@ -244,60 +244,7 @@ class Answers:
         await context.abort(status, said)
 
 
-def joined(blocks: list[Arrays]) -> Arrays:
-    """Blocks of steps as one; of states there is only the last."""
-    if len(blocks) == 1:
-        return blocks[0]
-    outputs = {
-        name: np.concatenate([block[name] for block in blocks])
-        for name in blocks[0]
-        if not name.startswith("state/")
-    }
-    return outputs | {n: x for n, x in blocks[-1].items() if n.startswith("state/")}
-
-
-def as_version(version: tuple[int, int]) -> Any:
-    return wire.messages.Version(generation=version[0], gradient_steps=version[1])
-
-
 def _imagined(version: tuple[int, int], first: int, outputs: Arrays) -> Any:
     return wire.messages.ImagineResponse(
-        version=as_version(version), first_step=first, outputs=wire.tensors(outputs)
+        version=wire.as_version(version), first_step=first, outputs=wire.tensors(outputs)
     )
-
-
-def describe(dreams: Dreams, requests: Requests) -> Any:
-    """What GetModel says."""
-    agent, limits = dreams.agent, requests.limits
-    family, _, preset = agent.recipe["model"].partition(":")
-    return wire.messages.Model(
-        family=family,
-        preset=preset,
-        version=as_version(dreams.version),
-        observations=_specs(requests.obs),
-        action=[{"kind": part.kind, "size": part.size} for part in agent.spaces.action_parts],
-        state=_specs(requests.state),
-        carry=_specs(requests.carry),
-        heads=requests.heads,
-        discount=dreams.model.discount,
-        plans=agent.planner is not None,
-        starts=requests.num_starts,
-        limits=wire.messages.Limits(
-            horizon=limits.horizon,
-            lanes=limits.lanes,
-            samples=limits.samples,
-            steps=limits.steps,
-            request_bytes=limits.request_bytes,
-            answer_bytes=limits.answer_bytes,
-            seconds=limits.seconds,
-        ),
-        spaces_json=json.dumps(agent.spaces.to_json()),
-    )
-
-
-def _specs(spec: Spec) -> list[Any]:
-    make = wire.messages.TensorSpec
-    return [
-        make(name=name, datatype=wire.NAMES[dtype.newbyteorder("<")], shape=shape)
-        for name, (dtype, shape) in spec.items()
-    ]

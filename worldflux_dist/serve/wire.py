@@ -97,6 +97,11 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def as_version(version: tuple[int, int]) -> Any:
+    """Generation of the learners and gradient steps, as a message."""
+    return messages.Version(generation=version[0], gradient_steps=version[1])
+
+
 # ---------------------------------------------------------------------------------- tensors
 
 
