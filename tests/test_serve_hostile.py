@@ -4,7 +4,6 @@ what is wrong, nobody else notices, and nothing grows."""
 from __future__ import annotations
 
 import asyncio
-import datetime
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving import WAIT_S, address, serving
+from serving import WAIT_S, address, certificate, serving
 from small import look, make_case
 
 from worldflux_dist.serve import wire
@@ -278,39 +277,6 @@ def test_who_has_no_token_is_refused(dreams: Dreams) -> None:
 
         with grpc.insecure_channel(address(server)) as channel:  # what a probe asks
             health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
-
-
-def certificate(folder: Path, name: str, ca: Any = None) -> Any:
-    """A key and certificate for 127.0.0.1, PEM files `name`.key and `name`.pem, signed by `ca`."""
-    import ipaddress
-
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    now = datetime.datetime.now(datetime.UTC)
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(ca[1].subject if ca else subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.BasicConstraints(ca=ca is None, path_length=None), critical=True)
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
-            critical=False,
-        )
-    )
-    made = builder.sign(ca[0] if ca else key, hashes.SHA256())
-    pem = serialization.Encoding.PEM
-    plain = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    (folder / f"{name}.key").write_bytes(key.private_bytes(pem, *plain))
-    (folder / f"{name}.pem").write_bytes(made.public_bytes(pem))
-    return key, made
 
 
 def test_tls_with_certificates_of_both_sides(dreams: Dreams, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 import psutil
 import pytest
+import torch
 from serving import WAIT_S, process, write_run
 from small import SIZES, perturbed, same_sums
 
@@ -25,6 +26,8 @@ pytestmark = pytest.mark.slow
 
 
 def make_agent(seed: int = 0) -> Agent:
+    """The same for the same seed."""
+    torch.manual_seed(seed)
     env = gym.make("CartPole-v1")
     spaces = Spaces(env.observation_space, env.action_space)
     return perturbed(Agent("dreamerv3:size1m", spaces, SIZES), seed)

@@ -142,9 +142,12 @@ def serve(
     follow: Annotated[bool, typer.Option("--follow", help="Go on with newer weights.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="Torch threads.")] = 1,
-    host: Annotated[str, typer.Option(help="Others than 127.0.0.1 want TLS and a token.")] = (
-        "127.0.0.1"
-    ),
+    host: Annotated[
+        str | None,
+        typer.Option(
+            help="127.0.0.1 unless given, of replicas their nodes'; others want TLS and a token."
+        ),
+    ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 50051,
     token_file: Annotated[
         Path | None, typer.Option(help="Holds the token; or WORLDFLUX_SERVE_TOKEN does.")
@@ -157,13 +160,51 @@ def serve(
     limit: Annotated[
         list[str] | None, typer.Option(help="A limit, such as horizon=64; may be repeated.")
     ] = None,
+    replicas: Annotated[
+        int, typer.Option(min=0, help="As so many actors of the cluster RAY_ADDRESS names.")
+    ] = 0,
+    status: Annotated[bool, typer.Option("--status", help="Say where replicas serve.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="Stop the replicas.")] = False,
 ) -> None:
     """Serve a run's world model over gRPC: encode, imagine, act."""
     from worldflux_dist.serve import process
 
     folder = _storage_of(run_dir)
     security = process.security(token_file, tls_key, tls_cert, tls_ca)
-    process.serve(folder, device, threads, follow, host, port, security, limit or [])
+    limits = process.limits(limit or [])
+    if not (replicas or status or stop):
+        process.serve(folder, device, threads, follow, host or "127.0.0.1", port, security, limits)
+        return
+    _join_for_replicas()
+    from worldflux_dist.serve import replicas as actors
+
+    name = str(folder)
+    if stop:
+        print(f"stopped {len(actors.stop(name))} replicas of {run_dir}")
+        return
+    if replicas:
+        how = actors.Serving(name, device, threads, follow, host or "", port, security, limits)
+        actors.start(name, how, replicas)
+    lines = actors.status(name)
+    print(*(f"replica {index}: {line}" for index, line in lines.items()), sep="\n")
+    if not lines:
+        print(f"no replicas of {run_dir} are serving")
+
+
+def _join_for_replicas() -> None:
+    """Join the cluster where replicas live."""
+    from worldflux_dist.distributed.auth import check_auth, explained
+    from worldflux_dist.distributed.cluster import join_cluster
+
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        raise ValueError(
+            "replicas live in a Ray cluster: set RAY_ADDRESS, for example to auto, or leave "
+            "--replicas out to serve from this process"
+        )
+    with explained(address):
+        join_cluster()
+    check_auth()
 
 
 def _agent_of(run_dir: Path, seed: int) -> tuple[Any, Any]:

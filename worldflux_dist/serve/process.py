@@ -59,7 +59,7 @@ def serve(
     host: str,
     port: int,
     secure: Security,
-    limit: Sequence[str],
+    allowed: Limits,
 ) -> None:
     """Serve until SIGINT or SIGTERM; calls under way are answered first."""
     torch.set_num_threads(threads)
@@ -70,7 +70,6 @@ def serve(
         raise ValueError("there is no GPU here: leave --device out")
     secure.check(host)  # before a large model is read
     run = ServedRun(folder, device)
-    allowed = limits(limit)
     server = ImaginationServer(
         run.dreams(), allowed, secure, host, port, run.newer if follow else None
     )
