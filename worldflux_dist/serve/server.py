@@ -22,6 +22,7 @@ from grpc_reflection.v1alpha import reflection
 from worldflux_dist.serve import wire
 from worldflux_dist.serve.batches import Batches, FullError
 from worldflux_dist.serve.dreams import Arrays, Dreams, joined
+from worldflux_dist.serve.inference import Inference
 from worldflux_dist.serve.requests import Limits, Requests, describe
 
 HEALTH = "/grpc.health.v1.Health/"  # answered without a token: it says only whether it serves
@@ -126,8 +127,8 @@ class ImaginationServer:
         )
         self.health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
-        services = [wire.IMAGINATION]
-        self.server.add_generic_rpc_handlers([wire.served(wire.IMAGINATION, self.answers)])
+        services = {wire.IMAGINATION: self.answers, wire.INFERENCE: Inference(self.answers)}
+        self.server.add_generic_rpc_handlers([wire.served(*each) for each in services.items()])
         if self.reflect if self.reflect is not None else wire.is_loopback(self.host):
             names = [*services, reflection.SERVICE_NAME]
             reflection.enable_server_reflection(names, self.server, pool=wire.POOL)
