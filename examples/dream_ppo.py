@@ -51,7 +51,15 @@ for update in range(UPDATES):
         obs, state, age = rolled.obs["obs"][1].copy(), rolled.state, age + 1
         going = rolled.continues[0] / served.discount
         cut = (going < 0.5) | (age >= LIMIT)
-        values = (seen, action, policy.log_prob(action), value, rolled.rewards[0], going > 0.5, cut)
+        values = (
+            seen,
+            action,
+            policy.log_prob(action),
+            value,
+            (1 - GAMMA) * rolled.rewards[0],
+            going > 0.5,
+            cut,
+        )
         for name, each in zip(kept, values, strict=True):
             kept[name].append(torch.as_tensor(each))
         if cut.any():

@@ -19,6 +19,7 @@ import yaml
 from worldflux_dist import config
 from worldflux_dist.distributed.cluster import Node, Plan, make_plan
 from worldflux_dist.envs import make_envs
+from worldflux_dist.serve.replicas import Serving
 
 REPOSITORY = Path(__file__).parents[1]
 DEPLOY = REPOSITORY / "deploy"
@@ -177,17 +178,19 @@ def _flag(command: str, name: str) -> float:
 
 
 def _service(files: Files) -> Iterator[str]:
-    """The pods that the imagination service looks for are in raycluster.yaml."""
+    """All pods that replicas of the imagination server may be on are those its service selects."""
     service, cluster = files[SERVICE]["spec"], files[CLUSTER]
-    own = {"ray.io/cluster": cluster["metadata"]["name"]}  # set by the operator
-    for _, group in _groups(cluster["spec"]):
-        offered = own | group["template"].get("metadata", {}).get("labels", {})
+    # Set by the operator.
+    own = {"ray.io/cluster": cluster["metadata"]["name"], "ray.io/node-type": "worker"}
+    if not service["selector"].items() <= own.items():
+        yield f"{SERVICE} selects no pod of {CLUSTER}"
+    for where, group in _groups(cluster["spec"]):
         ports = {port["name"]: port["containerPort"] for port in _container(group)["ports"]}
-        if service["selector"].items() <= offered.items():
-            if all(ports.get(port["targetPort"]) == port["port"] for port in service["ports"]):
-                return
-            yield f"{SERVICE} wants a port that the pods it selects do not have"
-    yield f"{SERVICE} selects no pod of {CLUSTER}"
+        wanted = all(ports.get(port["targetPort"]) == port["port"] for port in service["ports"])
+        if where != "head" and not wanted:
+            yield f"{SERVICE} wants a port that the pods of group {where} do not have"
+    if any(port["port"] != Serving("").port for port in service["ports"]):
+        yield f"{SERVICE} is not of the port that replicas serve on"
 
 
 def _job(files: Files) -> Iterator[str]:

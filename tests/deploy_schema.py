@@ -48,7 +48,6 @@ def labels(*names: str) -> Schema:
     }
 
 
-COMPONENT = "app.kubernetes.io/component"
 HARDWARE = {
     "type": "object",
     "properties": {"cpu": QUANTITY, "memory": QUANTITY, "nvidia.com/gpu": QUANTITY},
@@ -66,10 +65,11 @@ CONTAINER = mapping(
     volumeMounts=every(mapping(name=TEXT, mountPath=TEXT)),
 )
 VOLUME = mapping(
-    ("emptyDir", "persistentVolumeClaim"),
+    ("emptyDir", "persistentVolumeClaim", "secret"),
     name=TEXT,
     emptyDir=mapping(medium=of("Memory"), sizeLimit=QUANTITY),
     persistentVolumeClaim=mapping(claimName=TEXT),
+    secret=mapping(secretName=TEXT, optional_=of(True)),
 )
 POD = mapping(
     ("tolerations",),
@@ -79,7 +79,7 @@ POD = mapping(
     containers=every(CONTAINER) | {"maxItems": 1},
     volumes=every(VOLUME),
 )
-TEMPLATE = mapping(("metadata",), metadata=mapping(labels=labels(COMPONENT)), spec=POD)
+TEMPLATE = mapping(spec=POD)
 CLUSTER = mapping(
     rayVersion=TEXT,
     authOptions=mapping(mode=of("token")),
@@ -134,7 +134,7 @@ SCHEMAS: dict[str, Schema] = {
         mapping(
             type=of("ClusterIP"),
             clusterIP=of("None"),
-            selector=labels("ray.io/cluster", COMPONENT),
+            selector=labels("ray.io/cluster", "ray.io/node-type"),
             ports=every(mapping(name=of("grpc"), port=COUNT, targetPort=of("grpc"))),
         ),
     ),

@@ -28,7 +28,16 @@ Arrays = dict[str, np.ndarray]
 Version = tuple[int, int]  # generation of the learners, gradient steps
 ELSEWHERE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 RETRY_S = 0.1  # after all addresses were tried
-OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+# Of a name with several servers all are taken that are ready by the standard health service.
+BALANCED = {
+    "loadBalancingConfig": [{"round_robin": {}}],
+    "healthCheckConfig": {"serviceName": wire.IMAGINATION},
+}
+OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.service_config", json.dumps(BALANCED)),
+]
 
 
 class ImaginationError(RuntimeError):
@@ -132,7 +141,7 @@ class Security(TypedDict, total=False):
 class AsyncClient:
     """Calls for asyncio. Close it, or use it in an `async with`.
 
-    `addresses` are host:port of one or several servers. `token` and the PEM texts `ca` (the
+    `addresses` are host:port of one or several servers, or dns:///name:port. `token` and the PEM texts `ca` (the
     servers'), `certificate` and `key` (the client's own) are what they ask for. A call may take
     `timeout` seconds, all tries together. Every method raises ImaginationError.
     """
