@@ -24,6 +24,7 @@ from worldflux_dist.models.base import State
 from worldflux_dist.serve import wire
 from worldflux_dist.serve.client import AsyncClient, Client, ImaginationError
 from worldflux_dist.serve.dreams import ActOn, Dreams, Encode, Imagine
+from worldflux_dist.serve.requests import Limits
 
 H, N = 5, 3
 CASE = ("dreamerv3", "dict", "discrete")
@@ -356,3 +357,16 @@ def test_health_and_reflection(reflects: bool) -> None:
                 next(ask(iter([asked])))
             assert error.value.code() == grpc.StatusCode.UNIMPLEMENTED
         channel.close()
+
+
+def test_of_a_name_those_that_are_ready_are_taken() -> None:
+    """As a name in a cluster resolves to several pods: here to one server, watched by its health
+    service, which does not count as a call."""
+    few = Limits(calls=1)
+    with (
+        serving(make_small("jepa"), limits=few) as server,
+        Client(f"dns:///localhost:{server.port}") as client,
+    ):
+        assert client.model().name == "jepa:tiny"
+        client.encode(np.zeros((2, 5), np.float32))
+        client.encode(np.zeros((2, 5), np.float32))

@@ -37,7 +37,7 @@ class Batches:
 
     def __init__(self, dreams: Dreams, lanes: int, size: int, room: int) -> None:
         self.dreams, self.lanes, self.size, self.room = dreams, lanes, size, room
-        self.held = 0  # bytes
+        self.held = self.num_calls = 0  # bytes and calls under way
         self.num_batches = 0
         self._waiting: list[_Waiting] = []
         self._thread = ThreadPoolExecutor(1, "dreams")
@@ -48,7 +48,7 @@ class Batches:
         if self.held + size > self.room:
             raise FullError(f"{self.held >> 20} MB of answers are under way: ask again later")
         mine = _Waiting(call, size)
-        self.held += size
+        self.held, self.num_calls = self.held + size, self.num_calls + 1
         self._waiting.append(mine)
         if self._work is None or self._work.done():
             self._work = asyncio.create_task(self._run_all())
@@ -59,7 +59,7 @@ class Batches:
                 yield answer
         finally:
             mine.gone = True
-            self.held -= size
+            self.held, self.num_calls = self.held - size, self.num_calls - 1
 
     async def close(self) -> None:
         """Wait for the batch that runs, and begin no other."""

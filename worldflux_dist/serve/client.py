@@ -33,10 +33,9 @@ BALANCED = {
     "loadBalancingConfig": [{"round_robin": {}}],
     "healthCheckConfig": {"serviceName": wire.IMAGINATION},
 }
-OPTIONS = [
+OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
-    ("grpc.service_config", json.dumps(BALANCED)),
 ]
 
 
@@ -141,9 +140,9 @@ class Security(TypedDict, total=False):
 class AsyncClient:
     """Calls for asyncio. Close it, or use it in an `async with`.
 
-    `addresses` are host:port of one or several servers, or dns:///name:port. `token` and the PEM texts `ca` (the
-    servers'), `certificate` and `key` (the client's own) are what they ask for. A call may take
-    `timeout` seconds, all tries together. Every method raises ImaginationError.
+    `addresses` are host:port of one or several servers, or dns:///name:port. `token` and the PEM
+    texts `ca` (the servers'), `certificate` and `key` (the client's own) are what they ask for. A
+    call may take `timeout` seconds, all tries together. Every method raises ImaginationError.
     """
 
     def __init__(
@@ -296,10 +295,13 @@ class AsyncClient:
     def _at(self, address: str) -> dict[str, Any]:
         """What calls each method at an address."""
         if address not in self._calls:
+            options = list(OPTIONS)
+            if address.startswith("dns:"):
+                options.append(("grpc.service_config", json.dumps(BALANCED)))
             if self._credentials is None:
-                channel = grpc.aio.insecure_channel(address, OPTIONS)
+                channel = grpc.aio.insecure_channel(address, options)
             else:
-                channel = grpc.aio.secure_channel(address, self._credentials, OPTIONS)
+                channel = grpc.aio.secure_channel(address, self._credentials, options)
             self._channels[address] = channel
             self._calls[address] = wire.calls(wire.IMAGINATION, channel)
         return self._calls[address]

@@ -26,6 +26,7 @@ from worldflux_dist.serve.inference import Inference
 from worldflux_dist.serve.requests import Limits, Requests, describe
 
 HEALTH = "/grpc.health.v1.Health/"  # answered without a token: it says only whether it serves
+WATCHERS = 1024  # of the health service: each balancing client keeps a call open
 logger = logging.getLogger(__name__)
 Newer = Callable[[tuple[int, int]], Dreams | None]  # than a version; None: there are none
 
@@ -116,7 +117,7 @@ class ImaginationServer:
         token = self.security.token
         self.server = grpc.aio.server(
             interceptors=[_TokenCheck(token)] if token else [],
-            maximum_concurrent_rpcs=limits.calls,
+            maximum_concurrent_rpcs=limits.calls + WATCHERS,
             options=[
                 ("grpc.max_receive_message_length", limits.request_bytes),
                 ("grpc.max_send_message_length", -1),  # held by limits.answer_bytes
@@ -225,6 +226,9 @@ class Answers:
     ) -> AsyncIterator[Any]:
         """Answers of batches, or the status that says why there are none."""
         status, said = grpc.StatusCode.INTERNAL, ""
+        if self.batches.num_calls >= self.limits.calls:
+            said = f"{self.limits.calls} calls are under way (limits.calls): ask again later"
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, said)
         try:
             call = parse(request)
         except ValueError as error:
