@@ -35,7 +35,7 @@ def starts(num, seed):
 
 
 obs, state = starts(LANES, 0)
-age = np.zeros(LANES, int)
+age, numbers = np.zeros(LANES, int), np.random.default_rng(0)
 for update in range(UPDATES):
     kept = {name: [] for name in ("obs", "action", "log_prob", "value", "reward", "going", "cut")}
     for t in range(LENGTH):
@@ -49,19 +49,12 @@ for update in range(UPDATES):
             state, flat[None], seed=seed, heads=("obs", "reward", "continue", "state")
         )
         obs, state, age = rolled.obs["obs"][1].copy(), rolled.state, age + 1
-        going = rolled.continues[0] / served.discount
-        cut = (going < 0.5) | (age >= LIMIT)
-        values = (
-            seen,
-            action,
-            policy.log_prob(action),
-            value,
-            (1 - GAMMA) * rolled.rewards[0],
-            going > 0.5,
-            cut,
-        )
+        going = numbers.random(LANES) < rolled.continues[0] / served.discount
+        cut = ~going | (age >= LIMIT)
+        reward = (1 - GAMMA) * rolled.rewards[0]
+        values = (seen, action, policy.log_prob(action), value, reward, going, cut)
         for name, each in zip(kept, values, strict=True):
-            kept[name].append(torch.as_tensor(each))
+            kept[name].append(torch.tensor(np.asarray(each)))
         if cut.any():
             fresh, anew = starts(int(cut.sum()), seed)
             obs[cut], age[cut] = fresh, 0

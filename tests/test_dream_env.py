@@ -77,7 +77,7 @@ def test_a_step_is_the_models_transition() -> None:
     """By hand: the start, one action, and what the model says of it."""
     dreams = dreaming("dreamerv3", "vector", "continuous")
     agent, model = dreams.agent, dreams.model
-    envs = DreamVectorEnv(dreams, 2)
+    envs = DreamVectorEnv(dreams, 2, ends_below=0.5)
     obs, _ = envs.reset(seed=5)
     numbers = np.random.default_rng()
     numbers.bit_generator.state = envs.np_random.bit_generator.state
@@ -109,6 +109,11 @@ def test_an_episode_ends_where_the_model_expects_it() -> None:
     sure = DreamEnv(Dreams(agent, [chunk_of(agent)]), ends_below=0.0)
     sure.reset(seed=0)
     assert not sure.step(sure.action_space.sample())[2]
+    with torch.no_grad():  # an even chance: about half of 400 end with the first step
+        agent.world_model.proceed[-1].bias.zero_()
+    many = DreamVectorEnv(Dreams(agent, [chunk_of(agent)]), 400)
+    many.reset(seed=0)
+    assert 160 < many.step(many.action_space.sample())[2].sum() < 240
 
 
 def test_the_same_seed_is_the_same_dream_here_and_over_the_network() -> None:

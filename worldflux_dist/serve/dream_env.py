@@ -4,8 +4,8 @@
     gymnasium.make_vec("worldflux_dist.serve:worldflux/Dream-v0", num_envs=64, source="runs/demo")
 
 Spaces are those of the environment that the model learned; of a model that draws no observations
-they are its features. Episodes begin at states behind replayed steps and end where the model
-expects that, or after `horizon` steps, as a truncation. What must stay true: a seed and the same
+they are its features. Episodes begin at states behind replayed steps and end as likely as the model
+expects it, or after `horizon` steps, as a truncation. What must stay true: a seed and the same
 actions give the same episode, wherever the model is.
 """
 
@@ -31,9 +31,10 @@ class DreamVectorEnv(VectorEnv):
 
     `source` is an Agent or Dreams of this process, a run directory, a Client or the addresses of
     one; `starts` are Chunks to begin from, for an Agent that has no run. An episode is truncated
-    after `horizon` steps and ends where the probability of going on is below `ends_below`. With
-    more `samples` of each step infos have `uncertainty` (N,), their spread: the standard deviation
-    of the next features over samples, mean of all.
+    after `horizon` steps. It ends with the probability that the model gives, drawn from the seed,
+    or where that of going on is less than `ends_below`. With more `samples` of each step infos have
+    `uncertainty` (N,), their spread: the standard deviation of the next features over samples, mean
+    of all.
     """
 
     metadata = {  # noqa: RUF012
@@ -48,7 +49,7 @@ class DreamVectorEnv(VectorEnv):
         num_envs: int = 1,
         horizon: int = 50,
         samples: int = 1,
-        ends_below: float = 0.5,
+        ends_below: float | None = None,
         starts: Sequence[Any] = (),
         render_mode: str | None = None,
     ) -> None:
@@ -102,7 +103,9 @@ class DreamVectorEnv(VectorEnv):
         )
         assert rolled.rewards is not None and rolled.continues is not None and rolled.state
         seen, reward = self._observed(rolled, 1), rolled.rewards[0, :: self.samples].copy()
-        ended = rolled.continues[0, :: self.samples] / self._discount < self.ends_below
+        going = rolled.continues[0, :: self.samples] / self._discount
+        limit = self.np_random.random(self.num_envs) if self.ends_below is None else self.ends_below
+        ended = going < limit
         self._state = {name: value[:: self.samples] for name, value in rolled.state.items()}
         self._length += 1
         if self.samples > 1:
