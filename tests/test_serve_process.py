@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,16 @@ def test_a_server_is_killed_and_another_answers(tmp_path: Path) -> None:
                 if len(rewards) == 2:
                     os.kill(one.pid, signal.SIGKILL)
     same_sums(np.concatenate(rewards)[1:], want.rewards)
+
+
+def test_a_port_that_is_taken_is_said(tmp_path: Path) -> None:
+    write_run(tmp_path, make_agent())
+    with process(tmp_path) as (_, address):
+        port = address.rpartition(":")[2]
+        command = [sys.executable, "-m", "worldflux_dist.cli", "serve", str(tmp_path)]
+        done = subprocess.run([*command, "--port", port], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "is it taken?" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_starts_are_read_of_all_shards_and_what_is_damaged_is_passed_over(tmp_path: Path) -> None:

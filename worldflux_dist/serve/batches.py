@@ -98,7 +98,8 @@ class Batches:
                 lanes, size = lanes - each.call.rows, size - each.size
                 continue
             batch.append(each)
-        self._waiting = [each for each in waiting if each not in batch]
+        taken = set(batch)
+        self._waiting = [each for each in waiting if each not in taken]
         return batch
 
     def _run(self, batch: list[_Waiting], give: Callable[[int, Any], None]) -> None:

@@ -106,7 +106,7 @@ class Dreams:
     def __init__(
         self, agent: Agent, chunks: Sequence[Chunk] = (), version: tuple[int, int] = (0, 0)
     ) -> None:
-        self.agent, self.version, self.chunks = agent.eval(), version, list(chunks)
+        self.agent, self.version, self.chunks = agent, version, list(chunks)
         self.model, self.behavior = agent.world_model, agent.behavior
         self._starts: State | None = None
 

@@ -39,7 +39,7 @@ class Limits(Settings):
     batch_lanes: Count = 1024
     samples: Count = 256
     steps: Count = 1024
-    request_bytes: Bytes = 16 * MB
+    request_bytes: Bytes = 8 * MB
     answer_bytes: Bytes = 64 * MB
     calls: Count = 256
     seconds: Positive = 60.0

@@ -136,10 +136,13 @@ class ImaginationServer:
         host = f"[{self.host}]" if ":" in self.host else self.host
         credentials = self.security.credentials()
         address = f"{host}:{self.port}"
-        if credentials is not None:
-            self.port = self.server.add_secure_port(address, credentials)
-        else:
-            self.port = self.server.add_insecure_port(address)
+        try:
+            if credentials is not None:
+                self.port = self.server.add_secure_port(address, credentials)
+            else:
+                self.port = self.server.add_insecure_port(address)
+        except RuntimeError:
+            raise RuntimeError(f"{address} cannot be served on: is it taken? set --port") from None
         await self.server.start()
         for name in ("", *services):
             await self.health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -235,7 +238,8 @@ class Answers:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         try:
             async with asyncio.timeout(self.limits.seconds):
-                async for answer in self.batches.answers(call, self.requests.size(call)):
+                size = request.ByteSize() + self.requests.size(call)
+                async for answer in self.batches.answers(call, size):
                     yield answer
                 return
         except TimeoutError:
