@@ -36,7 +36,7 @@ def actions_of(agent: Any, horizon: int = H, num: int = N) -> np.ndarray:
 
 
 def noise_of(model: Any, seed: int, stream: str, *lead: int) -> Any:
-    shape = model.noise_shape if stream == "transition" else model.look_noise_shape
+    shape = model.noise_shape if stream == "transition" else model.update_noise_shape
     return None if shape is None else torch.tensor(draws.uniform(seed, stream, *lead, *shape))
 
 
@@ -122,7 +122,7 @@ def test_encoding_goes_on_where_it_stopped(family: str) -> None:
         with pytest.raises(ImaginationError, match="action is missing"):
             client.encode(right, state=half)
     for name, value in whole.items():
-        if agent.world_model.look_noise_shape is None:  # else other draws
+        if agent.world_model.update_noise_shape is None:  # else other draws
             same_sums(rest[name], value)
         assert rest[name].shape == value.shape
     assert any((rest[name] != half[name]).any() for name in rest)
@@ -141,7 +141,7 @@ def test_acting_is_the_agents_own(family: str) -> None:
         anew, _ = client.act(obs[2], seed=3)
     assert np.array_equal(after, again)
     same_sums(anew[1], after[1])  # of row 1 an episode began: nothing is remembered
-    if agent.planner is None and agent.world_model.look_noise_shape is None:
+    if agent.planner is None and agent.world_model.update_noise_shape is None:
         want = agent.act_batch(obs[0], np.ones(N, bool), greedy=True)
         want = agent.act_batch(obs[1], np.zeros(N, bool), want[1], greedy=True)
         want = agent.act_batch(obs[2], first, want[1], greedy=True)

@@ -412,7 +412,7 @@ class Storm(Token):
         super().__init__(spaces, config)
         self.loss_scales = {"dyn": config.dyn_scale, "rep": config.rep_scale}
         self.native["behavior"]["horizon"] = 16
-        self.look_noise_shape = self.noise_shape
+        self.update_noise_shape = self.noise_shape
         self.state_limits = {"length": config.context + 1}
 
     def _predictor(self, tokenizers: list[Tokenizer]) -> Any:

@@ -119,7 +119,7 @@ class Dreams:
         obs = {name: self._cat([call.obs[name] for call in calls]) for name in calls[0].obs}
         action, first = (self._cat([getattr(c, n) for c in calls]) for n in ("action", "is_first"))
         length = first.shape[1]
-        noise = self._noise(calls, "look", self.model.look_noise_shape, length)  # (T, N, ...)
+        noise = self._noise(calls, "look", self.model.update_noise_shape, length)  # (T, N, ...)
         for t in range(length):
             look = {name: value[:, t] for name, value in obs.items()}
             draw = None if noise is None else noise[t]
@@ -165,7 +165,7 @@ class Dreams:
         obs = {name: np.concatenate([call.obs[name] for call in calls]) for name in calls[0].obs}
         first = np.concatenate([call.is_first for call in calls])
         carry = self._joined([call.carry or self._blank_carry(call.rows) for call in calls])
-        look = self._noise(calls, "look", self.model.look_noise_shape, 1)
+        look = self._noise(calls, "look", self.model.update_noise_shape, 1)
         moves = self._cat([draws.action_noise(c.seed, self._parts, c.rows) for c in calls])
         draw = (None if look is None else look[0], moves)
         action, carried = self.agent.act_batch(obs, first, carry.tensors, calls[0].greedy, draw)
@@ -262,7 +262,7 @@ class Dreams:
         batch = Batch.from_columns(chunk.columns()).map(
             lambda value: torch.tensor(value, device=self.agent.device)
         )
-        shape, noise = self.model.look_noise_shape, None
+        shape, noise = self.model.update_noise_shape, None
         if shape is not None:
             drawn = draws.uniform(number, "look", *batch.reward.shape, *shape)
             noise = torch.as_tensor(drawn, device=self.agent.device)
