@@ -122,8 +122,9 @@ class Playback:
 
     def dream(self, num: int | None = None, sampling: bool | None = None) -> None:
         """The same dream once more, by so many dreams, with or without the family's draws."""
-        num = min(max(num or self.dreams.num, 1), MAX_DREAMS)
-        self.dreams = self.dreams.again(num, self.dreams.sampling if sampling is None else sampling)
+        num = self.dreams.num if num is None else min(max(num, 1), MAX_DREAMS)
+        sampling = self.dreams.sampling if sampling is None else sampling
+        self.dreams = self.dreams.again(num, sampling)
 
     def do(self, name: str, value: Any = None) -> bool:
         """What a page asks for. False with a notice where it went wrong, or not as asked."""
