@@ -626,7 +626,7 @@ def test_nonsense_ends_nothing_and_a_clip_comes_as_a_gif() -> None:
         assert head["speed"] == 15
         await page.send_json({"do": "clip"})
         head = await until(page, lambda head: "clip" in head)
-        assert head["clip"] == "play_envs:Tally-step3.gif"
+        assert head["clip"] == "play_envs-Tally-step3.gif"
         assert Image.open(io.BytesIO(head["data"])).n_frames > 1
         await page.close()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import secrets
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -169,7 +170,8 @@ class _Page:
         except ValueError as error:
             self._playback.notice = f"{error}"
             return
-        name = f"{self._playback.config.id}-step{self._playback.now}.gif".replace("/", "-")
+        name = re.sub(r"[^\w.-]+", "-", self._playback.config.id)
+        name = f"{name}-step{self._playback.now}.gif"
         await self._socket.send_bytes(packed({"clip": name}, {"clip": ("image/gif", data)}))
 
 

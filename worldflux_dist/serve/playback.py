@@ -23,7 +23,7 @@ REPEATS_NOT = (
     "This environment does not repeat itself: the record stays as it was, and only the dream goes "
     "on from here."
 )
-FULL = "There is no memory for more: dream from here (d) or begin another episode (n)."
+FULL = "There is no memory for more: dream here (d) or begin another episode (n)."
 
 
 class Playback:

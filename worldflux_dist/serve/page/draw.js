@@ -182,7 +182,7 @@ function known(value) {
 
 function short(value, range) {
   if (Math.abs(value) >= 1000) return value.toPrecision(3);
-  const digits = Math.min(3, Math.max(0, 1 - Math.floor(Math.log10(range))));
+  const digits = Math.min(5, Math.max(0, 1 - Math.floor(Math.log10(range))));
   return (Math.abs(value) < 0.5 * 10 ** -digits ? 0 : value).toFixed(digits);
 }
 

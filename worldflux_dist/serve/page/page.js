@@ -11,10 +11,9 @@ const BUTTONS = [ // key, what it does, words (a function of the view where they
   [",", "back", () => "back"],
   [".", "step", () => "step"],
   ["h", "rewind", () => "rewind"],
-  ["d", "dream", () => "dream from here"],
-  ["b", "branch", (view) => (view.mode === "branch" ? "leave branch" : "branch"),
-    (view) => view.mode === "branch"],
-  ["g", "go_on", () => "do it for real"],
+  ["d", "dream", () => "dream here"],
+  ["b", "branch", () => "branch", (view) => view.mode === "branch"],
+  ["g", "go_on", () => "for real"],
   ["m", "agent", () => "agent steers", (view) => view.agent],
   ["s", "sampling", () => "sampling", (view) => view.sampling],
   ["n", "episode", () => "new episode"],
@@ -56,6 +55,7 @@ function begin(text) {
   byId("title").textContent = about.title;
   document.title = `${about.title}: play inside the dream`;
   choice = structuredClone(about.controls.first);
+  byId("dream").title = about.sentence;
   byId("difference").hidden = !about.pictures;
   byId("obs").hidden = about.sentence !== "";
   buildActions();
@@ -113,10 +113,10 @@ function draw() {
   byId("mode").replaceChildren(mode, MODES[view.mode]);
   byId("count").textContent = `step ${view.step} of ${view.end}, episode of seed ${view.seed}`;
   byId("notice").textContent = view.notice;
+  showControls();
   drawPanels();
   for (const name of ["reward", "continue", "value"]) drawCurves(byId(name), curve(name));
   if (view.curves.obs) drawCurves(byId("obs"), differences());
-  showControls();
 }
 
 function drawPanels() {
@@ -301,7 +301,7 @@ addEventListener("keyup", (event) => {
   else if (rest !== null) act(part, rest);
 });
 
-addEventListener("resize", draw);
+new ResizeObserver(draw).observe(document.querySelector("main"));
 
 function keycap(key) {
   const cap = document.createElement("kbd");
