@@ -164,7 +164,7 @@ function differences() {
   const { error, spread, begin: at } = view.curves.obs;
   const lines = [{ values: error, from: at, color: COLORS.error }];
   if (view.dreams > 1) lines.push({ values: spread, from: at, color: COLORS.dream });
-  const title = view.dreams > 1 ? "observation: error (red), spread (orange)" : "observation error";
+  const title = view.dreams > 1 ? "obs error (red), spread (orange)" : "obs error";
   return { title, lines, ...span() };
 }
 
