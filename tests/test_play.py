@@ -20,7 +20,7 @@ import aiohttp
 import numpy as np
 import pytest
 import torch
-from aiohttp.test_utils import TestClient, TestServer
+from aiohttp import web
 from conftest import PATH
 from PIL import Image
 from play_envs import Tally
@@ -162,9 +162,9 @@ def test_going_on_replays_the_record_and_does_what_was_dreamt() -> None:
     playback.do("seek", 1)
     playback.do("branch")
     go(playback, LEFT, STAY)
-    closed = Tally.closed
+    closed, envs = Tally.closed, playback.record._envs  # held, or its end would close it
     assert playback.do("go_on"), playback.notice
-    assert Tally.closed == closed + 1  # the environment that went another way
+    assert Tally.closed == closed + 1 and envs is not playback.record._envs
     assert seen(playback) == [[0, 0, cue], [1, 2, cue], [2, 2, cue], [3, 3, cue]]
     assert playback.record.moments[:2] == kept
     assert playback.mode == "together" and playback.now == 3 and playback.dreams.start == 1
@@ -471,7 +471,7 @@ def test_names_of_actions() -> None:
 
 # -------------------------------------------------------------------------------- server
 
-Talk = Callable[[TestClient, play.Server, list[Any]], Awaitable[None]]
+Talk = Callable[[aiohttp.ClientSession, play.Server, list[Any]], Awaitable[None]]
 
 
 def serve(talk: Talk, env: EnvConfig | None = None) -> None:
@@ -485,15 +485,19 @@ def serve(talk: Talk, env: EnvConfig | None = None) -> None:
 
     async def run() -> None:
         server = play.Server(begin, "a run")
-        async with TestClient(TestServer(server.app, host=play.HOST)) as client:
+        runner = web.AppRunner(server.app, shutdown_timeout=1)  # as the command serves
+        await runner.setup()
+        await web.TCPSite(runner, play.HOST, 0).start()
+        url = f"http://{play.HOST}:{runner.addresses[0][1]}"
+        async with aiohttp.ClientSession(url, headers={"Origin": url}) as client:
             await asyncio.wait_for(talk(client, server, alive), PATIENCE)
+        await runner.cleanup()
 
     asyncio.run(run())
 
 
-async def open_page(client: TestClient, server: play.Server) -> Any:
-    origin = str(client.make_url("/")).rstrip("/")
-    page = await client.ws_connect(f"/{server.token}/socket", headers={"Origin": origin})
+async def open_page(client: aiohttp.ClientSession, server: play.Server) -> Any:
+    page = await client.ws_connect(f"/{server.token}/socket")
     assert (await page.receive_json())["about"]["title"] == "a run"
     return page
 
@@ -517,7 +521,7 @@ async def until(page: Any, wanted: Callable[[dict[str, Any]], bool]) -> dict[str
 
 
 def test_only_the_token_opens() -> None:
-    async def talk(client: TestClient, server: play.Server, alive: list[Any]) -> None:
+    async def talk(client: aiohttp.ClientSession, server: play.Server, alive: list[Any]) -> None:
         for path in ("/", "/wrong/", "/page.js", "/wrong/page.js", "/wrong/socket", "/a/b/c"):
             assert (await client.get(path)).status == 403, path
         for name in ("", "index.html", "page.css", "page.js", "draw.js"):
@@ -532,12 +536,14 @@ def test_only_the_token_opens() -> None:
 
 
 def test_a_foreign_page_is_refused() -> None:
-    async def talk(client: TestClient, server: play.Server, alive: list[Any]) -> None:
-        for origin in ("http://example.org", f"https://{client.host}:{client.port}", "null", None):
-            with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
-                await client.ws_connect(
-                    f"/{server.token}/socket", headers={"Origin": origin} if origin else {}
-                )
+    async def talk(client: aiohttp.ClientSession, server: play.Server, alive: list[Any]) -> None:
+        own = client.headers["Origin"]
+        socket_url = f"{own}/{server.token}/socket"
+        for origin in ("http://example.org", own.replace("http", "https"), "null", None):
+            headers = {"Origin": origin} if origin else {}
+            async with aiohttp.ClientSession(headers=headers) as stranger:
+                with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+                    await stranger.ws_connect(socket_url)
             assert refused.value.status == 403
         assert not alive
 
@@ -545,27 +551,43 @@ def test_a_foreign_page_is_refused() -> None:
 
 
 def test_a_closed_page_frees_all_that_was_its_own() -> None:
-    async def talk(client: TestClient, server: play.Server, alive: list[Any]) -> None:
+    async def talk(client: aiohttp.ClientSession, server: play.Server, alive: list[Any]) -> None:
         page, other = await open_page(client, server), await open_page(client, server)
         await next_view(page)
         first, second = alive
         assert first() is not None and first() is not second()
-        closed = Tally.closed
+        closed, envs = Tally.closed, first().record._envs  # held, or its end would close it
         await page.close()
         while Tally.closed == closed:
             await asyncio.sleep(0.01)
         while first() is not None:
             gc.collect()
             await asyncio.sleep(0.01)
-        assert second() is not None  # a page has a playback of its own
+        assert envs is not second().record._envs  # a page has a playback of its own
         await next_view(other)
         await other.close()
 
     serve(talk)
 
 
+def test_a_server_that_ends_tells_its_pages_and_closes_their_environments() -> None:
+    closed: list[Any] = []
+
+    async def talk(client: aiohttp.ClientSession, server: play.Server, alive: list[Any]) -> None:
+        page = await open_page(client, server)
+        await next_view(page)
+        before = Tally.closed
+        await server.app.shutdown()
+        closed.append((await page.receive()).data)
+        while Tally.closed == before:
+            await asyncio.sleep(0.01)
+
+    serve(talk)
+    assert closed == [aiohttp.WSCloseCode.GOING_AWAY]
+
+
 def test_a_page_that_closes_while_it_plays_frees_its_own() -> None:
-    async def talk(client: TestClient, server: play.Server, alive: list[Any]) -> None:
+    async def talk(client: aiohttp.ClientSession, server: play.Server, alive: list[Any]) -> None:
         page = await open_page(client, server)
         await page.send_json({"do": "speed", "value": 60})
         await page.send_json({"do": "play", "value": True})
@@ -579,7 +601,7 @@ def test_a_page_that_closes_while_it_plays_frees_its_own() -> None:
 
 
 def test_a_slow_page_loses_views_and_nothing_else() -> None:
-    async def talk(client: TestClient, server: play.Server, alive: list[Any]) -> None:
+    async def talk(client: aiohttp.ClientSession, server: play.Server, alive: list[Any]) -> None:
         page = await open_page(client, server)
         assert (await next_view(page))["step"] == 0
         await page.send_json({"do": "act", "value": LEFT})
@@ -598,7 +620,7 @@ def test_a_slow_page_loses_views_and_nothing_else() -> None:
 
 
 def test_it_plays_by_the_clock_until_it_pauses_or_ends() -> None:
-    async def talk(client: TestClient, server: play.Server, alive: list[Any]) -> None:
+    async def talk(client: aiohttp.ClientSession, server: play.Server, alive: list[Any]) -> None:
         page = await open_page(client, server)
         await page.send_json({"do": "speed", "value": 60})
         await page.send_json({"do": "play", "value": True})
@@ -615,7 +637,7 @@ def test_it_plays_by_the_clock_until_it_pauses_or_ends() -> None:
 
 
 def test_nonsense_ends_nothing_and_a_clip_comes_as_a_gif() -> None:
-    async def talk(client: TestClient, server: play.Server, alive: list[Any]) -> None:
+    async def talk(client: aiohttp.ClientSession, server: play.Server, alive: list[Any]) -> None:
         page = await open_page(client, server)
         for text in ("", "[]", "{", '{"do": []}', '{"do": "act"}', '{"do": "speed", "value": NaN}'):
             await page.send_str(text)
@@ -634,7 +656,7 @@ def test_nonsense_ends_nothing_and_a_clip_comes_as_a_gif() -> None:
 
 
 def test_a_clip_that_cannot_be_is_a_sentence() -> None:
-    async def talk(client: TestClient, server: play.Server, alive: list[Any]) -> None:
+    async def talk(client: aiohttp.ClientSession, server: play.Server, alive: list[Any]) -> None:
         page = await open_page(client, server)
         alive[0]().agent.world_model.decodes_obs = False
         await page.send_json({"do": "clip"})
