@@ -19,26 +19,25 @@ class Tally(gymnasium.Env):
     """Observed are the step, the sum of all actions and a number that the seed gives, or an image
     whose first pixels are these; the reward is the sum. An episode ends after `length` steps.
 
-    `forgetful`: the number is another each time. `draws`: it has a picture of its own. `closed`
-    counts all that were closed.
+    `forgetful`: the number is another each time. `draws`: it has a picture of its own, or raises
+    where "wrongly". `closed` and `drawings` count those of all.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
-    closed = 0
-    made = 0
+    closed = made = drawings = 0
 
     def __init__(
         self,
         action: str = "discrete",
         image: bool = False,
         forgetful: bool = False,
-        draws: bool = False,
+        draws: bool | str = False,
         length: int = 100,
         render_mode: str | None = None,
     ) -> None:
         self.action_space = ACTIONS[action]
         self.image, self.forgetful, self.length = image, forgetful, length
-        self.render_mode = render_mode if draws else None
+        self.draws, self.render_mode = draws, render_mode if draws else None
         self.observation_space = (
             gymnasium.spaces.Box(0, 255, (16, 16, 3), np.uint8)
             if image
@@ -69,6 +68,9 @@ class Tally(gymnasium.Env):
         return self._look(), self.total, self.at == self.length, False, {}
 
     def render(self) -> np.ndarray:
+        Tally.drawings += 1
+        if self.draws == "wrongly":
+            raise RuntimeError("no display")
         return np.full((120, 200, 3), 10 * self.at % 250, np.uint8)
 
     def close(self) -> None:

@@ -42,7 +42,11 @@ PATIENCE = 120
 
 
 def start(
-    family: str = "dreamerv3", seed: int = 5, env: EnvConfig | None = None, **options: Any
+    family: str = "dreamerv3",
+    seed: int = 5,
+    env: EnvConfig | None = None,
+    draws: bool = True,
+    **options: Any,
 ) -> Playback:
     """A playback of a small agent in the Tally, of which no output is zero."""
     env = env or tally()
@@ -51,7 +55,7 @@ def start(
     envs.close()
     torch.manual_seed(0)
     agent = perturbed(make_small(family, spaces.observation, spaces.action, **options))
-    return Playback(agent, env, seed)
+    return Playback(agent, env, seed, draws)
 
 
 def go(playback: Playback, *choices: list[Any]) -> None:
@@ -478,8 +482,8 @@ def serve(talk: Talk, env: EnvConfig | None = None) -> None:
     """Run `talk` with a client, a server and a list of weak references to all its playbacks."""
     alive: list[Any] = []
 
-    def begin() -> Playback:
-        playback = start(env=env)
+    def begin(draws: bool) -> Playback:
+        playback = start(env=env, draws=draws)
         alive.append(weakref.ref(playback))
         return playback
 
@@ -598,6 +602,22 @@ def test_a_page_that_closes_while_it_plays_frees_its_own() -> None:
             await asyncio.sleep(0.01)
 
     serve(talk)
+
+
+def test_what_could_not_draw_is_not_asked_again() -> None:
+    """Without a display MuJoCo's second attempt never returns."""
+
+    async def talk(client: aiohttp.ClientSession, server: play.Server, alive: list[Any]) -> None:
+        await server.rehearse()
+        before = Tally.drawings
+        page = await open_page(client, server)
+        for command in ("step", "rewind", "go_on", "episode", "step"):
+            await page.send_json({"do": command})
+        head = await until(page, lambda head: (head["seed"], head["step"]) == (6, 1))
+        assert head["files"] == [] and Tally.drawings == before
+        await page.close()
+
+    serve(talk, tally(draws="wrongly"))
 
 
 def test_a_slow_page_loses_views_and_nothing_else() -> None:

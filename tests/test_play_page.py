@@ -45,7 +45,7 @@ class Served:
     """A server in a thread of its own, until `stop`."""
 
     def __init__(self, **options: Any) -> None:
-        self._server = play.Server(lambda: start(**options), "a run")
+        self._server = play.Server(lambda draws: start(**options), "a run")
         self._loop, self._ready = asyncio.new_event_loop(), threading.Event()
         self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._run(),))
         self._thread.start()
@@ -157,9 +157,9 @@ def test_a_branch_differs_and_can_be_done_for_real(opened: Any) -> None:
     page.press("b", 0, "branch")
     page.press("1", 1)
     assert page.drawn("#dream canvas") != recorded and page.drawn("#real canvas") == real
-    expect(page.page.locator("#count")).to_contain_text("step 1 of 3")
+    expect(page.page.locator("#count")).to_contain_text("step 1, 3 recorded")
     page.press("g", 1, "together")
-    expect(page.page.locator("#count")).to_contain_text("step 1 of 1")
+    expect(page.page.locator("#count")).to_contain_text("step 1, 1 recorded")
     assert page.drawn("#real canvas") != real
 
 
@@ -186,7 +186,7 @@ def test_sliders_steer_start_loops_and_set_the_dreams(opened: Any) -> None:
     page.page.locator("#dreams").fill("4")
     expect(page.page.locator("#dream figcaption")).to_contain_text("4 dreams", **PATIENT)
     page.press(".", 2, "replay")
-    expect(page.page.locator("#count")).to_contain_text("step 2 of 3")
+    expect(page.page.locator("#count")).to_contain_text("step 2, 3 recorded")
 
 
 def test_the_clip_comes_as_a_file(opened: Any, tmp_path: Path) -> None:

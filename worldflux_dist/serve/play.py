@@ -36,46 +36,51 @@ Work = Callable[..., Awaitable[Any]]  # a function and its arguments, run in the
 
 
 class Server:
-    """Owns the thread, the token and the open sockets. `start` gives each page its playback."""
+    """Owns the thread, the token and the open sockets. `start` gives each page its playback, from
+    whether the environment may be asked to draw itself."""
 
-    def __init__(self, start: Callable[[], Playback], title: str) -> None:
+    def __init__(self, start: Callable[[bool], Playback], title: str) -> None:
         self.token = secrets.token_urlsafe(24)
-        self._start, self._title = start, title
+        self._start, self._title, self._draws = start, title, True
         self._thread = ThreadPoolExecutor(1, "playback")
         self._sockets: set[web.WebSocketResponse] = set()
         self.app = web.Application()
-        self.app.router.add_get("/{token}/socket", self._socket)
-        self.app.router.add_get("/{token}/{name:[a-z.]*}", self._file)
-        self.app.router.add_get("/{rest:.*}", self._nothing)
+        self.app.router.add_get(f"/{self.token}/socket", self._socket)
+        self.app.router.add_get(f"/{self.token}/{{name:[a-z.]*}}", self._file)
+        self.app.router.add_get("/{other:.*}", self._refuse)
         self.app.on_shutdown.append(self._shut)
         self.app.on_cleanup.append(self._end)
 
     async def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
-    def _check(self, request: web.Request) -> None:
-        if not secrets.compare_digest(request.match_info["token"].encode(), self.token.encode()):
-            raise web.HTTPForbidden(text="This page needs the whole URL that the command printed.")
+    def _begin(self) -> Playback:
+        playback = self._start(self._draws)
+        self._draws = playback.record.draws
+        return playback
 
-    async def _nothing(self, request: web.Request) -> web.StreamResponse:
+    async def rehearse(self) -> None:
+        """Begin once: what is wrong is raised here, before there is a page."""
+        playback = await self._run(self._begin)
+        await self._run(playback.close)
+
+    async def _refuse(self, request: web.Request) -> web.StreamResponse:
         raise web.HTTPForbidden(text="This page needs the whole URL that the command printed.")
 
     async def _file(self, request: web.Request) -> web.StreamResponse:
-        self._check(request)
         path = PAGE / (request.match_info["name"] or "index.html")
         if not path.is_file():
             raise web.HTTPNotFound
         return web.FileResponse(path, headers=HEADERS)
 
     async def _socket(self, request: web.Request) -> web.StreamResponse:
-        self._check(request)
         if request.headers.get("Origin") != f"http://{request.host}":
             raise web.HTTPForbidden(text="Another page than this server's own asked.")
         socket = web.WebSocketResponse(heartbeat=20, max_msg_size=2**16, compress=False)
         await socket.prepare(request)
         self._sockets.add(socket)
         try:
-            playback = await self._run(self._start)
+            playback = await self._run(self._begin)
             try:
                 await _Page(socket, playback, self._run).serve(self._title)
             finally:
@@ -186,9 +191,9 @@ def packed(numbers: dict[str, Any], files: dict[str, tuple[str, bytes]]) -> byte
 def play(agent: Agent, config: EnvConfig, seed: int, title: str, port: int) -> None:
     """Serve the page until Ctrl-C. Raises ValueError for a port that is taken, or an environment
     that cannot be built."""
-    Playback(agent, config, seed).close()  # what is wrong with it is said here, not on a page
     with suppress(KeyboardInterrupt):
-        asyncio.run(_serve(Server(lambda: Playback(agent, config, seed), title), port))
+        server = Server(lambda draws: Playback(agent, config, seed, draws), title)
+        asyncio.run(_serve(server, port))
     print("stopped")
 
 
@@ -196,6 +201,7 @@ async def _serve(server: Server, port: int) -> None:
     runner = web.AppRunner(server.app, access_log=None, shutdown_timeout=2)
     await runner.setup()
     try:
+        await server.rehearse()
         site = web.TCPSite(runner, HOST, port)
         try:
             await site.start()

@@ -27,15 +27,16 @@ FULL = "There is no memory for more: dream here (d) or begin another episode (n)
 
 
 class Playback:
-    """One person's play. Owns the record, the dreams, and what was chosen last."""
+    """One person's play. Owns the record, the dreams, and what was chosen last. `draws` is False
+    where the environment is known not to draw itself."""
 
-    def __init__(self, agent: Agent, config: EnvConfig, seed: int) -> None:
+    def __init__(self, agent: Agent, config: EnvConfig, seed: int, draws: bool = True) -> None:
         self.agent, self.config = agent, config
         self.controls = Controls(agent.spaces, action_names(config))
         self.reader = Reader(agent)
         self.action = self.controls.flat(self.controls.describe()["first"])
         self.agent_steers, self.branching, self.notice = False, False, ""
-        self.record = Record(self.reader, config, seed)
+        self.record = Record(self.reader, config, seed, draws)
         self.dreams = self._dreams(0)
 
     def _dreams(self, start: int, num: int = 1, sampling: bool = True) -> Dreams:
@@ -115,7 +116,7 @@ class Playback:
 
     def new_episode(self) -> None:
         """Another record, of the next seed."""
-        record = Record(self.reader, self.config, self.record.seed + 1)
+        record = Record(self.reader, self.config, self.record.seed + 1, self.record.draws)
         self.record.close()
         self.record = record
         self.seek(0)

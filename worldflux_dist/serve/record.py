@@ -23,7 +23,7 @@ from worldflux_dist.serve.pictures import Picture
 @dataclass(frozen=True)
 class Moment:
     """One recorded step (N = 1), the agent's posterior after it (1 row) and the value of that;
-    `drawn` is the environment's own picture, where it draws and is not seen as one."""
+    `drawn` is the environment's own picture, where it draws and no image is observed."""
 
     step: Step
     posterior: State
@@ -36,23 +36,28 @@ class Moment:
 
 
 class Record:
-    """Owns the environment of one episode, which stands at the last of `moments`."""
+    """Owns the environment of one episode, which stands at the last of `moments`.
 
-    def __init__(self, reader: Reader, config: EnvConfig, seed: int) -> None:
+    `draws` says whether the environment has pictures of its own that are wanted. One that could not
+    draw is not asked again: without a display MuJoCo waits for ever the second time.
+    """
+
+    def __init__(self, reader: Reader, config: EnvConfig, seed: int, draws: bool = True) -> None:
         self.config, self.seed = config, seed
+        self.draws = draws and not reader.agent.spaces.images
         self._agent: Agent = reader.agent
         self._reader = reader
         self.moments: list[Moment] = []
-        self.repeats = True  # whether the environment has not been seen to do otherwise
         self._envs = self._make()
-        self._add(self._envs.step(self._nothing), self._envs)
+        self._add(self._envs.step(self._nothing))
+        self.draws = self.moments[0].drawn is not None
 
     @property
     def _nothing(self) -> np.ndarray:
         return np.zeros((1, self._agent.spaces.action_dim), np.float32)
 
     def _make(self) -> Envs:
-        return make_envs(self.config, self.seed, num_envs=1, render=True)
+        return make_envs(self.config, self.seed, num_envs=1, render=self.draws)
 
     @property
     def end(self) -> int:
@@ -77,17 +82,17 @@ class Record:
     def act(self, action: np.ndarray) -> None:
         """Go on in the environment with a flat action (1, A)."""
         assert not self.moments[-1].over, "the episode is over"
-        self._add(self._envs.step(action), self._envs)
+        self._add(self._envs.step(action))
 
     @torch.no_grad()
-    def _add(self, step: Step, envs: Envs) -> None:
+    def _add(self, step: Step) -> None:
         model = self._agent.world_model
         if self.moments:
             went_in = torch.as_tensor(step.action, device=self._agent.device)
             posterior = model.update(self.moments[-1].posterior, went_in, step.obs)
         else:
             posterior = model.encode(step.obs)
-        frame = None if self._agent.spaces.images else envs.render()
+        frame = self._envs.render() if self.draws else None
         drawn = None if frame is None else Picture.of(frame)
         value = float(self._reader.value(posterior)[0])
         self.moments.append(Moment(step, posterior, value, drawn))
@@ -110,7 +115,6 @@ class Record:
             step = envs.step(actions[t - 1] if t else self._nothing)
             if not _equal(step, self.moments[t].step):
                 envs.close()
-                self.repeats = False
                 return False
         self._envs.close()
         self._envs = envs

@@ -6,7 +6,7 @@
 
 import { COLORS, drawCurves, drawFrame, drawSentence, drawVectors } from "./draw.js";
 
-const BUTTONS = [ // key, what it does, words (a function of the view where they change), pressed
+const BUTTONS = [ // key, command, words and whether it is pressed in a view
   [" ", "play", (view) => (view.playing ? "pause" : "play"), (view) => view.playing],
   [",", "back", () => "back"],
   [".", "step", () => "step"],
@@ -111,7 +111,7 @@ function draw() {
   const mode = document.createElement("b");
   mode.textContent = view.mode;
   byId("mode").replaceChildren(mode, MODES[view.mode]);
-  byId("count").textContent = `step ${view.step} of ${view.end}, episode of seed ${view.seed}`;
+  byId("count").textContent = `step ${view.step}, ${view.end} recorded, seed ${view.seed}`;
   byId("notice").textContent = view.notice;
   showControls();
   drawPanels();
@@ -127,7 +127,7 @@ function drawPanels() {
   const closed = step === start ? "eyes open" : `${step - start} steps with eyes closed`;
   panel("dream", dreams > 1 ? `${dreams} dreams` : "dream", closed);
   panel("difference", dreams > 1 ? "spread" : "error", dreams > 1 ? "of the dreams" : "of the dream");
-  if (!images.real) drawSentence(canvas("real"), "This environment does not draw itself.");
+  if (!images.real) drawSentence(canvas("real"), "This environment does not draw itself here.");
   if (view.dims) drawVectors(canvas("dream"), { ...view.dims, ...span() });
   else if (!images.dream) drawSentence(canvas("dream"), about.sentence);
   if (!images.difference && about.pictures) {
@@ -209,7 +209,7 @@ function buildActions() {
     const title = document.createElement("span");
     title.textContent = part.title;
     row.append(title);
-    const names = part.names ?? Array.from({ length: part.size }, (_, dim) => `${dim}`);
+    const names = part.names ?? Array.from({ length: part.size }, (_, dim) => (part.size > 1 ? `${dim}` : ""));
     names.forEach((name, n) => {
       row.append(part.names ? actionButton(name, i, n, caps({ part: i, index: n }))
         : actionSlider(name, i, n, caps({ part: i, dim: n })));
