@@ -28,8 +28,8 @@ export function fresh(canvas) {
   return { context, width, height };
 }
 
-// An image (anything that drawImage takes) in the middle, as large as fits; pixels of small ones are
-// squares of one size.
+// An image (anything that drawImage takes) in the middle, as large as fits; pixels of small ones
+// are squares of one size.
 export function drawFrame(canvas, image) {
   const { context, width, height } = fresh(canvas);
   const ratio = window.devicePixelRatio || 1;

@@ -1,5 +1,5 @@
-// The page of `worldflux-dist play`: what a person does goes to the server, and each view that comes
-// back is drawn whole.
+// The page of `worldflux-dist play`: what a person does goes to the server, and each view that
+// comes back is drawn whole.
 //
 // What must stay true: a view is answered by "seen" once it is drawn, so that the server never
 // sends what cannot be shown, and all that is shown comes from the newest view.
@@ -126,7 +126,8 @@ function drawPanels() {
   panel("real", "real", `step ${shown}${recorded}`);
   const closed = step === start ? "eyes open" : `${step - start} steps with eyes closed`;
   panel("dream", dreams > 1 ? `${dreams} dreams` : "dream", closed);
-  panel("difference", dreams > 1 ? "spread" : "error", dreams > 1 ? "of the dreams" : "of the dream");
+  const [what, of] = dreams > 1 ? ["spread", "of the dreams"] : ["error", "of the dream"];
+  panel("difference", what, of);
   if (!images.real) drawSentence(canvas("real"), "This environment does not draw itself here.");
   if (view.dims) drawVectors(canvas("dream"), { ...view.dims, ...span() });
   else if (!images.dream) drawSentence(canvas("dream"), about.sentence);
@@ -209,7 +210,8 @@ function buildActions() {
     const title = document.createElement("span");
     title.textContent = part.title;
     row.append(title);
-    const names = part.names ?? Array.from({ length: part.size }, (_, dim) => (part.size > 1 ? `${dim}` : ""));
+    const dims = Array.from({ length: part.size }, (_, dim) => (part.size > 1 ? `${dim}` : ""));
+    const names = part.names ?? dims;
     names.forEach((name, n) => {
       row.append(part.names ? actionButton(name, i, n, caps({ part: i, index: n }))
         : actionSlider(name, i, n, caps({ part: i, dim: n })));
@@ -305,7 +307,8 @@ new ResizeObserver(draw).observe(document.querySelector("main"));
 
 function keycap(key) {
   const cap = document.createElement("kbd");
-  const arrows = { ArrowLeft: "\u2190", ArrowRight: "\u2192", ArrowUp: "\u2191", ArrowDown: "\u2193" };
-  cap.textContent = arrows[key] ?? (key === " " ? "space" : key);
+  const words = { " ": "space", ArrowLeft: "\u2190", ArrowUp: "\u2191" };
+  Object.assign(words, { ArrowRight: "\u2192", ArrowDown: "\u2193" });
+  cap.textContent = words[key] ?? key;
   return cap;
 }
