@@ -1,4 +1,4 @@
-"""Environments to play in: every observation tells what was done, so it is known beforehand."""
+"""What tests of playing share: an environment that tells what was done in it, and its playbacks."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
-from small import ACTIONS
+import torch
+from small import ACTIONS, make_small, perturbed
 
-from worldflux_dist.envs import EnvConfig
+from worldflux_dist.envs import EnvConfig, make_envs
+from worldflux_dist.models.base import State
+from worldflux_dist.serve.playback import Playback
+
+LEFT, STAY, RIGHT = [0], [1], [2]
 
 
-def config(**kwargs: Any) -> EnvConfig:
+def tally(**kwargs: Any) -> EnvConfig:
     return EnvConfig(id="play_envs:Tally", kwargs=kwargs)
 
 
@@ -75,3 +80,34 @@ class Tally(gymnasium.Env):
 
     def close(self) -> None:
         Tally.closed += 1
+
+
+def start(
+    family: str = "dreamerv3",
+    seed: int = 5,
+    env: EnvConfig | None = None,
+    draws: bool = True,
+    **options: Any,
+) -> Playback:
+    """A playback of a small agent in the Tally, of which no output is zero."""
+    env = env or tally()
+    envs = make_envs(env, 0, 1)
+    spaces = envs.spaces
+    envs.close()
+    torch.manual_seed(0)
+    agent = perturbed(make_small(family, spaces.observation, spaces.action, **options))
+    return Playback(agent, env, seed, draws)
+
+
+def go(playback: Playback, *choices: list[Any]) -> None:
+    for choice in choices:
+        assert playback.do("act", choice) and playback.do("step"), playback.notice
+
+
+def tensors(state: State) -> dict[str, Any]:
+    return {name: value.numpy() for name, value in state.tensors.items()}
+
+
+def seen(playback: Playback) -> list[list[float]]:
+    """The record's observations."""
+    return [playback.record.truth(t).tolist() for t in range(playback.record.end + 1)]

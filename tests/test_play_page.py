@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from PIL import Image
-from play_envs import config as tally
-from test_play import start
+from play_envs import start, tally
 
 from worldflux_dist.serve import play
 
