@@ -318,5 +318,5 @@ def test_a_goal_of_a_family_with_memory_is_an_embedding_alone() -> None:
     """What led to the goal is not known, so the memory is not compared."""
     search = SEARCH | {"method": "cem", "objective": "goal", "goal": (1.0, 2.0, 3.0, 4.0, 5.0)}
     agent = perturbed(make_small("jepa", planner=search, memory="gru"))
-    assert agent._goal_features().shape == (1, 16) != (1, agent.world_model.feature_dim)
+    assert agent.goal_features().shape == (1, 16) != (1, agent.world_model.feature_dim)
     assert agent.act(np.zeros(5, np.float32)).shape == (2,)

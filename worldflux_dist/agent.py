@@ -208,7 +208,7 @@ class Agent(nn.Module):
             fresh = self.planner.initial(len(first), device)
             mean = torch.where(first[:, None, None], fresh, carry["plan"])
             action, new_carry["plan"] = self.planner.plan(
-                self.world_model, self.behavior, state, mean, greedy, self._goal_features()
+                self.world_model, self.behavior, state, mean, greedy, self.goal_features()
             )
         return action.cpu().numpy(), new_carry | {"action": action}
 
@@ -230,7 +230,7 @@ class Agent(nn.Module):
     def _plans_to_goal(self) -> bool:
         return self.planner is not None and self.planner.config.objective == "goal"
 
-    def _goal_features(self) -> Tensor | None:
+    def goal_features(self) -> Tensor | None:
         """What plans bring near, (1, G), of the goal, where they have one."""
         if self.needs_goal:
             raise ValueError(

@@ -207,6 +207,24 @@ def _join_for_replicas() -> None:
     check_auth()
 
 
+@app.command("play")
+def play_run(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first episode.")] = 3000,
+) -> None:
+    """Play inside the dream of a run's newest good checkpoint, on a page of this machine."""
+    try:
+        from worldflux_dist.serve.play import app as page
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f"the page needs {error.name}: run `pip install 'worldflux_dist[serve]'`"
+        ) from error
+
+    agent, settings = _agent_of(run_dir, seed)
+    page.play(agent, settings.env, seed, f"{settings.model} in {settings.env.id}", port)
+
+
 def _agent_of(run_dir: Path, seed: int) -> tuple[Any, Any]:
     """The agent of a run's newest good checkpoint, on one thread, and the run's config."""
     import torch

@@ -1,0 +1,1 @@
+"""The page that plays inside the dream, beside the real environment: see docs/play.md."""
