@@ -136,6 +136,23 @@ def inspect_run(
     print(f"picture: {out}")
 
 
+@app.command("export")
+def export_run(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory.")],
+    onnx: Annotated[
+        Path | None, typer.Option(help="Folder for the ONNX graphs and dream.json.")
+    ] = None,
+) -> None:
+    """Write a run's newest good checkpoint for programs without torch."""
+    from worldflux_dist.serve import export
+
+    if onnx is None:
+        raise ValueError("nothing to export: say where to with --onnx DIR")
+    agent, _ = _agent_of(run_dir, seed=0)
+    for path in export.write_graphs(agent, onnx):
+        print(f"{path}  {path.stat().st_size / 2**10:,.0f} kB")
+
+
 def _agent_of(run_dir: Path, seed: int) -> tuple[Any, Any]:
     """The agent of a run's newest good checkpoint, on one thread, and the run's config."""
     import torch

@@ -119,8 +119,8 @@ class WorldModel(nn.Module, ABC):
     Attributes a family sets: `feature_dim` F, `width` (units of its own MLPs, which behaviors
     copy), `discount` (what `continue` contains), `loss_scales` (weight of each loss), `native`
     (values of the behavior and the planner it was published with: what it gets where none are
-    asked for), `noise_shape` (of one row's uniform draws in `transition`; None where there are
-    none), `num_starts` (imagination starts from the last so many steps of each row, so that large
+    asked for), `noise_shape` and `update_noise_shape` (of one row's uniform draws in `transition`
+    and in `update`; None where there are none), `num_starts` (imagination starts from the last so many steps of each row, so that large
     states stay few; None is all), whether `decode` gives an `obs` and a `reward`, and whether
     distances of `goal` mean something.
     """
@@ -131,6 +131,7 @@ class WorldModel(nn.Module, ABC):
     loss_scales: dict[str, float]
     native: dict[str, dict[str, Any]]
     noise_shape: tuple[int, ...] | None = None
+    update_noise_shape: tuple[int, ...] | None = None
     num_starts: int | None = None
     decodes_obs: bool = True
     decodes_reward: bool = True
@@ -206,14 +207,15 @@ class WorldModel(nn.Module, ABC):
     def update_targets(self) -> None:
         """After every gradient step, where the family has networks that follow others."""
 
-    def encode(self, obs: Any) -> State:
-        """The state of a first look: update(initial, 0, obs, is_first=True)."""
+    def encode(self, obs: Any, noise: Tensor | None = None) -> State:
+        """The state of a first look: update(initial, 0, obs, is_first=True, noise)."""
         obs = self.tensors(obs)
-        num = len(next(iter(obs.values())))
+        num = next(iter(obs.values())).shape[0]
         state = self.initial(num)
         device = next(iter(state.tensors.values())).device
         action = torch.zeros(num, self.spaces.action_dim, device=device)
-        return self.update(state, action, obs, torch.ones_like(action[:, 0], dtype=torch.bool))
+        first = torch.ones_like(action[:, 0], dtype=torch.bool)
+        return self.update(state, action, obs, first, noise)
 
     @torch.no_grad()
     def observe(self, batch: Batch, noise: Tensor | None = None) -> tuple[State, Batch]:

@@ -134,7 +134,7 @@ class DreamerV3(WorldModel):
             **({} if self.decodes_obs else {"barlow": config.barlow_scale}),
         }
         self.native = {"behavior": {"kind": "actor_critic"}, "planner": {"method": "none"}}
-        self.noise_shape = (config.groups,)
+        self.noise_shape = self.update_noise_shape = (config.groups,)
 
     def optimizer(self, params: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         c = self.config

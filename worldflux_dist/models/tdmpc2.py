@@ -161,6 +161,7 @@ class TDMPC2(WorldModel):
         simplex = partial(NormedLinear, size_out=c.latent, kind=SIMPLEX)
         logit = partial(Linear, size_out=1, std=0.02)
         self.encoder = Encoder(spaces, c)
+        self.update_noise_shape = (2,) if spaces.images else None  # of their random shift
         self.dynamics = MishMLP(size, units, simplex)
         self.reward = MishMLP(size, units, partial(BinOutput, bins=101))
         self.terminal = None if c.termination == "none" else MishMLP(c.latent, units, logit)

@@ -410,6 +410,7 @@ class Storm(Token):
         super().__init__(spaces, config)
         self.loss_scales = {"dyn": config.dyn_scale, "rep": config.rep_scale}
         self.native["behavior"]["horizon"] = 16
+        self.update_noise_shape = self.noise_shape
 
     def _predictor(self, tokenizers: list[Tokenizer]) -> Any:
         return PackedPredictor(tokenizers, self.config.width, self.config.unimix)
