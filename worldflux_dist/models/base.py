@@ -118,11 +118,11 @@ class WorldModel(nn.Module, ABC):
 
     Attributes a family sets: `feature_dim` F, `width` (units of its own MLPs, which behaviors
     copy), `discount` (what `continue` contains), `loss_scales` (weight of each loss), `native`
-    (values of the behavior and the planner it was published with: what it gets where none are
-    asked for), `noise_shape` and `update_noise_shape` (of one row's uniform draws in `transition`
-    and in `update`; None where there are none), `num_starts` (imagination starts from the last so many steps of each row, so that large
-    states stay few; None is all), whether `decode` gives an `obs` and a `reward`, and whether
-    distances of `goal` mean something.
+    (values of the behavior and the planner it was published with: what it gets where none are asked
+    for), `noise_shape` and `update_noise_shape` (of one row's uniform draws in `transition` and in
+    `update`; None where there are none), `num_starts` (imagination starts from the last so many
+    steps of each row, so that large states stay few; None is all), whether `decode` gives an `obs`
+    and a `reward`, and whether distances of `goal` mean something.
     """
 
     feature_dim: int
