@@ -142,14 +142,25 @@ def export_run(
     onnx: Annotated[
         Path | None, typer.Option(help="Folder for the ONNX graphs and dream.json.")
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Page that plays the dream, in one file.")
+    ] = None,
+    ort: Annotated[
+        Path | None,
+        typer.Option(help="Folder that holds onnxruntime-web; default: where npm put it here."),
+    ] = None,
 ) -> None:
-    """Write a run's newest good checkpoint for programs without torch."""
-    from worldflux_dist.serve import export
+    """Write a run's newest good checkpoint for programs without torch, or as a page."""
+    from worldflux_dist.serve import dream_page, export
 
-    if onnx is None:
-        raise ValueError("nothing to export: say where to with --onnx DIR")
-    agent, _ = _agent_of(run_dir, seed=0)
-    for path in export.write_graphs(agent, onnx):
+    if onnx is None and html is None:
+        raise ValueError("nothing to export: say where to with --onnx DIR or --html FILE")
+    agent, settings = _agent_of(run_dir, seed=0)
+    files = [] if onnx is None else export.write_graphs(agent, onnx)
+    if html is not None:
+        dream_page.write_page(agent, settings, html, ort)
+        files.append(html)
+    for path in files:
         print(f"{path}  {path.stat().st_size / 2**10:,.0f} kB")
 
 

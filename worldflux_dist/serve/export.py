@@ -7,6 +7,7 @@ what an agent cannot give is named there, with the reason.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,16 +47,22 @@ def write_graphs(agent: Agent, folder: Path) -> list[Path]:
     are missing.
     """
     graphs.ready()
+    told = written(agent, folder)
+    about = folder / DESCRIPTION
+    about.write_text(json.dumps(describe(agent, told), indent=2) + "\n")
+    return [*(folder / graph["file"] for graph in told.values()), about]
+
+
+def written(agent: Agent, folder: Path, names: Collection[str] = graphs.NAMES) -> dict[str, Any]:
+    """Write the graphs of these names; gives what is to be told of each."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths, told = [], {}
+    told = {}
     for part in graphs.parts(agent):
-        path = folder / f"{part.name}.onnx"
-        outputs = graphs.write(agent, part, path)
-        told[part.name] = {"file": path.name} | _ports(agent, part, outputs)
-        paths.append(path)
-    paths.append(folder / DESCRIPTION)
-    paths[-1].write_text(json.dumps(describe(agent, told), indent=2) + "\n")
-    return paths
+        if part.name in names:
+            path = folder / f"{part.name}.onnx"
+            outputs = graphs.write(agent, part, path)
+            told[part.name] = {"file": path.name} | _ports(agent, part, outputs)
+    return told
 
 
 def describe(agent: Agent, told: dict[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from worldflux_dist.behaviors.latent_td import LatentTD
 from worldflux_dist.models.base import State
 
 Named = dict[str, Tensor]
+NAMES = ("encode", "update", "transition", "decode", "act")
 ROWS = 5  # of the inputs that a graph is checked with
 TRACED = 2  # of them, those that it is made with
 TOLERANCE = 1e-4  # of the largest number of an output, or of 1
