@@ -30,7 +30,7 @@ from worldflux_dist.serve.export import describe, written
 
 PARTS = ("transition", "decode", "act")
 RUNTIME = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
-MOMENTS = (0, 15, 30, 60, 90, 120)  # steps of greedy play that dreams begin from
+MOMENTS = (1, 15, 30, 60, 90, 120)  # steps of greedy play that dreams begin from
 NO_RUNTIME = (
     "the page needs onnxruntime-web, which is not in {}: run `npm install onnxruntime-web` here, "
     "or name the folder that holds it with --ort DIR"
@@ -78,14 +78,15 @@ def runtime(ort: Path | None) -> list[Path]:
 @torch.no_grad()
 def moments(agent: Agent, config: EnvConfig) -> State:
     """States (n, ...) that the agent has after some steps of greedy play in a fresh environment:
-    what dreams begin from. None is of an episode's end."""
+    what dreams begin from. None is of an episode's first or last step."""
     found: list[State] = []
     with closing(make_envs(config, seed=0, num_envs=1)) as envs:
         action, carry, step = np.zeros((1, envs.spaces.action_dim), np.float32), None, 0
         while len(found) < len(MOMENTS):
             seen = envs.step(action)
             action, carry = agent.act_batch(seen.obs, seen.is_first, carry, greedy=True)
-            if step >= MOMENTS[len(found)] and not seen.is_last[0]:
+            within = not seen.is_first[0] and not seen.is_last[0]
+            if step >= MOMENTS[len(found)] and within:
                 found.append(State({n[6:]: x for n, x in carry.items() if n.startswith("state/")}))
             step += 1
     return agent.world_model.essential(State.stack(found)[:, 0])

@@ -16,11 +16,11 @@ const ARRAYS = {
   float32: Float32Array, uint8: Uint8Array, bool: Uint8Array, int64: BigInt64Array,
 };
 const BUTTONS = [ // key, words, what it does, whether it is pressed
-  [" ", "play", () => play(!playing), () => playing],
-  [".", "step", () => queue(step)],
-  ["m", "policy steers", () => { policy = !policy; }, () => policy],
-  ["h", "from the beginning", () => queue(begin)],
-  ["n", "another beginning", () => { number = (number + 1) % about.starts; queue(begin); }],
+  [" ", () => (playing ? "pause" : "play"), () => play(!playing), () => playing],
+  [".", () => "step", () => queue(step)],
+  ["m", () => "policy steers", () => { policy = !policy; }, () => policy],
+  ["h", () => "from the beginning", () => queue(begin)],
+  ["n", () => "another beginning", () => queue(another)],
 ];
 const byId = (id) => document.getElementById(id);
 const about = JSON.parse(byId("about").textContent);
@@ -34,9 +34,10 @@ let [playing, policy] = [false, false];
 let waiting = 0; // steps that were asked for and not taken yet
 let work = Promise.resolve();
 
-// What others may look at and change: `noise(step, size)` gives a step's uniform draws, `history`
-// has what each state says and the action that led to it, `state` and `obs` are the newest.
-const dream = { noise: seeded(1), history: [], state: null, obs: {} };
+// What others may look at and change: `history` has what each state says and the action that led to
+// it, `noise(step, size)` gives the uniform draws of the step into history[step], `state` and `obs`
+// are the newest, `settled()` ends with what was asked for.
+const dream = { noise: seeded(1), history: [], state: null, obs: {}, settled: () => work };
 window.dream = dream;
 dream.ready = load().then(begin);
 
@@ -89,6 +90,11 @@ async function begin() {
   dream.state = starts[number];
   dream.history = [];
   await read(null);
+}
+
+async function another() {
+  number = (number + 1) % about.starts;
+  await begin();
 }
 
 async function step() {
@@ -189,9 +195,8 @@ function build() {
     }
     byId("actions").append(row);
   });
-  for (const [key, words, does] of BUTTONS) {
+  for (const [, , does] of BUTTONS) {
     const button = document.createElement("button");
-    button.append(words, keycap(key));
     button.onclick = () => { button.blur(); does(); showButtons(); };
     byId("buttons").append(button);
   }
@@ -306,7 +311,8 @@ function showChoice() {
 function showButtons() {
   document.body.dataset.policy = policy;
   [...byId("buttons").children].forEach((button, i) => {
-    const pressed = BUTTONS[i][3];
+    const [key, words, , pressed] = BUTTONS[i];
+    button.replaceChildren(words(), keycap(key));
     if (pressed) button.setAttribute("aria-pressed", pressed());
   });
 }
