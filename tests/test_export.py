@@ -54,8 +54,8 @@ CASES = [
     Case("token", "dict", "continuous", SEEN),
     Case("token", "vector", "discrete", SEEN, (("tokenizer", "categorical"),)),
     Case("diffusion", "vector", "discrete", SEEN),
-    Case("diffusion", "image", "continuous", ("transition",)),
-    Case("latent", "dict", "continuous", ("update", "decode")),
+    Case("diffusion", "image", "continuous", ("transition",), (("steps", 1),)),
+    Case("latent", "dict", "continuous", ("update",)),
     Case("dreamer4", "dict", "continuous", SEEN),
 ]
 
@@ -281,7 +281,5 @@ def test_a_graph_that_gives_something_else_is_refused(folder_of: Any) -> None:
 
 def test_normal_draws_are_the_inverse_distribution() -> None:
     uniform = torch.cat([torch.linspace(0, 1, 10_001), torch.rand(10_000)])
-    want = torch.special.ndtri(uniform.double().clamp(1e-6, 1 - 1e-6))
-    assert (graphs.normal(uniform).double() - want).abs().max() < 1e-4
-    inner = (uniform > 1e-3) & (uniform < 0.999)
-    assert (graphs.normal(uniform).double() - want)[inner].abs().max() < 2e-6
+    want = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6).double())
+    assert (graphs.normal(uniform).double() - want).abs().max() < 1e-5

@@ -96,10 +96,10 @@ def _missing(agent: Agent) -> dict[str, str]:
     if not model.decodes_reward:
         missing["reward"] = f"{name} does not decode rewards"
     if agent.planner is not None:
+        method = "mppi" if agent.planner.weighted else "cem"
         missing["planner"] = (
-            f"the agent acts by planning ({agent.planner.config.method}), which draws many "
-            "rollouts: act.onnx is its policy alone; plan with transition.onnx and decode.onnx, "
-            "or act with Agent.load"
+            f"the agent acts by planning ({method}), which draws many rollouts: act.onnx is its "
+            "policy alone; plan with transition.onnx and decode.onnx, or act with Agent.load"
         )
     if isinstance(agent.behavior, LatentTD):
         missing["value"] = "the mean of all Qs at the likeliest action, where learning draws two"

@@ -190,7 +190,8 @@ class _Graph(nn.Module):
 
 @torch.no_grad()
 def write(agent: Agent, part: Part, path: Path) -> list[str]:
-    """Write a part as an ONNX file and check it; gives the names of its outputs.
+    """Write a part as an ONNX file and check it; gives the names of its outputs. What fails leaves
+    no file.
 
     Raises ValueError, in one sentence, for a part that torch cannot follow or that draws numbers
     of its own, and for one that onnxruntime computes otherwise than torch.
@@ -219,8 +220,12 @@ def write(agent: Agent, part: Part, path: Path) -> list[str]:
             f"{what} cannot be written, since torch cannot follow what is computed "
             f"({type(error).__name__}: {cause:.200}): use the agent in Python, with Agent.load"
         ) from error
-    for num in (1, ROWS):
-        check(agent, part, path, num)
+    try:
+        for num in (1, ROWS):
+            check(agent, part, path, num)
+    except ValueError:
+        path.unlink()
+        raise
     return outputs
 
 
@@ -233,12 +238,17 @@ def _program(graph: nn.Module, values: list[Tensor], what: str) -> Any:
     batch = torch.export.Dim("batch")
     shapes = (tuple({0: batch} for _ in values),)
     program = torch.export.export(graph, tuple(values), dynamic_shapes=shapes)
-    called = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    modules: Any = program.graph_module.modules()
+    nodes = [node for module in modules for node in module.graph.nodes]
+    called = {node.target for node in nodes if node.op == "call_function"}
+    attention = torch.ops.aten.scaled_dot_product_attention.default  # draws for dropout alone
     seeded = torch.Tag.nondeterministic_seeded
-    if drawing := sorted(str(op) for op in called if seeded in getattr(op, "tags", ())):
+    draws = {str(op) for op in called - {attention} if seeded in getattr(op, "tags", ())}
+    if draws:
         raise _Draws(
-            f"{what} draws random numbers of its own ({', '.join(drawing)}), and a graph must not: "
-            "let the model take them as noise and say how many (noise_shape, update_noise_shape)"
+            f"{what} draws random numbers of its own ({', '.join(sorted(draws))}), and a graph "
+            "must not: let the model take them as noise and say how many (noise_shape, "
+            "update_noise_shape)"
         )
     inverse = torch.ops.aten.special_ndtri.default
     return program.run_decompositions({inverse: normal}) if inverse in called else program
