@@ -13,6 +13,7 @@ import torch
 from small import make_small, perturbed, random_batch
 from torch import Tensor
 
+from worldflux_dist.cli import export_run
 from worldflux_dist.models.base import State
 
 onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
@@ -293,3 +294,10 @@ def test_normal_draws_are_the_inverse_distribution() -> None:
     uniform = torch.cat([torch.linspace(0, 1, 10_001), torch.rand(10_000)])
     want = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6).double())
     assert (graphs.normal(uniform).double() - want).abs().max() < 1e-5
+
+
+def test_the_command_without_a_place_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"say where to with --onnx DIR or --html FILE"):
+        export_run(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"is no run directory"):
+        export_run(tmp_path, onnx=tmp_path / "graphs")

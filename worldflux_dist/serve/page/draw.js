@@ -28,13 +28,14 @@ export function fresh(canvas) {
   return { context, width, height };
 }
 
-// An image (anything that drawImage takes) as large as fits, in the middle, each pixel a square.
+// An image (anything that drawImage takes) in the middle, as large as fits; pixels of small ones
+// are squares of one size.
 export function drawFrame(canvas, image) {
   const { context, width, height } = fresh(canvas);
   const ratio = window.devicePixelRatio || 1;
   // Whole screen pixels for each pixel: other scales would show some wider than others.
   let scale = Math.min(width / image.width, height / image.height) * ratio;
-  scale = (scale >= 1 ? Math.floor(scale) : scale) / ratio;
+  scale = (scale >= 2 ? Math.floor(scale) : scale) / ratio;
   const [w, h] = [image.width * scale, image.height * scale];
   context.imageSmoothingEnabled = scale * ratio < 1; // thinned-out pixels would flicker
   context.drawImage(image, Math.round((width - w) / 2), Math.round((height - h) / 2), w, h);
@@ -65,13 +66,14 @@ export function drawSentence(canvas, text) {
 //                 if given, is drawn as a band around them
 //   start, now    optional steps: up to `start` eyes were open (shaded), at `now` stands a bar
 //   low, high     optional limits of the values; otherwise what is drawn fits
-//   area          optional {x, y, width, height} within the canvas, which is then not cleared
+//   area          optional {x, y, width, height} within the canvas, which is then not cleared; such
+//                 a plot has no numbers below it
 export function drawCurves(canvas, plot) {
   const whole = plot.area ? null : fresh(canvas);
   const context = canvas.getContext("2d");
   const area = plot.area ?? { x: 0, y: 0, width: whole.width, height: whole.height };
   const box = { left: area.x + 46, top: area.y + 20, right: area.x + area.width - 8 };
-  box.bottom = area.y + area.height - 8;
+  box.bottom = area.y + area.height - (plot.area ? 8 : 20);
   const [low, high] = limits(plot);
   const x = (t) => box.left + ((t - plot.first) / Math.max(1, plot.last - plot.first))
     * (box.right - box.left);
@@ -91,6 +93,11 @@ export function drawCurves(canvas, plot) {
   for (const value of [low, (low + high) / 2, high]) {
     stroke(context, [[box.left, y(value)], [box.right, y(value)]]);
     context.fillText(short(value, high - low), box.left - 6, y(value));
+  }
+  if (!plot.area) {
+    context.fillText(`${plot.last}`, box.right, box.bottom + 10);
+    context.textAlign = "left";
+    context.fillText(`step ${plot.first}`, box.left, box.bottom + 10);
   }
   context.textAlign = "left";
   context.textBaseline = "alphabetic";
@@ -182,7 +189,7 @@ function known(value) {
 
 function short(value, range) {
   if (Math.abs(value) >= 1000) return value.toPrecision(3);
-  const digits = Math.min(3, Math.max(0, 1 - Math.floor(Math.log10(range))));
+  const digits = Math.min(5, Math.max(0, 1 - Math.floor(Math.log10(range))));
   return (Math.abs(value) < 0.5 * 10 ** -digits ? 0 : value).toFixed(digits);
 }
 

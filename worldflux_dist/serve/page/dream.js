@@ -262,7 +262,8 @@ function draw() {
   const first = Math.max(0, now - (WINDOW * 3) / 4);
   const span = { first, last: first + WINDOW, now };
   const shown = dream.history.slice(first);
-  byId("count").textContent = `step ${now} of the dream, beginning ${number + 1} of ${about.starts}`;
+  const beginning = `beginning ${number + 1} of ${about.starts}`;
+  byId("count").textContent = `step ${now} of the dream, ${beginning}`;
   for (const name of CURVES) {
     const values = shown.map((said) => said[name] ?? null);
     const limits = name === "continue" ? { low: 0, high: 1 } : {};
@@ -284,7 +285,8 @@ function drawObs(shown, span) {
     const values = dims.map((dim) => shown.map((said) => said.dims[dim]));
     const truth = { from: span.first, values: dims.map(() => []) };
     const names = dims.map((dim) => `${about.key}[${dim}]`);
-    drawVectors(byId("obs"), { ...span, names, truth, dream: { from: span.first, values, std: [] } });
+    const dreamt = { from: span.first, values, std: [] };
+    drawVectors(byId("obs"), { ...span, names, truth, dream: dreamt });
   } else drawFrame(byId("obs"), picture(found));
 }
 
@@ -293,7 +295,7 @@ function picture({ data, dims: [, height, width, channels] }) {
   const canvas = Object.assign(document.createElement("canvas"), { width, height });
   const image = new ImageData(width, height); // clamps and rounds
   for (let i = 0; i < width * height; i += 1) {
-    for (let c = 0; c < 3; c += 1) image.data[4 * i + c] = data[channels * i + (channels > 1 ? c : 0)];
+    for (let c = 0; c < 3; c += 1) image.data[4 * i + c] = data[channels * i + (c % channels)];
     image.data[4 * i + 3] = 255;
   }
   canvas.getContext("2d").putImageData(image, 0, 0);
@@ -319,7 +321,9 @@ function showButtons() {
 
 function keycap(key) {
   const cap = document.createElement("kbd");
-  const arrows = { ArrowLeft: "\u2190", ArrowRight: "\u2192", ArrowUp: "\u2191", ArrowDown: "\u2193" };
+  const arrows = {
+    ArrowLeft: "\u2190", ArrowRight: "\u2192", ArrowUp: "\u2191", ArrowDown: "\u2193",
+  };
   cap.textContent = arrows[key] ?? (key === " " ? "space" : key);
   return cap;
 }
