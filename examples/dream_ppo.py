@@ -1,7 +1,8 @@
 """PPO in plain PyTorch, learned in a served world model and in nothing else: not one real step.
 
-    worldflux-dist train configs/demo.yaml --run-dir runs/demo
-    worldflux-dist serve runs/demo &
+    worldflux-dist train configs/diffusion_tiny.yaml train.env_steps=9900 train.train_ratio=64 \
+        --run-dir runs/cartpole
+    worldflux-dist serve runs/cartpole &
     python examples/dream_ppo.py 127.0.0.1:50051 CartPole-v1
 
 The policy sees what the model draws, so that it acts in the real environment as it is.
@@ -16,7 +17,7 @@ from torch import nn
 
 from worldflux_dist.serve import Client
 
-LANES, LENGTH, UPDATES, LIMIT, GAMMA, LAMBDA = 64, 64, 60, 128, 0.99, 0.95
+LANES, LENGTH, UPDATES, LIMIT, GAMMA, LAMBDA = 64, 64, 60, 50, 0.99, 0.95
 torch.manual_seed(0)
 torch.set_num_threads(1)
 client = Client(sys.argv[1])

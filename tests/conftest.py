@@ -104,6 +104,7 @@ LONGEST += (
     "rllib_episodes",
 )
 LONGEST += ("learner_options", "jepa", "families_learning", "model_gates", "spaces_train", "token")
+LONGEST += ("export", "dream_page")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -212,8 +212,14 @@ def play_run(
     run_dir: Annotated[Path, typer.Argument(help="A run directory.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the first episode.")] = 3000,
+    export: Annotated[
+        Path | None, typer.Option(help="Write a page that needs no server instead: as export does.")
+    ] = None,
 ) -> None:
     """Play inside the dream of a run's newest good checkpoint, on a page of this machine."""
+    if export is not None:
+        export_run(run_dir, html=export)
+        return
     try:
         from worldflux_dist.serve.play import app as page
     except ModuleNotFoundError as error:
@@ -223,6 +229,34 @@ def play_run(
 
     agent, settings = _agent_of(run_dir, seed)
     page.play(agent, settings.env, seed, f"{settings.model} in {settings.env.id}", port)
+
+
+@app.command("export")
+def export_run(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory.")],
+    onnx: Annotated[
+        Path | None, typer.Option(help="Folder for the ONNX graphs and dream.json.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Page that plays the dream, in one file.")
+    ] = None,
+    ort: Annotated[
+        Path | None,
+        typer.Option(help="Folder that holds onnxruntime-web; default: where npm put it here."),
+    ] = None,
+) -> None:
+    """Write a run's newest good checkpoint for programs without torch, or as a page."""
+    from worldflux_dist.serve import dream_page, export
+
+    if onnx is None and html is None:
+        raise ValueError("nothing to export: say where to with --onnx DIR or --html FILE")
+    agent, settings = _agent_of(run_dir, seed=0)
+    files = [] if onnx is None else export.write_graphs(agent, onnx)
+    if html is not None:
+        dream_page.write_page(agent, settings, html, ort)
+        files.append(html)
+    for path in files:
+        print(f"{path}  {path.stat().st_size / 2**10:,.0f} kB")
 
 
 def _agent_of(run_dir: Path, seed: int) -> tuple[Any, Any]:

@@ -210,14 +210,15 @@ class WorldModel(nn.Module, ABC):
     def update_targets(self) -> None:
         """After every gradient step, where the family has networks that follow others."""
 
-    def encode(self, obs: Any) -> State:
-        """The state of a first look: update(initial, 0, obs, is_first=True)."""
+    def encode(self, obs: Any, noise: Tensor | None = None) -> State:
+        """The state of a first look: update(initial, 0, obs, is_first=True, noise)."""
         obs = self.tensors(obs)
-        num = len(next(iter(obs.values())))
+        num = next(iter(obs.values())).shape[0]
         state = self.initial(num)
         device = next(iter(state.tensors.values())).device
         action = torch.zeros(num, self.spaces.action_dim, device=device)
-        return self.update(state, action, obs, torch.ones_like(action[:, 0], dtype=torch.bool))
+        first = torch.ones_like(action[:, 0], dtype=torch.bool)
+        return self.update(state, action, obs, first, noise)
 
     @torch.no_grad()
     def observe(self, batch: Batch, noise: Tensor | None = None) -> tuple[State, Batch]:

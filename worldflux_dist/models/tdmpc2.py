@@ -165,7 +165,7 @@ class TDMPC2(WorldModel):
         self.reward = MishMLP(size, units, partial(BinOutput, bins=101))
         self.terminal = None if c.termination == "none" else MishMLP(c.latent, units, logit)
         self.register_buffer("bins", dist.symlog_bins(101), persistent=False)
-        self.update_noise_shape = (2,) if self.encoder.images else None
+        self.update_noise_shape = (2,) if spaces.images else None  # of their random shift
         names = ("consistency", "reward", "termination")
         self.loss_scales = {name: getattr(c, f"{name}_scale") for name in names}
         self.native = {

@@ -137,7 +137,7 @@ class EDM:
         sigmas = self.sigmas(steps)
         x = noise if self.unit_start else noise * self.sigma_max
         for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
-            clean = self.denoise(network, x, x.new_full((len(x),), sigma), cond)
+            clean = self.denoise(network, x, x.new_full((x.shape[0],), sigma), cond)
             x = clean + (following / sigma) * (x - clean)  # Euler's x + (x - D) / sigma * change
         return x
 
@@ -202,7 +202,7 @@ class Shortcut:
 
     def sample(self, network: Network, noise: Tensor, cond: Sequence[Tensor], steps: int) -> Tensor:
         assert steps in self.STEPS, steps
-        x, ones = noise, noise.new_ones(len(noise))
+        x, ones = noise, noise.new_ones(noise.shape[0])
         for i in range(steps):
             clean = self._predict(network, x, ones * (i / steps), ones * math.log2(steps), cond)
             x = x + (clean - x) / (steps - i)  # (clean - x) / (1 - tau) * d

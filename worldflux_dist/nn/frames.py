@@ -190,7 +190,7 @@ class PackedPredictor(nn.Module):
 
     def probs(self, ahead: Tensor) -> Tensor:
         """(N, 1, W) -> (N, K, V), float32."""
-        logits = self.head(ahead).reshape(len(ahead), sum(self.nums), -1)
+        logits = self.head(ahead).reshape(ahead.shape[0], sum(self.nums), -1)
         return dist.unimix(logits, self.mix)
 
     def divergences(self, ahead: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:

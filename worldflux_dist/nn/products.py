@@ -53,14 +53,14 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -
 
 
 def _large(x: Tensor, weight: Tensor) -> bool:
+    if not CONVOLVE or torch.compiler.is_compiling():  # there, rows may be any number
+        return False
     rows = x.shape[:-1].numel()
     return (
-        CONVOLVE
-        and rows >= ROWS
+        rows >= ROWS
         and rows % IMAGES == 0
         and rows * weight.numel() >= MULTIPLICATIONS
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )

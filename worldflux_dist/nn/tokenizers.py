@@ -143,7 +143,7 @@ class Autoencoder(Tokenizer):
         x = self.encoder(obs if self.image else dist.symlog(obs))
         if self.shared:
             x = x.unflatten(-1, (self.num_tokens, -1))
-        return self.to_latent(x).float().reshape(len(obs), self.num_tokens, -1)
+        return self.to_latent(x).float().reshape(obs.shape[0], self.num_tokens, -1)
 
     def reconstruct(self, codes: Tensor) -> Tensor:
         """Codes (N, K, D), or one-hots side by side, -> an image in [0, 1] or a vector in symlog

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -203,10 +203,10 @@ class Dreams:
         if call.state is not None:
             state: Any = call.state
         elif call.obs is not None:
-            one = {name: value[:, None] for name, value in call.obs.items()}
-            blank = np.zeros((call.starts, 1, self.agent.spaces.action_dim), np.float32)
-            look = Encode(one, blank, np.ones((call.starts, 1), bool), seed=call.seed)
-            state = self.encode([look])[0]
+            look = [replace(call, samples=1)]  # whose rows are the starts
+            noise = self._noise(look, "look", self.model.update_noise_shape, 1)
+            obs = {name: self._tensor(value) for name, value in call.obs.items()}
+            state = self.model.encode(obs, None if noise is None else noise[0]).tensors
         else:
             kept = self.starts
             pick = draws.generator(call.seed, "start").integers(self.num_starts, size=call.starts)
