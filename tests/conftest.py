@@ -97,6 +97,7 @@ def ray_local() -> Iterator[None]:
 LONGEST = ("faults", "resume", "distributed", "weights", "jobs", "one_machine", "cluster")
 LONGEST += (
     "families_ray",
+    "serve_replicas",
     "rllib",
     "rllib_tune",
     "rllib_apart",
@@ -104,7 +105,7 @@ LONGEST += (
     "rllib_episodes",
 )
 LONGEST += ("learner_options", "jepa", "families_learning", "model_gates", "spaces_train", "token")
-LONGEST += ("export", "dream_page")
+LONGEST += ("serve_elsewhere", "serve_process", "export", "dream_page")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
