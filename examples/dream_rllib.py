@@ -1,7 +1,8 @@
 """RLlib's PPO, learned in a world model and in nothing else: not one real step.
 
-worldflux-dist train configs/diffusion_tiny.yaml train.env_steps=9900 --run-dir runs/cartpole
-python examples/dream_rllib.py runs/cartpole CartPole-v1
+    worldflux-dist train configs/diffusion_tiny.yaml train.env_steps=9900 train.train_ratio=64 \
+        --run-dir runs/cartpole
+    python examples/dream_rllib.py runs/cartpole CartPole-v1
 """
 
 import os
@@ -14,33 +15,31 @@ import numpy as np
 import ray
 import torch
 from ray.rllib.algorithms.ppo import PPOConfig
-from ray.tune import register_env
 
-from worldflux_dist.serve import DreamEnv
-
-ITERATIONS, EPISODES = 30, 20
-
-
-def dream(settings):
-    torch.set_num_threads(1)
-    return DreamEnv(**settings)
-
+ITERATIONS, EPISODES = int(os.environ.get("ITERATIONS", 60)), 20
 
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-register_env("dream", dream)
-algo = (
+config = (
     PPOConfig()
-    .environment("dream", env_config={"source": os.path.abspath(sys.argv[1]), "horizon": 50})
-    .env_runners(num_env_runners=1, num_envs_per_env_runner=16)
-    .training(
-        lr=1e-3, gamma=0.99, train_batch_size_per_learner=2048, num_epochs=6, minibatch_size=256
+    .environment(
+        "worldflux_dist.serve:worldflux/Dream-v0",
+        env_config={"source": os.path.abspath(sys.argv[1]), "horizon": 50},
     )
+    # Its 64 dreams are rolled together.
+    .env_runners(
+        num_env_runners=1,
+        num_envs_per_env_runner=64,
+        gym_env_vectorize_mode=gym.VectorizeMode.VECTOR_ENTRY_POINT,
+    )
+    .training(lr=1e-3, gamma=0.99, lambda_=0.95, train_batch_size_per_learner=4096)
+    .training(num_epochs=4, minibatch_size=512, entropy_coeff=0.01)
+    .training(vf_clip_param=1e4)  # values are up to 1 / (1 - gamma), and RLlib's 10 would cut them
     .debugging(seed=0)
-    .build_algo()
 )
+algo = config.build_algo()
 for iteration in range(ITERATIONS):
     result = algo.train()
-    if iteration % 5 == 4:
+    if iteration % 10 == 9:
         dreamt = result["env_runners"]["episode_return_mean"]
         print(f"iteration {iteration + 1}: return {dreamt:.1f} in the dream", flush=True)
 
