@@ -15,6 +15,7 @@ import numpy as np
 import ray
 import torch
 from ray.rllib.algorithms.ppo import PPOConfig
+from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 
 ITERATIONS, EPISODES = int(os.environ.get("ITERATIONS", 60)), 20
 
@@ -34,6 +35,7 @@ config = (
     .training(lr=1e-3, gamma=0.99, lambda_=0.95, train_batch_size_per_learner=4096)
     .training(num_epochs=4, minibatch_size=512, entropy_coeff=0.01)
     .training(vf_clip_param=1e4)  # values are up to 1 / (1 - gamma), and RLlib's 10 would cut them
+    .rl_module(model_config=DefaultModelConfig(fcnet_hiddens=[64, 64], vf_share_layers=False))
     .debugging(seed=0)
 )
 algo = config.build_algo()
