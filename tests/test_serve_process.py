@@ -103,6 +103,7 @@ def test_starts_are_read_of_all_shards_and_what_is_damaged_is_passed_over(tmp_pa
         ("it must be cpu or cuda", [".", "--device", "tpu"]),
         ("did you mean 'lanes'", [".", "--limit", "lans=3"]),
         ("is not of the form", [".", "--limit", "lanes"]),
+        ("set RAY_ADDRESS", [".", "--replicas", "2"]),
     ],
 )
 def test_a_mistake_is_one_sentence(
@@ -115,6 +116,7 @@ def test_a_mistake_is_one_sentence(
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["worldflux-dist", "serve", *arguments])
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(SystemExit) as ended:
         cli.main()
     said: Any = capsys.readouterr().err

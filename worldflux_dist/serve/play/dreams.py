@@ -51,14 +51,12 @@ class Reader:
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
         self.key = (agent.spaces.images or agent.spaces.vectors)[0]
-        # Drawn once: what moves in a curve of values is the state, not the draw.
-        self._draw = agent.behavior.value_noise((1,), agent.device)
 
     @torch.no_grad()
     def value(self, state: State) -> np.ndarray:
         """(n,) of states (n, ...)."""
         features = self.agent.world_model.features(state)
-        return _array(self.agent.behavior.value(features, self._draw))
+        return _array(self.agent.behavior.expected_value(features))
 
     @torch.no_grad()
     def choose(self, state: State) -> np.ndarray:
