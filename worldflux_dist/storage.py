@@ -241,7 +241,13 @@ def load_arrays(path: UPath) -> dict[str, np.ndarray]:
     if num > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise CheckpointError(f"{path} has {num} bytes, more than this machine's memory")
     try:
-        return load_file(path) if isinstance(path, Path) else load(path.read_bytes())
+        found = load_file(path) if isinstance(path, Path) else load(path.read_bytes())
     # The last four are how the library meets shapes and types that numpy does not have.
     except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is corrupt or truncated: {error}") from error
+    for name, value in found.items():  # other packages may have given numpy more types
+        if value.dtype.kind not in "biufc":
+            raise CheckpointError(
+                f"{path} is corrupt or truncated: {name:.100} is of {value.dtype}"
+            )
+    return found
