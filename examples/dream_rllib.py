@@ -17,7 +17,7 @@ import torch
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 
-ITERATIONS, EPISODES = int(os.environ.get("ITERATIONS", 60)), 20
+ITERATIONS, EPISODES = 60, 20
 
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
 config = (

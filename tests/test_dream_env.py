@@ -100,8 +100,10 @@ def test_a_step_is_the_models_transition() -> None:
 
 def test_an_episode_ends_where_the_model_expects_it() -> None:
     agent = make_small("dreamerv3")
+    last = agent.world_model.proceed[-1]
     with torch.no_grad():  # a model that expects an end everywhere
-        agent.world_model.proceed[-1].bias.fill_(-5.0)
+        last.weight.zero_()
+        last.bias.fill_(-50.0)
     env = DreamEnv(Dreams(agent, [chunk_of(agent)]))
     env.reset(seed=0)
     _, _, terminated, truncated, _ = env.step(env.action_space.sample())
@@ -110,7 +112,7 @@ def test_an_episode_ends_where_the_model_expects_it() -> None:
     sure.reset(seed=0)
     assert not sure.step(sure.action_space.sample())[2]
     with torch.no_grad():  # an even chance: about half of 400 end with the first step
-        agent.world_model.proceed[-1].bias.zero_()
+        last.bias.zero_()
     many = DreamVectorEnv(Dreams(agent, [chunk_of(agent)]), 400)
     many.reset(seed=0)
     assert 160 < many.step(many.action_space.sample())[2].sum() < 240
