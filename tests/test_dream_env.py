@@ -45,8 +45,6 @@ def dreaming(family: str, obs: str = "vector", action: str = "discrete") -> Drea
 @FAMILY
 @pytest.mark.parametrize("obs", ["vector", "image", "dict"])
 def test_gymnasiums_checker_is_content(family: str, obs: str) -> None:
-    if (family, obs) == ("token", "image"):
-        pytest.skip("as dict")
     env = gym.make(ID, source=dreaming(family, obs), render_mode="rgb_array").unwrapped
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of bounds that are infinite

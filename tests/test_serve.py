@@ -166,8 +166,8 @@ def test_rows_of_a_batch_are_independent(family: str) -> None:
     for got, want in zip(together[0], each, strict=True):
         assert _close(got["features"], want["features"])
     acts = [ActOn(look(agent, t), np.ones(N, bool), seed=t) for t in range(3)]
-    for (got, _), act in zip(dreams.act(acts), acts, strict=True):
-        assert _close(got, dreams.act([act])[0][0])
+    for got, act in zip(dreams.act(acts), acts, strict=True):
+        assert _close(got["action"], dreams.act([act])[0]["action"])
 
 
 def _first_look(agent: Any, t: int) -> Encode:
@@ -256,7 +256,10 @@ def test_newer_weights_are_served_and_every_answer_names_its_own() -> None:
     published, version = threading.Event(), (0, 20)
 
     def newer(than: tuple[int, int]) -> Dreams | None:
-        return Dreams(new, version=version) if published.is_set() and than < version else None
+        if not published.is_set() or than >= version:
+            return None
+        chunk = Chunk.from_columns(family_batch(new).columns(), streams=np.arange(N))
+        return Dreams(new, [chunk], version)
 
     with (
         serving(Dreams(old, version=(0, 10)), newer=newer, follow_s=0.05) as server,
@@ -268,6 +271,7 @@ def test_newer_weights_are_served_and_every_answer_names_its_own() -> None:
         while after.version == (0, 10):
             after = client.rollout(state, horizon=2, seed=1)
         assert client.model().version == after.version == version
+        assert client.model().num_starts and client.rollout(from_replay=2).version == version
     assert before.version == (0, 10)
     assert not np.allclose(before.rewards, after.rewards)
 
@@ -323,7 +327,8 @@ def test_a_stream_does_not_go_on_with_other_weights() -> None:
 
 
 def test_a_client_loads_neither_torch_nor_ray() -> None:
-    code = "import sys, worldflux_dist.serve.client; print({'torch', 'ray'} & set(sys.modules))"
+    imports = "import sys; from worldflux_dist.serve import client, places"
+    code = f"{imports}; print({{'torch', 'ray'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

@@ -123,6 +123,9 @@ def test_what_is_wrong_by_that_protocol_is_named(agent: Any, server: Any) -> Non
             "cannot be used": made.ModelInferRequest(
                 model_name="act", parameters={"horizon": made.InferParameter(int64_param=1)}
             ),
+            "parameters seed cannot be used": made.ModelInferRequest(
+                model_name="act", parameters={"seed": made.InferParameter(double_param=1.5)}
+            ),
             "must be image, vector": made.ModelInferRequest(model_name="act"),
         }
         for why, request in wrong.items():

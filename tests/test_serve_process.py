@@ -79,7 +79,18 @@ def test_a_port_that_is_taken_is_said(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "worldflux_dist.cli", "serve", str(tmp_path)]
         done = subprocess.run([*command, "--port", port], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "is it taken?" in done.stderr and "Traceback" not in done.stderr
+    assert "is it taken" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_broken_checkpoint_takes_nobody_back(tmp_path: Path) -> None:
+    """The newest is damaged: the one before it is no newer than what is served."""
+    write_run(tmp_path, make_agent(), gradient_steps=10)
+    run = ServedRun(storage.as_path(tmp_path))
+    assert run.newer((0, 9)) is not None and run.newer((0, 10)) is None
+    write_run(tmp_path, make_agent(), gradient_steps=20)
+    path = tmp_path / "checkpoints/0000000020/behavior.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert run.newer((0, 10)) is None
 
 
 def test_starts_are_read_of_all_shards_and_what_is_damaged_is_passed_over(tmp_path: Path) -> None:

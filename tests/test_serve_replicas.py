@@ -19,7 +19,7 @@ from small import same_sums
 from test_serve_process import make_agent
 
 from worldflux_dist import storage
-from worldflux_dist.serve import replicas
+from worldflux_dist.serve import places, replicas
 from worldflux_dist.serve.client import Client
 from worldflux_dist.serve.dreams import Dreams
 from worldflux_dist.serve.here import Here
@@ -74,7 +74,7 @@ def pid_of(run: Path, index: int) -> int:
 def test_replicas_answer_as_the_model_does(
     run: Path, serving: replicas.Serving, two: list[str]
 ) -> None:
-    assert replicas.addresses(storage.as_path(run)) == two
+    assert places.addresses(str(run)) == two
     local = Here(ServedRun(storage.as_path(run)).dreams())
     want = local.rollout(from_replay=6, horizon=5, seed=3)
     for address in two:
@@ -120,7 +120,7 @@ def test_no_call_is_lost(run: Path, serving: replicas.Serving, two: list[str]) -
     while not all("version 20" in line for line in lines.values()):
         lines = replicas.status(str(run))
     assert len(lines) == 3
-    with client_of(serving, replicas.addresses(storage.as_path(run))) as client:
+    with client_of(serving, places.addresses(str(run))) as client:
         want = Here(Dreams(make_agent(seed=1), ServedRun(storage.as_path(run)).dreams().chunks))
         got: Any = client.rollout(from_replay=4, horizon=4, seed=5)
         same_sums(got.rewards, want.rollout(from_replay=4, horizon=4, seed=5).rewards)
@@ -129,9 +129,9 @@ def test_no_call_is_lost(run: Path, serving: replicas.Serving, two: list[str]) -
 def test_fewer_are_asked_for_and_none(run: Path, serving: replicas.Serving, two: list[str]) -> None:
     replicas.start(str(run), serving, 1)
     assert list(replicas.status(str(run))) == [0]
-    assert len(replicas.addresses(storage.as_path(run))) == 1
+    assert len(places.addresses(str(run))) == 1
     assert replicas.stop(str(run)) == [0]
-    assert replicas.status(str(run)) == {} and replicas.addresses(storage.as_path(run)) == []
+    assert replicas.status(str(run)) == {} and places.addresses(str(run)) == []
 
 
 def test_on_addresses_that_others_see_there_must_be_tls_and_a_token(run: Path) -> None:

@@ -123,10 +123,6 @@ class Batches:
                 for number, part in enumerate(parts):
                     give(number, (dreams.version, first, part))
             return
-        results: list[Arrays]
-        if isinstance(calls[0], Encode):
-            results = dreams.encode(calls)
-        else:
-            results = [after | {"": action} for action, after in dreams.act(calls)]
-        for number, result in enumerate(results):
+        answer = dreams.encode if isinstance(calls[0], Encode) else dreams.act
+        for number, result in enumerate(answer(calls)):
             give(number, (dreams.version, 0, result))

@@ -14,7 +14,6 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import grpc
@@ -22,11 +21,14 @@ import numpy as np
 from typing_extensions import TypedDict, Unpack
 
 from worldflux_dist.serve import wire
-from worldflux_dist.spaces import Spaces
+from worldflux_dist.serve.results import Arrays, ModelInfo, Trajectories, Version, version_of
 
-Arrays = dict[str, np.ndarray]
-Version = tuple[int, int]  # generation of the learners, gradient steps
-ELSEWHERE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+# What another server may still answer; a call is cancelled by the server alone, where it ends.
+ELSEWHERE = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.CANCELLED,
+}
 RETRY_S = 0.1  # after all addresses were tried
 # Of a name with several servers all are taken that are ready by the standard health service.
 BALANCED = {
@@ -43,78 +45,6 @@ class ImaginationError(RuntimeError):
     """The service refused a call, or none answered; the message says why."""
 
 
-@dataclass(frozen=True)
-class Trajectories:
-    """What was imagined, time-major; None for heads that were not asked for.
-
-    As Rollout: rewards, continues (H, N) of states 1..H and start_continue (N,) of state 0. Of the
-    others step 0 is the start: values (H + 1, N), obs (H + 1, N, ...) each, features (H + 1, N, F),
-    actions (H, N, A). `state` (N, ...) is the last. N are the rows, each `samples` times.
-    """
-
-    version: Version
-    rewards: np.ndarray | None = None
-    continues: np.ndarray | None = None
-    start_continue: np.ndarray | None = None
-    values: np.ndarray | None = None
-    obs: Arrays | None = None
-    features: np.ndarray | None = None
-    actions: np.ndarray | None = None
-    state: Arrays | None = None
-
-    @classmethod
-    def of(cls, version: Version, outputs: Arrays) -> Trajectories:
-        """From outputs of all steps, as ImagineResponse names them."""
-        going, reward = outputs.get("continue"), outputs.get("reward")
-        action = outputs.get("action")
-        return cls(
-            version,
-            None if reward is None else reward[1:],
-            None if going is None else going[1:],
-            None if going is None else going[0],
-            outputs.get("value"),
-            _below("obs/", outputs) or None,
-            outputs.get("features"),
-            None if action is None else action[1:],
-            _below("state/", outputs) or None,
-        )
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What is served: `spaces` convert observations and actions, `message` is the whole answer."""
-
-    message: Any
-
-    @property
-    def name(self) -> str:
-        return f"{self.message.family}:{self.message.preset}"
-
-    @property
-    def version(self) -> Version:
-        return _version(self.message)
-
-    @property
-    def heads(self) -> tuple[str, ...]:
-        return tuple(self.message.heads)
-
-    @property
-    def discount(self) -> float:
-        return float(self.message.discount)
-
-    @property
-    def feature_dim(self) -> int:
-        return int(self.message.feature_dim)
-
-    @property
-    def num_starts(self) -> int:
-        return int(self.message.starts)
-
-    @cached_property
-    def spaces(self) -> Spaces:
-        return Spaces.from_json(json.loads(self.message.spaces_json))
-
-
 class How(TypedDict, total=False):
     """What else of a rollout: first looks `obs` or `from_replay` starts in place of states,
     trajectories of each start, seed, heads, and whether the policy takes its likeliest action."""
@@ -127,7 +57,7 @@ class How(TypedDict, total=False):
     greedy: bool
 
 
-class Security(TypedDict, total=False):
+class Access(TypedDict, total=False):
     """What servers ask for, and how long a call may take: see AsyncClient."""
 
     token: str
@@ -254,7 +184,7 @@ class AsyncClient:
             with call.noted():
                 made = call.made(request, timeout=left, metadata=self._metadata)
                 async for message in made:
-                    version = _version(message)
+                    version = version_of(message)
                     if message.first_step < done:
                         continue  # another server has sent it
                     if done and version != began:
@@ -342,8 +272,8 @@ class Client:
     """As AsyncClient, for plain code, from any number of threads. Owns a thread that makes the
     calls; close it, or use it in a `with`."""
 
-    def __init__(self, addresses: str | Sequence[str], **security: Unpack[Security]) -> None:
-        self._inner, self._loop = AsyncClient(addresses, **security), asyncio.new_event_loop()
+    def __init__(self, addresses: str | Sequence[str], **access: Unpack[Access]) -> None:
+        self._inner, self._loop = AsyncClient(addresses, **access), asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="client", daemon=True)
         self._thread.start()
 
@@ -435,14 +365,6 @@ def _float(value: Any) -> np.ndarray | None:
 
 def _bool(value: Any) -> np.ndarray | None:
     return None if value is None else np.asarray(value, bool)
-
-
-def _version(message: Any) -> Version:
-    return message.version.generation, message.version.gradient_steps
-
-
-def _below(prefix: str, outputs: Arrays) -> Arrays:
-    return {n.removeprefix(prefix): x for n, x in outputs.items() if n.startswith(prefix)}
 
 
 def _near(address: str) -> bool:

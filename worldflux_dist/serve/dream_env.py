@@ -20,7 +20,8 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from worldflux_dist.serve.client import Client, Trajectories
+from worldflux_dist.serve.client import Client
+from worldflux_dist.serve.results import Trajectories
 
 Source = Any  # an Agent, Dreams, a run directory, a Client, or addresses as Client takes them
 PLOTTED = 100  # steps of a plot

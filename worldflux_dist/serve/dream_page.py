@@ -51,7 +51,8 @@ def write_page(agent: Agent, config: Config, path: Path, ort: Path | None = None
     states = moments(agent, config.env)
     page = resources.files("worldflux_dist.serve") / "page"
     packed = {"wasm": wasm, **files, "starts": _bytes(states)}
-    scripts = {"ort": code, "draw": (page / "draw.js").read_bytes()}
+    shared = {name: (page / f"{name}.js").read_bytes() for name in ("draw", "steer")}
+    scripts = {"ort": code} | shared
     title = f"{config.model} in {config.env.id}"
     parts = {
         "title": html.escape(title),

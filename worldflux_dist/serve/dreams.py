@@ -158,8 +158,8 @@ class Dreams:
                 return
 
     @torch.no_grad()
-    def act(self, calls: Sequence[ActOn]) -> list[tuple[np.ndarray, Arrays]]:
-        """Flat actions (N, A) and what to remember, of each call."""
+    def act(self, calls: Sequence[ActOn]) -> list[Arrays]:
+        """What to remember of each call; its `action` (N, A) is the one to take."""
         if self.agent.planner is not None:
             return [self._plan(call) for call in calls]
         obs = {name: np.concatenate([call.obs[name] for call in calls]) for name in calls[0].obs}
@@ -168,11 +168,10 @@ class Dreams:
         look = self._noise(calls, "look", self.model.update_noise_shape, 1)
         moves = self._cat([draws.action_noise(c.seed, self._parts, c.rows) for c in calls])
         draw = (None if look is None else look[0], moves)
-        action, carried = self.agent.act_batch(obs, first, carry.tensors, calls[0].greedy, draw)
-        after = _split({"action": torch.as_tensor(action)} | carried, calls)
-        return [(part["action"], part) for part in after]
+        _, after = self.agent.act_batch(obs, first, carry.tensors, calls[0].greedy, draw)
+        return _split(after, calls)
 
-    def _plan(self, call: ActOn) -> tuple[np.ndarray, Arrays]:
+    def _plan(self, call: ActOn) -> Arrays:
         """A plan draws too much, of too many kinds, to be handed in: by torch's own seed."""
         carry = call.carry or self._blank_carry(call.rows)
         devices = [self.agent.device] if self.agent.device.type == "cuda" else []
@@ -180,8 +179,8 @@ class Dreams:
             torch.manual_seed(call.seed % 2**63)
             remembered = self._joined([carry]).tensors
             obs = {name: value.copy() for name, value in call.obs.items()}  # not read-only
-            action, after = self.agent.act_batch(obs, call.is_first, remembered, call.greedy)
-        return action, _split(after, [call])[0]
+            _, after = self.agent.act_batch(obs, call.is_first, remembered, call.greedy)
+        return _split(after, [call])[0]
 
     # ------------------------------------------------------------------------------- what is used
 

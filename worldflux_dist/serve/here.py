@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from worldflux_dist.serve.client import ModelInfo, Trajectories
-from worldflux_dist.serve.dreams import Arrays, Dreams, Imagine, joined
+from worldflux_dist.serve.dreams import Dreams, Imagine, joined
 from worldflux_dist.serve.requests import Limits, Requests, describe
+from worldflux_dist.serve.results import Arrays, ModelInfo, Trajectories
 
 
 class Here:

@@ -19,7 +19,7 @@ from worldflux_dist.serve import wire
 MODELS = ("act", "imagine")
 _READ = {"act": ("is_first",), "imagine": ("action",)}  # beside observations
 BOOL, FLOAT = np.dtype(bool), np.dtype(np.float32)
-_NUMBERS = ("seed", "horizon", "samples", "from_replay")
+PARAMETERS = ("greedy", "seed", "horizon", "samples", "from_replay")
 
 
 class Inference:
@@ -150,10 +150,10 @@ def _translated(request: Any, heads: tuple[str, ...]) -> Any:
 
 
 def _parameter(name: str, value: Any) -> Any:
-    if name == "greedy":
-        return value.bool_param
-    if name not in _NUMBERS:
+    kind = value.WhichOneof("parameter_choice")
+    if name not in PARAMETERS or kind is None:
+        known = ", ".join(PARAMETERS)
         raise ValueError(
-            f"there is no parameter {name!r:.80}: known are greedy, {', '.join(_NUMBERS)}"
+            f"there is no parameter {name!r:.80} or it has no value: known are {known}"
         )
-    return value.uint64_param or value.int64_param
+    return getattr(value, kind)

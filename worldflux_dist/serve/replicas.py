@@ -2,7 +2,7 @@
 
 They are detached: they outlive whoever started them, and Ray starts one again whose process or node
 died. Each serves on its node's address and writes it below the run's storage, where clients find
-all of them (`addresses`). What must stay true: on an address that others see there are TLS and a
+all of them (places.py). What must stay true: on an address that others see there are TLS and a
 token; and a replica that is told to stop answers what is under way.
 """
 
@@ -13,43 +13,22 @@ import logging
 import threading
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 import torch
-from pydantic import TypeAdapter
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
-from typing_extensions import TypedDict
 
 from worldflux_dist import storage
 from worldflux_dist.nn.memory import keep_freed_memory
+from worldflux_dist.serve import places
 from worldflux_dist.serve.requests import Limits
 from worldflux_dist.serve.run import ServedRun
 from worldflux_dist.serve.server import ImaginationServer, Security
-from worldflux_dist.settings import STRICT, Text
-
-if TYPE_CHECKING:
-    from upath import UPath
 
 NAMESPACE = "worldflux-imagination"
-FOLDER = "imagination"  # below the run's storage: one file for each replica
 START_S = 300.0  # for a replica to load its model and serve
 logger = logging.getLogger(__name__)
-
-
-class _Place(TypedDict):
-    __pydantic_config__ = STRICT  # type: ignore[misc]
-    address: Text
-
-
-_PLACE = TypeAdapter(_Place)
-
-
-def addresses(folder: UPath) -> list[str]:
-    """Where the replicas of the run in this storage serve, for a client's `addresses`."""
-    places = folder / FOLDER
-    paths = sorted(places.glob("replica-*.json")) if places.exists() else []
-    return [storage.read_form(path, _PLACE)["address"] for path in paths]
 
 
 @dataclass(frozen=True)
@@ -73,8 +52,8 @@ class Replica:
     def __init__(self, serving: Serving, index: int) -> None:
         torch.set_num_threads(serving.threads)
         keep_freed_memory()
-        self._place = storage.as_path(serving.folder) / FOLDER / f"replica-{index}.json"
-        run = ServedRun(storage.as_path(serving.folder), serving.device)
+        folder = storage.as_path(serving.folder)
+        run, self._place = ServedRun(folder, serving.device), places.place(folder, index)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="serve", daemon=True).start()
         newer = run.newer if serving.follow else None
@@ -91,8 +70,7 @@ class Replica:
         else:
             raise RuntimeError(f"{host} has no free port from {serving.port} on: set --port")
         self._address = f"{host}:{self._server.port}"
-        self._place.parent.mkdir(parents=True, exist_ok=True)
-        storage.write_json(self._place, {"address": self._address})
+        places.write(self._place, self._address)
 
     def status(self) -> tuple[str, tuple[int, int]]:
         """Where it serves, and which version."""
@@ -107,7 +85,7 @@ class Replica:
         asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
-def start(run: str, serving: Serving, num: int, wait: bool = True) -> list[str]:
+def start(run: str, serving: Serving, num: int) -> list[str]:
     """Have `num` replicas of the run of this name, in the cluster that was joined: those that are
     missing are started, those that are too many stopped. Gives their addresses, as they are named.
 

@@ -237,6 +237,7 @@ def _held(value: np.ndarray, where: str, dtype: Any, shape: tuple[int, ...]) -> 
 def describe(dreams: Dreams, requests: Requests) -> Any:
     """What GetModel says."""
     agent, limits = dreams.agent, requests.limits
+    told = wire.messages.Limits.DESCRIPTOR.fields_by_name
     family, _, preset = agent.recipe["model"].partition(":")
     return wire.messages.Model(
         family=family,
@@ -251,15 +252,7 @@ def describe(dreams: Dreams, requests: Requests) -> Any:
         feature_dim=dreams.model.feature_dim,
         plans=agent.planner is not None,
         starts=requests.num_starts,
-        limits=wire.messages.Limits(
-            horizon=limits.horizon,
-            lanes=limits.lanes,
-            samples=limits.samples,
-            steps=limits.steps,
-            request_bytes=limits.request_bytes,
-            answer_bytes=limits.answer_bytes,
-            seconds=limits.seconds,
-        ),
+        limits={name: getattr(limits, name) for name in told},
         spaces_json=json.dumps(agent.spaces.to_json()),
     )
 

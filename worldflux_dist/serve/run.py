@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from worldflux_dist import checkpoint
 from worldflux_dist.agent import Agent
-from worldflux_dist.data import Chunk
 from worldflux_dist.replay.recent import recent_chunks
 from worldflux_dist.serve.dreams import Dreams
 
@@ -24,11 +22,9 @@ class ServedRun:
 
     def __init__(self, folder: UPath, device: str = "cpu") -> None:
         self.folder, self.device = folder, torch.device(device)
-        self._chunks: Sequence[Chunk] = ()
 
     def dreams(self) -> Dreams:
         """The newest. Raises CheckpointError or FileNotFoundError where there is none."""
-        self._chunks = recent_chunks(self.folder / "replay", STEPS)
         found = self._load()
         if found is None:
             raise FileNotFoundError(
@@ -41,7 +37,8 @@ class ServedRun:
         kept = checkpoint.kept(self.folder / "checkpoints")
         if not any(_version(manifest) > than for manifest in kept):
             return None
-        return self._load()
+        found = self._load()  # an older one, where the newest is broken
+        return found if found is not None and found.version > than else None
 
     def _load(self) -> Dreams | None:
         newest = checkpoint.newest(self.folder / "checkpoints")
@@ -49,7 +46,8 @@ class ServedRun:
             return None
         folder, manifest = newest
         agent = Agent.load(folder).to(self.device)
-        dreams = Dreams(agent, self._chunks, _version(manifest))
+        chunks = recent_chunks(self.folder / "replay", STEPS)
+        dreams = Dreams(agent, chunks, _version(manifest))
         if dreams.num_starts:  # before it is served, not within a call
             assert dreams.starts
         return dreams

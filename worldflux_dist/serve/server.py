@@ -142,7 +142,10 @@ class ImaginationServer:
             else:
                 self.port = self.server.add_insecure_port(address)
         except RuntimeError:
-            raise RuntimeError(f"{address} cannot be served on: is it taken? set --port") from None
+            raise RuntimeError(
+                f"{address} cannot be served on: is it taken (set --port), or are key and "
+                "certificate no PEM files?"
+            ) from None
         await self.server.start()
         for name in ("", *services):
             await self.health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -191,7 +194,7 @@ class Answers:
 
     def replace(self, dreams: Dreams) -> None:
         """Go on with newer weights; batches under way end with theirs."""
-        self.batches.dreams = dreams
+        self.batches.dreams, self.requests = dreams, Requests(dreams, self.limits)
 
     async def GetModel(self, request: Any, context: Any) -> Any:
         return describe(self.dreams, self.requests)
@@ -216,7 +219,7 @@ class Answers:
 
     async def Act(self, request: Any, context: Any) -> Any:
         async for version, _, after in self._answer(self.requests.act, request, context):
-            action = wire.tensor(after.pop(""), "action")
+            action = wire.tensor(after["action"], "action")
             return wire.messages.ActResponse(
                 version=wire.as_version(version),
                 action=action,

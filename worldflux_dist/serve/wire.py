@@ -119,12 +119,8 @@ def tensors(named: Mapping[str, np.ndarray]) -> list[Any]:
 
 def array(message: Any, where: str) -> np.ndarray:
     """The array of a message, read-only. Raises ValueError naming the field `where`."""
-    return as_array(message.datatype, message.shape, message.data, where)
-
-
-def as_array(datatype: str, shape: Iterable[int], data: bytes, where: str) -> np.ndarray:
-    """As `array`, of the parts of a message."""
-    dtype, shape = DTYPES.get(datatype), tuple(shape)
+    datatype, shape, data = message.datatype, tuple(message.shape), message.data
+    dtype = DTYPES.get(datatype)
     if dtype is None:
         raise ValueError(
             f"{where} has the datatype {datatype!r:.40}: known are {', '.join(DTYPES)}"

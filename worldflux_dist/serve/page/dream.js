@@ -6,6 +6,7 @@
 
 import { COLORS, drawCurves, drawFrame, drawSentence, drawVectors } from "draw";
 import * as ort from "ort";
+import { Steering, keycap } from "steer";
 
 const WINDOW = 160; // steps that curves show
 const MAX_DIMS = 5; // of a vector
@@ -28,8 +29,7 @@ const about = JSON.parse(byId("about").textContent);
 let sessions = {}; // by the names of graphs
 let starts = []; // states to begin from, tensors by name
 let number = 0; // of the one that this dream began from
-let choice = structuredClone(about.controls.first); // one entry for each part of an action
-let held = ""; // the newest key that steers and is still down
+let steering = null; // what a person or the policy chose last
 let [playing, policy] = [false, false];
 let waiting = 0; // steps that were asked for and not taken yet
 let work = Promise.resolve();
@@ -98,8 +98,8 @@ async function another() {
 }
 
 async function step() {
-  if (policy) choice = chosen((await run("act", { noise: halves() })).greedy.data);
-  const action = flat(choice);
+  if (policy) steering.show(chosen((await run("act", { noise: halves() })).greedy.data));
+  const action = flat(steering.choice);
   const now = dream.history.length;
   const port = about.graphs.transition.inputs.find(({ name }) => name === "noise");
   const size = port ? port.shape.slice(1).reduce((a, b) => a * b, 1) : 0;
@@ -136,7 +136,8 @@ function seeded(seed) {
 }
 
 function halves() {
-  return new Float32Array(flat(choice).length).fill(0.5); // the likeliest action needs no draws
+  // The likeliest action needs no draws.
+  return new Float32Array(flat(steering.choice).length).fill(0.5);
 }
 
 // ------------------------------------------------------------------------------- what is done
@@ -173,27 +174,11 @@ function chosen(action) {
   });
 }
 
-function act(part, value, dim) {
-  if (policy) return;
-  if (dim === undefined) choice[part] = value;
-  else choice[part][dim] = value;
-  showChoice();
-}
-
 function build() {
-  const { parts, keys } = about.controls;
-  parts.forEach((part, i) => {
-    const row = document.createElement("div");
-    row.className = "part";
-    const title = document.createElement("span");
-    title.textContent = part.title;
-    row.append(title);
-    for (let n = 0; n < part.size; n += 1) {
-      const caps = Object.keys(keys).filter((k) => keys[k].part === i
-        && (keys[k].index ?? keys[k].dim) === n);
-      row.append(part.names ? actionButton(part.names[n], i, n, caps) : slider(i, n, caps));
-    }
-    byId("actions").append(row);
+  steering = new Steering(byId("actions"), about.controls, {
+    free: () => !policy,
+    changed: () => {},
+    pressed: () => { if (!playing) queue(step); },
   });
   for (const [, , does] of BUTTONS) {
     const button = document.createElement("button");
@@ -203,54 +188,16 @@ function build() {
   byId("notice").textContent = "";
 }
 
-function actionButton(name, part, index, caps) {
-  const button = document.createElement("button");
-  Object.assign(button.dataset, { part, index });
-  button.append(name, ...caps.map(keycap));
-  button.onclick = () => {
-    button.blur();
-    act(part, index);
-    if (!playing) queue(step);
-  };
-  return button;
-}
-
-function slider(part, dim, caps) {
-  const [label, input] = [document.createElement("label"), document.createElement("input")];
-  Object.assign(input, { type: "range", min: -1, max: 1, step: 0.01, value: 0 });
-  Object.assign(input.dataset, { part, dim });
-  input.oninput = () => act(part, Number(input.value), dim);
-  input.onchange = () => input.blur();
-  label.append(`${dim}`, input, ...caps.map(keycap));
-  return label;
-}
-
 addEventListener("keydown", (event) => {
   if (!dream.state || event.ctrlKey || event.metaKey || event.altKey) return;
-  const set = about.controls.keys[event.key];
+  const steers = event.key in about.controls.keys;
   const button = BUTTONS.find(([key]) => key === event.key);
-  if (set || button) event.preventDefault();
-  if (event.repeat && (waiting || !(set || event.key === "."))) return;
-  if (set) steer(event.key, set);
-  else if (button) {
+  if (steers || button) event.preventDefault();
+  if (event.repeat && (waiting || !(steers || event.key === "."))) return;
+  if (!steering.press(event) && button) {
     button[2]();
     showButtons();
   }
-});
-
-function steer(key, { part, index, dim, value }) {
-  held = key;
-  act(part, index ?? value, dim);
-  if (!playing) queue(step); // in a pause a key is a step
-}
-
-addEventListener("keyup", ({ key }) => {
-  if (key !== held) return;
-  held = "";
-  const { part, dim } = about.controls.keys[key];
-  const { rest } = about.controls.parts[part];
-  if (dim !== undefined) act(part, 0, dim);
-  else if (rest !== null) act(part, rest);
 });
 
 addEventListener("resize", () => dream.state && draw());
@@ -273,7 +220,7 @@ function draw() {
   drawObs(shown, span);
   const going = (shown.at(-1).continue ?? about.discount) / about.discount;
   byId("notice").textContent = going < ENDED ? "In the dream, the episode is over here." : "";
-  showChoice();
+  steering.show();
   showButtons();
 }
 
@@ -302,14 +249,6 @@ function picture({ data, dims: [, height, width, channels] }) {
   return canvas;
 }
 
-function showChoice() {
-  for (const element of document.querySelectorAll("#actions [data-part]")) {
-    const { part, index, dim } = element.dataset;
-    if (index !== undefined) element.setAttribute("aria-pressed", choice[part] === Number(index));
-    else element.value = choice[part][dim];
-  }
-}
-
 function showButtons() {
   document.body.dataset.policy = policy;
   [...byId("buttons").children].forEach((button, i) => {
@@ -317,13 +256,4 @@ function showButtons() {
     button.replaceChildren(words(), keycap(key));
     if (pressed) button.setAttribute("aria-pressed", pressed());
   });
-}
-
-function keycap(key) {
-  const cap = document.createElement("kbd");
-  const arrows = {
-    ArrowLeft: "\u2190", ArrowRight: "\u2192", ArrowUp: "\u2191", ArrowDown: "\u2193",
-  };
-  cap.textContent = arrows[key] ?? (key === " " ? "space" : key);
-  return cap;
 }

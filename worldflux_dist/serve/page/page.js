@@ -5,6 +5,7 @@
 // sends what cannot be shown, and all that is shown comes from the newest view.
 
 import { COLORS, drawCurves, drawFrame, drawSentence, drawVectors } from "./draw.js";
+import { Steering, keycap } from "./steer.js";
 
 const BUTTONS = [ // key, command, words and whether it is pressed in a view
   [" ", "play", (view) => (view.playing ? "pause" : "play"), (view) => view.playing],
@@ -28,8 +29,7 @@ const byId = (id) => document.getElementById(id);
 
 let about = null; // what does not change
 let view = null; // the newest
-let choice = null; // the newest action: one entry for each part
-let held = ""; // the newest key that steers and is still down
+let steering = null; // what a person chose last, and how
 let asked = {}; // sliders that were moved since the last view, by command
 const images = {};
 
@@ -54,11 +54,14 @@ function begin(text) {
   about = JSON.parse(text).about;
   byId("title").textContent = about.title;
   document.title = `${about.title}: play inside the dream`;
-  choice = structuredClone(about.controls.first);
   byId("dream").title = about.sentence;
   byId("difference").hidden = !about.pictures;
   byId("obs").hidden = about.sentence !== "";
-  buildActions();
+  steering = new Steering(byId("actions"), about.controls, {
+    free: () => !view?.agent,
+    changed: (choice) => send("act", choice),
+    pressed: () => { if (!view?.playing) send("step"); },
+  });
   for (const [key, name, words] of BUTTONS) {
     const button = document.createElement("button");
     button.id = `do-${name}`;
@@ -185,71 +188,10 @@ function showControls() {
   set("timeline", view.start, view.end);
   set("dreams", view.dreams);
   set("speed", view.speed);
-  if (view.agent) choice = structuredClone(view.choice);
-  showChoice();
-}
-
-function showChoice() {
-  for (const element of document.querySelectorAll("#actions [data-part]")) {
-    const { part, index, dim } = element.dataset;
-    if (index !== undefined) element.setAttribute("aria-pressed", choice[part] === Number(index));
-    else element.value = choice[part][dim];
-  }
+  steering.show(view.agent ? structuredClone(view.choice) : undefined);
 }
 
 // -------------------------------------------------------------------------------- what is done
-
-function buildActions() {
-  const { parts, keys } = about.controls;
-  const caps = (wanted) => Object.entries(keys)
-    .filter(([, set]) => Object.entries(wanted).every(([name, value]) => set[name] === value))
-    .map(([key]) => keycap(key));
-  parts.forEach((part, i) => {
-    const row = document.createElement("div");
-    row.className = "part";
-    const title = document.createElement("span");
-    title.textContent = part.title;
-    row.append(title);
-    const dims = Array.from({ length: part.size }, (_, dim) => (part.size > 1 ? `${dim}` : ""));
-    const names = part.names ?? dims;
-    names.forEach((name, n) => {
-      row.append(part.names ? actionButton(name, i, n, caps({ part: i, index: n }))
-        : actionSlider(name, i, n, caps({ part: i, dim: n })));
-    });
-    byId("actions").append(row);
-  });
-}
-
-function actionButton(name, part, index, caps) {
-  const button = document.createElement("button");
-  Object.assign(button.dataset, { part, index });
-  button.append(name, ...caps);
-  button.onclick = () => {
-    button.blur();
-    act(part, index);
-    if (!view?.playing) send("step");
-  };
-  return button;
-}
-
-function actionSlider(name, part, dim, caps) {
-  const label = document.createElement("label");
-  const input = document.createElement("input");
-  Object.assign(input, { type: "range", min: -1, max: 1, step: 0.01, value: 0 });
-  Object.assign(input.dataset, { part, dim });
-  input.oninput = () => act(part, Number(input.value), dim);
-  input.onchange = () => input.blur();
-  label.append(name, input, ...caps);
-  return label;
-}
-
-function act(part, value, dim) {
-  if (view?.agent) return;
-  if (dim === undefined) choice[part] = value;
-  else choice[part][dim] = value;
-  send("act", choice);
-  showChoice();
-}
 
 function command(name) {
   document.activeElement?.blur();
@@ -275,40 +217,16 @@ slide("speed", "speed");
 
 addEventListener("keydown", (event) => {
   if (!about || event.ctrlKey || event.metaKey || event.altKey) return;
-  const set = about.controls.keys[event.key];
   const button = BUTTONS.find(([key]) => key === event.key);
-  if (set || button) event.preventDefault();
-  if (set) steer(event, set);
-  else if (button && (!event.repeat || [",", "."].includes(event.key))) command(button[1]);
+  if (about.controls.keys[event.key] || button) {
+    event.preventDefault();
+    document.activeElement?.blur();
+  }
+  if (steering.press(event)) return;
+  if (button && (!event.repeat || [",", "."].includes(event.key))) command(button[1]);
   else if ("+=-".includes(event.key)) {
     send("dreams", Math.min(16, Math.max(1, view.dreams + (event.key === "-" ? -1 : 1))));
   }
 });
 
-function steer(event, { part, index, dim, value }) {
-  document.activeElement?.blur();
-  if (!event.repeat) {
-    held = event.key;
-    act(part, index ?? value, dim);
-  }
-  if (view && !view.playing) send("step"); // in a pause a key is a step
-}
-
-addEventListener("keyup", (event) => {
-  if (event.key !== held) return;
-  held = "";
-  const { part, dim } = about.controls.keys[event.key];
-  const { rest } = about.controls.parts[part];
-  if (dim !== undefined) act(part, 0, dim);
-  else if (rest !== null) act(part, rest);
-});
-
 new ResizeObserver(draw).observe(document.querySelector("main"));
-
-function keycap(key) {
-  const cap = document.createElement("kbd");
-  const words = { " ": "space", ArrowLeft: "\u2190", ArrowUp: "\u2191" };
-  Object.assign(words, { ArrowRight: "\u2192", ArrowDown: "\u2193" });
-  cap.textContent = words[key] ?? key;
-  return cap;
-}
