@@ -72,7 +72,7 @@ export function drawCurves(canvas, plot) {
   const whole = plot.area ? null : fresh(canvas);
   const context = canvas.getContext("2d");
   const area = plot.area ?? { x: 0, y: 0, width: whole.width, height: whole.height };
-  const box = { left: area.x + 46, top: area.y + 20, right: area.x + area.width - 8 };
+  const box = { left: area.x + 52, top: area.y + 20, right: area.x + area.width - 8 };
   box.bottom = area.y + area.height - (plot.area ? 8 : 20);
   const [low, high] = limits(plot);
   const x = (t) => box.left + ((t - plot.first) / Math.max(1, plot.last - plot.first))
