@@ -12,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["RAY_AUTH_MODE"] = "token"  # as on a cluster: clusters without one are refused
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(16)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["TORCH_COMPILE_DISABLE"] = "1"  # but for the tests of it: see `compiling`
 # At Ray's own 15 the load of others makes workers starve.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 
@@ -61,6 +62,16 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared fixtures at {folder}; set WORLDFLUX_SHARED to their folder")
     return folder
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile works in this test's process, and in those that it starts."""
+    import torch._dynamo
+
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)
+    monkeypatch.delenv("TORCH_COMPILE_DISABLE")
+    torch._dynamo.reset()
 
 
 @contextmanager

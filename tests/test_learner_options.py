@@ -22,6 +22,7 @@ from small import (
     same_sums,
 )
 
+from worldflux_dist.compiled import Pieces
 from worldflux_dist.imaginer import Imaginer
 from worldflux_dist.learner import Learner, LearnerConfig
 from worldflux_dist.storage import CheckpointError
@@ -210,18 +211,28 @@ def test_what_a_machine_does_not_have_is_left_out_with_one_line(
     ]
 
 
+@pytest.mark.usefixtures("compiling")
 def test_what_cannot_be_compiled_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: Any) -> Any:
+    def fails(*_: Any, **__: Any) -> Any:
         raise ValueError("no code for this processor")
 
-    real = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda function, **options: real(function, backend=fails, **options)
-    )
+    compile_with(fails, monkeypatch)
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     learner = make_learner("tdmpc2", compile=True)
     with pytest.raises(RuntimeError, match=r"^learner.compile: torch.compile failed .*=false$"):
         learner.step(family_batch(learner.agent))
+
+
+def compile_with(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have torch.compile take `backend` instead of its own, which takes minutes."""
+    real = torch.compile
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda function, fullgraph, dynamic=None, **_: real(
+            function, fullgraph=fullgraph, dynamic=dynamic, backend=backend
+        ),
+    )
 
 
 SHORT: dict[str, Any] = {"tdmpc2": {"horizon": 2, "termination": "none"}}
@@ -229,31 +240,46 @@ SHORT["diffusion"] = {"history": 1}
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiling")
 @pytest.mark.parametrize("action", ["continuous", "discrete"])
+@pytest.mark.parametrize("form", ["pieces", "whole"])
 @ARCHITECTURE
-def test_a_compiled_stage_is_one_graph_and_teaches_the_same(
-    family: str, action: str, monkeypatch: pytest.MonkeyPatch
+def test_what_is_compiled_is_one_graph_each_and_teaches_the_same(
+    family: str, action: str, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is traced, without the minutes of generating code for it: whatever is drawn, nothing is
-    traced again, and a graph that breaks is an error."""
-    real = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda function, **options: real(function, backend="eager", **options)
-    )
-    torch._dynamo.reset()
+    traced again, and a graph that breaks is an error. `whole` is what a GPU gets."""
+    compile_with("eager", monkeypatch)
     behavior = {"tdmpc2": {"dropout": 0.0}}.get(family, {"horizon": 1})
     ends = []
     for on in (True, False):
         torch.manual_seed(0)
         agent = perturbed(make_small(family, "vector", action, behavior, **SHORT.get(family, {})))
-        learner = Learner(agent, LearnerConfig(device="cpu", compile=on), rows=True)
+        learner = Learner(agent, LearnerConfig(device="cpu", compile=False), rows=True)
+        if on and form == "pieces":
+            learner.pieces = Pieces(agent)
+        elif on:
+            for stage in learner.stages.values():
+                stage.loss = torch.compile(stage.loss, fullgraph=True)
         batch, losses = random_batch(agent.spaces, 2, 3), []
         for number in range(4):
             torch.manual_seed(number)  # other Qs are asked
             losses.append(learner.step(batch)["loss"])
             if on and number == 0:
+                traced = torch._dynamo.utils.counters["stats"]["unique_graphs"]
                 torch._dynamo.utils.counters.clear()
         ends.append((losses, learner.row_losses))
+    assert traced >= 1
     assert not torch._dynamo.utils.counters["stats"] and not torch._dynamo.utils.counters["frames"]
     same_sums(ends[0][0], ends[1][0], 1000)
     same_sums(ends[0][1], ends[1][1], 1000)
+
+
+def test_pieces_are_in_use_within_a_step_only() -> None:
+    """Acting in the same process, with other sizes, must not have them compiled again."""
+    learner = make_learner("dreamerv3")
+    model, pieces = learner.agent.world_model, Pieces(learner.agent)
+    plain = model.advance
+    with pieces.applied():
+        assert model.advance is not plain
+    assert model.advance == plain and "advance" not in vars(model)

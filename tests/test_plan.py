@@ -106,6 +106,36 @@ def test_a_cluster_is_refused_where_a_process_fits_no_node() -> None:
         make_plan(*settings, nodes=[*[NODE] * 3, *[NODE | {"CPU": 2.0}] * 4]).check()
 
 
+@pytest.mark.parametrize(
+    ("cores", "allowed", "settings", "threads"),
+    [
+        (2, "", "train.train_ratio=64", 2),  # runners hardly work
+        (2, "1", "train.train_ratio=64", 1),
+        (2, "", "train.train_ratio=1", 1),
+        (8, "", "train.train_ratio=2", 5),  # two runners and two shards all the time
+        (8, "", "scale.num_learners=2", 4),
+        (1, "", "train.train_ratio=64", 1),
+        (64, "", "train.train_ratio=64", 8),
+        (8, "", "learner.threads=3", 3),
+    ],
+)
+def test_the_learner_gets_the_cores_that_are_left(
+    cores: int, allowed: str, settings: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setenv("OMP_NUM_THREADS", allowed)
+    assert role(make_plan(settings), "learner").threads == threads
+
+
+def test_on_a_cluster_the_learner_gets_what_fits_beside_the_others() -> None:
+    # 4.5 CPUs of runners, shards, store and evaluator, on nodes of 4.
+    assert role(make_plan(nodes=[NODE] * 2), "learner").threads == 3
+    assert role(make_plan(nodes=[NODE] * 3), "learner").threads == 4
+    assert role(make_plan(nodes=[NODE]), "learner").threads == 1
+    gpu = NODE | {"GPU": 1.0}
+    assert role(make_plan("learner.device=auto", nodes=[gpu] * 3), "learner").threads == 1
+
+
 def test_gpus_that_are_asked_for_must_be_there() -> None:
     with pytest.raises(config.ConfigError, match="asks for 1 GPUs and there are 0"):
         make_plan("learner.device=cuda", nodes=[NODE] * 3).check()
@@ -128,7 +158,7 @@ def test_gpus_that_are_asked_for_must_be_there() -> None:
 def test_gpus_are_shared_sensibly(
     gpus: int, learners: int, policies: int, imaginers: int, expected: tuple[float, ...]
 ) -> None:
-    overrides = [f"scale.num_learners={learners}"]
+    overrides = [f"scale.num_learners={learners}", "learner.threads=1"]
     if policies:
         overrides += ["imagination.mode=actors", f"imagination.num_policy_learners={policies}"]
         overrides += [f"imagination.num_imaginers={imaginers}"]
@@ -139,7 +169,7 @@ def test_gpus_are_shared_sensibly(
 
 
 def test_ranks_that_would_share_a_gpu_are_refused() -> None:
-    settings = config.load([], ["scale.num_learners=2"])
+    settings = config.load([], ["scale.num_learners=2", "learner.threads=1"])
     with pytest.raises(config.ConfigError, match="2 ranks of learners need a GPU each"):
         cluster.shares(settings, {"GPU": 1})
 

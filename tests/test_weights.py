@@ -79,6 +79,7 @@ class CompilingLearner(LearnerActor):
 
     def __init__(self, *given: Any) -> None:
         rank = given[3]
+        torch._dynamo.config.disable = False
 
         def compiler(module: Any, inputs: Any) -> Any:
             time.sleep(COMPILE_S * rank)

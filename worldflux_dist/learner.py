@@ -30,6 +30,7 @@ from typing_extensions import TypedDict
 from worldflux_dist import storage
 from worldflux_dist.agent import Agent, LossOf, StageOutput
 from worldflux_dist.behaviors.base import Imagined
+from worldflux_dist.compiled import Pieces
 from worldflux_dist.data import Batch
 from worldflux_dist.nn.memory import keep_freed_memory, read_only
 from worldflux_dist.nn.optim import grad_norm, learning_rate
@@ -47,21 +48,25 @@ class NonFiniteLossError(RuntimeError):
 
 @dataclass(frozen=True)
 class LearnerConfig(Settings):
-    """device "auto" is the GPU where there is one; threads 0 leaves torch's own number.
+    """device "auto" is the GPU where there is one; threads "auto" what the plan of a run leaves, or
+    torch's own number, as 0 does.
 
     `accumulate` takes each batch in so many parts, one after the other, to save memory: the same
-    gradients, but the running scales of returns move once per part. `compile` has torch.compile
-    make each stage, `pin_memory` makes copies to a GPU faster. What a machine does not have is left
-    out with a warning.
+    gradients, but the running scales of returns move once per part. `compile` true (or "default")
+    has torch.compile make the pieces of the family and the behavior before the first step, on a GPU
+    each stage as a whole, there also by torch's modes "reduce-overhead" and "max-autotune"; "auto"
+    does so on a CPU while training goes on, where a run is long enough (compiled.py).
+    `pin_memory` makes copies to a GPU faster. What a machine does not have is left out with a
+    warning.
     """
 
     section: ClassVar[str] = "learner"
 
     precision: Literal["float32", "bfloat16"] = "float32"
     device: Text = free("auto")
-    threads: Annotated[int, Ge(0), Le(4096)] = free(1)
+    threads: Annotated[int, Ge(0), Le(4096)] | Literal["auto"] = free("auto")
     accumulate: Count = 1
-    compile: bool = free(False)
+    compile: bool | Literal["auto", "default", "reduce-overhead", "max-autotune"] = free("auto")
     pin_memory: bool = free(False)
 
     def check(self) -> None:
@@ -97,8 +102,8 @@ class Learner:
         rows: bool = False,
     ) -> None:
         config = config or LearnerConfig()
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        if config.threads not in (0, "auto"):
+            torch.set_num_threads(int(config.threads))
         device = config.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,11 +113,15 @@ class Learner:
         self.config = config = _possible(config, self.device)
         self.agent, self.part, self.rows = agent.to(self.device), part, rows
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
-        self._stages: dict[str, Stage] = {}
+        self.stages: dict[str, Stage] = {}
+        compiles, gpu = config.compile not in (False, "auto"), self.device.type == "cuda"
+        mode = config.compile if isinstance(config.compile, str) else "default"
         for name, (optimizer, loss) in agent.stages(part, rows).items():
             self.optimizers[name] = optimizer
-            compiled = torch.compile(loss, fullgraph=True) if config.compile else loss
-            self._stages[name] = Stage(optimizer, compiled)
+            if compiles and gpu:
+                loss = torch.compile(loss, fullgraph=True, mode=mode)
+            self.stages[name] = Stage(optimizer, loss)
+        self.pieces = Pieces(agent) if compiles and not gpu else None
         self._shared: dict[str, DistributedDataParallel] = {}
         self.gradient_steps = self.rank = 0
         self.row_losses = np.zeros(0, np.float32)
@@ -138,7 +147,7 @@ class Learner:
         self.rank = rank
         for value in self.agent.state_dict().values():
             dist.broadcast(value, 0)
-        for name, stage in self._stages.items():
+        for name, stage in self.stages.items():
             self._shared[name] = DistributedDataParallel(
                 stage, init_sync=False, gradient_as_bucket_view=True
             )
@@ -150,7 +159,10 @@ class Learner:
         A policy that learns apart has a stage of its own, after all else has stepped. Raises
         NonFiniteLossError, on every rank, before the weights of its stage are changed.
         """
-        given = self._parts(batch.map(self._tensor))
+        with self.pieces.applied() if self.pieces else contextlib.nullcontext(), _compiled():
+            return self._step(self._parts(batch.map(self._tensor)))
+
+    def _step(self, given: list[Any]) -> dict[str, float]:
         values: dict[str, float] = {}
         for name, optimizer in self.optimizers.items():
             metrics, given = self._gradients(name, given)
@@ -169,14 +181,14 @@ class Learner:
 
     def _gradients(self, name: str, given: list[Any]) -> tuple[dict[str, Tensor], list[Any]]:
         """Compute a stage's gradients; gives the metrics and what the next stage starts from."""
-        stage, shared = self._stages[name], self._shared.get(name)
+        stage, shared = self.stages[name], self._shared.get(name)
         self.optimizers[name].zero_grad(set_to_none=True)
         logged: list[dict[str, Tensor]] = []
         paths: list[Any] = []
         for part in given:
             more = len(logged) + 1 < len(given)
             with shared.no_sync() if shared and more else contextlib.nullcontext():
-                with self._autocast(), _compiled():
+                with self._autocast():
                     loss, metrics, path = (shared or stage)(part)
                 (loss / len(given)).backward(inputs=list(stage.params))
             logged.append(metrics)
@@ -353,7 +365,7 @@ def _possible(config: LearnerConfig, device: torch.device) -> LearnerConfig:
         logger.warning("learner.precision is float32: this GPU does not compute in bfloat16")
         config = replace(config, precision="float32")
     compiler = os.environ.get("CXX", "g++")
-    if config.compile and not shutil.which(compiler):
+    if config.compile not in (False, "auto") and not shutil.which(compiler):
         logger.warning(
             "learner.compile is left out: torch.compile needs a C++ compiler and there is no "
             f"{compiler}: install one, or name one in the environment variable CXX"

@@ -107,7 +107,7 @@ class Actor(nn.Module):
 class ActorCritic(Behavior):
     """Policy, critic, slow critic and return normaliser. The slow critic has no gradient."""
 
-    Config = ActorCriticConfig
+    Config, pieces = ActorCriticConfig, ("imagined_loss",)
     bins: Tensor
 
     def __init__(

@@ -85,10 +85,12 @@ class BehaviorLoss:
 class Behavior(nn.Module, ABC):
     """Policy and value of features, made from (feature_dim, width, action parts, config).
 
-    `Config` is the class of its settings, `loss_scales` weighs its losses.
+    `Config` is the class of its settings, `loss_scales` weighs its losses, `pieces` names methods
+    that are worth compiling (compiled.py).
     """
 
     Config: ClassVar[type[Settings]]
+    pieces: ClassVar[tuple[str, ...]] = ()
     loss_scales: dict[str, float]
 
     @abstractmethod

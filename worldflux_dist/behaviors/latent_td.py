@@ -74,7 +74,7 @@ class Policy(NamedTuple):
 class LatentTD(Behavior):
     """Policy prior, Qs, target Qs and the scale of Qs. The target Qs have no gradient."""
 
-    Config = LatentTDConfig
+    Config, pieces = LatentTDConfig, ("loss", "policy_loss")
     bins: Tensor
     scale: Tensor
 
@@ -154,7 +154,9 @@ class LatentTD(Behavior):
         return self.q(features, self.act(features, greedy=True), every).mean(0)
 
     def value_noise(self, shape: Sequence[int], device: Any) -> QDraw:
-        pair = torch.randperm(self.config.num_q)[:2]
+        num = self.config.num_q
+        # Not [:2]: torch.compile (2.13) takes that for part of a pattern of its own, and fails.
+        pair = torch.randperm(num).split([2, num - 2])[0]
         return QDraw(dist.action_noise(self.parts, shape, device), pair)
 
     @torch.no_grad()

@@ -93,11 +93,13 @@ class LearnerGroup:
                 break
             self._stepping.popleft()
             try:
-                self.taken.append(results(refs)[0])
+                self.taken.append(metrics := results(refs)[0])
             except BaseException:
                 self._stepping.clear()
                 raise
             self.gradient_steps += 1
+            if said := metrics.pop("said", ""):
+                self.driver.say(said)
         self.keep_published()  # before the next steps begin, which would delay it
         if self.driver.stopping():
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import tempfile
@@ -20,6 +21,7 @@ from torch.distributed import FileStore, Store, TCPStore
 from worldflux_dist.behaviors.base import Imagined
 from worldflux_dist.config import Config
 from worldflux_dist.data import Batch
+from worldflux_dist.distributed.compiling import Auto
 from worldflux_dist.distributed.shard import shard_name
 from worldflux_dist.distributed.weights import COMPILE_S, WEIGHTS
 from worldflux_dist.learner import Learner
@@ -35,22 +37,30 @@ Meeting = tuple[str, int]  # a host and its port, or a file and 0
 class Rank:
     """A learner among others. Batches come as references and are fetched before a step begins.
 
-    `shards` get the losses of prioritized windows; `generation` counts the group's restarts.
+    `shards` get the losses of prioritized windows; `generation` counts the group's restarts;
+    `steps` is how many gradient steps the run takes, infinite where nobody knows.
     """
 
     def __init__(
-        self, learner: Learner, store: Any, shards: Sequence[Any], generation: int
+        self,
+        learner: Learner,
+        store: Any,
+        shards: Sequence[Any],
+        generation: int,
+        steps: float = math.inf,
     ) -> None:
         self.learner, self.store, self.generation = learner, store, generation
         self._shards = shards
         self._stepped = self._idle_since = time.monotonic()
         self._waited = 0.0  # seconds without a batch since the last step
-        if learner.config.compile:
+        compiles = learner.config.compile
+        self._auto = Auto(learner, steps, self._tell_compiling) if compiles == "auto" else None
+        if compiles not in (False, "auto"):
             self._tell_compiling()
 
-    def step(self, shard: int, given: tuple[Batch, np.ndarray] | Imagined) -> dict[str, float]:
+    def step(self, shard: int, given: tuple[Batch, np.ndarray] | Imagined) -> dict[str, Any]:
         """One gradient step; metrics, with the seconds that it took, those without a batch before
-        it, and those since the last step in all."""
+        it, and those since the last step in all. "said" is a sentence for the user."""
         start = time.monotonic()
         with self._busy():
             batch, ids = given if isinstance(given, tuple) else (given, None)
@@ -62,7 +72,8 @@ class Rank:
         metrics["time/learner_wait"] = self._waited
         metrics["time/learner_wall"] = end - self._stepped
         self._waited, self._stepped = 0.0, end
-        return metrics
+        said = self._auto.look(batch, end - start) if self._auto else ""
+        return metrics | ({"said": said} if said else {})
 
     def publish(self) -> None:
         """Send the inference weights to the store; their version is the gradient steps.
@@ -122,7 +133,9 @@ class LearnerActor(Rank):
         num = config.scale.num_shards if rows else 0
         shards = [ray.get_actor(shard_name(i)) for i in range(num)]
         learner = Learner(agent, config.learner, part, rows)
-        super().__init__(learner, ray.get_actor(WEIGHTS), shards, generation)
+        batch = config.replay.batch_size * config.replay.batch_length
+        steps = config.train.env_steps * config.train.train_ratio / batch
+        super().__init__(learner, ray.get_actor(WEIGHTS), shards, generation, steps)
         self.rank = rank
         self.learner.rank = rank  # each has its own random state, in a checkpoint too
 
@@ -157,7 +170,7 @@ class LearnerActor(Rank):
         for library in ("GLOO", "NCCL"):  # would listen on the address of the host's name, or all
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface_of(own))
         store.set_timeout(timedelta(seconds=timeout_s))
-        if self.learner.config.compile:
+        if self.learner.config.compile not in (False, "auto"):
             timeout_s = max(timeout_s, COMPILE_S)
         self.learner.join(store, self.rank, num_ranks, timeout_s)
 

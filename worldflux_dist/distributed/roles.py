@@ -97,7 +97,9 @@ def _of_runner(config: Config) -> int:
 def _of_learner(config: Config) -> int:
     import torch  # not by every process that counts deaths
 
-    return config.learner.threads or torch.get_num_threads()
+    threads = config.learner.threads
+    assert threads != "auto", "settled by the plan"
+    return threads or torch.get_num_threads()
 
 
 def _apart(config: Config) -> bool:

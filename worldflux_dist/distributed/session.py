@@ -15,7 +15,14 @@ from ray.exceptions import RayError
 
 from worldflux_dist.config import Config
 from worldflux_dist.distributed.auth import check_auth, explained
-from worldflux_dist.distributed.cluster import Plan, join_cluster, make_plan, quiet, ray_for
+from worldflux_dist.distributed.cluster import (
+    Plan,
+    join_cluster,
+    make_plan,
+    quiet,
+    ray_for,
+    settled,
+)
 from worldflux_dist.distributed.ending import RoleLostError, StopSignals, is_loss
 from worldflux_dist.distributed.group import GroupLostError
 from worldflux_dist.distributed.placement import place
@@ -46,7 +53,7 @@ def opened(config: Config, run_dir: Path, plain: bool | None = None) -> Iterator
     run_dir = run_dir.resolve()  # other processes write there too
     task = probe(config)
     try:
-        plan = _plan(config, task)
+        plan, settings = _plan(config, task)
         with (
             quiet(),
             RunDirectory(run_dir, config) as run,
@@ -59,7 +66,7 @@ def opened(config: Config, run_dir: Path, plain: bool | None = None) -> Iterator
                     StopSignals(progress.print) as stop,  # Ray's start sets handlers of its own
                     closing(place(plan, stopping=lambda: stop.stopping)) as placement,
                 ):
-                    yield Session(config, run, progress, task, stop, placement.options)
+                    yield Session(settings, run, progress, task, stop, placement.options)
             except OSError as error:
                 raise run.explain(error) from error
             except (RayError, GroupLostError) as error:
@@ -82,7 +89,8 @@ def show_plan(config: Config) -> None:
         ray.shutdown()
 
 
-def _plan(config: Config, task: Task) -> Plan:
+def _plan(config: Config, task: Task) -> tuple[Plan, Config]:
+    """The plan, and the config with what it settles."""
     with explained(os.environ.get("RAY_ADDRESS", "")):
         nodes = join_cluster()
     if nodes:
@@ -90,4 +98,4 @@ def _plan(config: Config, task: Task) -> Plan:
     plan = make_plan(config, task.spaces, nodes)
     print("\n".join(plan.lines()), flush=True)
     plan.check()
-    return plan
+    return plan, settled(config, nodes)

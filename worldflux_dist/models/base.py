@@ -124,7 +124,8 @@ class WorldModel(nn.Module, ABC):
     `update`; None where there are none), `state_limits` (what the whole numbers of a state stay
     below; uint8 need none), `num_starts` (imagination starts from the last so many steps of each
     row, so that large states stay few; None is all), whether `decode` gives an `obs` and a
-    `reward`, and whether distances of `goal` mean something.
+    `reward`, whether distances of `goal` mean something, and `pieces`: methods, its own or those of
+    a submodule, that are worth compiling (compiled.py).
     """
 
     feature_dim: int
@@ -139,6 +140,7 @@ class WorldModel(nn.Module, ABC):
     decodes_obs: bool = True
     decodes_reward: bool = True
     reaches_goals: bool = False
+    pieces: tuple[str, ...] = ("advance",)
 
     def __init__(self, spaces: Spaces) -> None:
         super().__init__()
@@ -273,9 +275,17 @@ class WorldModel(nn.Module, ABC):
     ) -> Iterator[tuple[Tensor, State]]:
         """The steps of a rollout from an essential state, one by one: action and next state."""
         for h in range(horizon):
-            action = actions[h] if isinstance(actions, Tensor) else actions(self.features(state))
-            state = self.transition(state, action, None if noise is None else noise[h])
+            act = actions[h] if isinstance(actions, Tensor) else actions
+            action, state = self.advance(state, act, None if noise is None else noise[h])
             yield action, state
+
+    def advance(
+        self, state: State, act: Tensor | Policy, noise: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """One step of imagination: the action (B, A), given or chosen by a policy, and the
+        essential state it leads to."""
+        action = act if isinstance(act, Tensor) else act(self.features(state))
+        return action, self.transition(state, action, noise)
 
     def tensors(self, obs: Any) -> dict[str, Tensor]:
         """Converted observations (see `Spaces.encode_obs`) as tensors on the model's device."""

@@ -172,6 +172,8 @@ PRESETS = {
 class Diffusion(WorldModel):
     """The family's world model. Owns encoder, memory, denoisers with their moments, heads."""
 
+    pieces: tuple[str, ...] = ("advance", "core.step", "_denoising")
+
     def __init__(self, spaces: Spaces, config: DiffusionConfig) -> None:
         super().__init__(spaces)
         c = self.config = config
@@ -385,6 +387,8 @@ class Forced(Diffusion):
     A state holds the cache of its own and the last blocks, `kv` (B, context - 1, ...), of which
     `length` (B,) count, in place of a history. The memory has seen what the state has, too.
     """
+
+    pieces = ("advance", "_denoising")
 
     def __init__(self, spaces: Spaces, config: DiffusionConfig) -> None:
         super().__init__(spaces, config)

@@ -106,6 +106,7 @@ class DreamerV3(WorldModel):
     """The family's world model. Owns encoder, core, posterior, prior, decoder and two heads."""
 
     bins: Tensor
+    pieces = ("advance", "look", "judge")
 
     def __init__(self, spaces: Spaces, config: DreamerV3Config) -> None:
         super().__init__(spaces)
@@ -184,24 +185,42 @@ class DreamerV3(WorldModel):
         with full_precision(tokens):
             keep = (~is_first).to(action.dtype).unsqueeze(-1)  # (B, T, 1)
             acted = self.core.embed_action(action * keep)
-            layer, out = self.posterior
-            assert isinstance(layer, NormedLinear)
-            by_deter, by_tokens = layer.linear.weight.split([c.deter, tokens.shape[-1]], 1)
-            looked = linear(tokens.float(), by_tokens, layer.linear.bias)  # all steps at once
+            dense = self._posterior_layer.linear
+            by_deter, by_tokens = dense.weight.split([c.deter, tokens.shape[-1]], 1)
+            looked = linear(tokens.float(), by_tokens, dense.bias)  # all steps at once
             if noise is None:
                 noise = torch.rand(*action.shape[:2], c.groups, device=action.device)
-            deter, stoch = start.tensors["deter"], start.tensors["stoch"].flatten(-2)
-            weights = self.core.hidden_weights()
-            states, logits = [], []
-            steps = zip(*(x.unbind(1) for x in (keep, acted, looked, noise)), strict=True)
-            for going, move, look, draw in steps:
-                deter = self.core(deter * going, stoch * going, move, weights)
-                x = F.silu(layer.norm(linear(deter, by_deter) + look))
-                logits.append(out(x).unflatten(-1, (c.groups, c.classes)))
-                sample = self.sample(logits[-1], draw)
-                stoch = sample.flatten(-2)
-                states.append(State({"deter": deter, "stoch": sample}))
+            weights = by_deter, *self.core.hidden_weights()
+            state, states, logits = start, [], []
+            for given in zip(*(x.unbind(1) for x in (keep, acted, looked, noise)), strict=True):
+                state, logit = self.look(state, *given, *weights)
+                states.append(state)
+                logits.append(logit)
             return State.stack(states, 1), torch.stack(logits, 1)
+
+    def look(
+        self,
+        state: State,
+        keep: Tensor,
+        acted: Tensor,
+        looked: Tensor,
+        noise: Tensor,
+        by_deter: Tensor,
+        *hidden: Tensor,
+    ) -> tuple[State, Tensor]:
+        """One step of `filter`: the posterior after it, (B, ...), and its logits (B, G, C)."""
+        c = self.config
+        deter, stoch = state.tensors["deter"] * keep, state.tensors["stoch"].flatten(-2) * keep
+        deter = self.core(deter, stoch, acted, hidden)
+        x = F.silu(self._posterior_layer.norm(linear(deter, by_deter) + looked))
+        logits: Tensor = self.posterior[1](x).unflatten(-1, (c.groups, c.classes))
+        return State({"deter": deter, "stoch": self.sample(logits, noise)}), logits
+
+    @property
+    def _posterior_layer(self) -> NormedLinear:
+        layer = self.posterior[0]
+        assert isinstance(layer, NormedLinear)
+        return layer
 
     def _tokens(self, batch: Batch) -> Tensor:
         flat = {key: value.flatten(0, 1) for key, value in batch.obs.items()}
@@ -250,6 +269,13 @@ class DreamerV3(WorldModel):
         start = self.initial(len(batch.reward)) if start is None else start
         tokens = self._tokens(batch)
         states, logits = self.filter(tokens, batch.action, batch.is_first, start, noise)
+        losses, metrics = self.judge(states, logits, tokens, batch)
+        return LossOutput(losses, metrics, states, states, torch.ones_like(batch.reward[0]), batch)
+
+    def judge(
+        self, states: State, logits: Tensor, tokens: Tensor, batch: Batch
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The losses of filtered states, and metrics."""
         posterior = dist.unimix(logits, self.config.unimix)
         prior = dist.unimix(self.prior_logits(states.tensors["deter"]), self.config.unimix)
         nats = self.config.free_nats
@@ -274,7 +300,7 @@ class DreamerV3(WorldModel):
             "prior_entropy": -(prior * prior.log()).sum((-1, -2)).mean().detach(),
             "posterior_entropy": -(posterior * posterior.log()).sum((-1, -2)).mean().detach(),
         }
-        return LossOutput(losses, metrics, states, states, torch.ones_like(batch.reward[0]), batch)
+        return losses, metrics
 
     def reconstruct(self, state: State) -> dict[str, Tensor]:
         """Decoder means in float32, any leading shape: symlog vectors, images in [0, 1]."""

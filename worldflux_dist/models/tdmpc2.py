@@ -152,6 +152,7 @@ class TDMPC2(WorldModel):
     bins: Tensor
     decodes_obs = False
     reaches_goals = True
+    pieces = ("loss",)  # a few steps, unrolled
 
     def __init__(self, spaces: Spaces, config: TDMPC2Config) -> None:
         super().__init__(spaces)

@@ -139,7 +139,7 @@ class WorldFluxConfig(AlgorithmConfig):
             behavior: `kind` and fields of the behavior.
             planner: `method` and fields of the planner.
             replay: the section `replay` of config.yaml (batch_size, batch_length, capacity ...).
-            learner: the section `learner` of config.yaml (precision, threads, compile ...).
+            learner: the section `learner` of config.yaml (precision, threads: 1, compile ...).
             imagination: `queue_size` and `max_staleness` of that section.
             train_ratio: replayed steps per env step (resets included), kept exactly.
             prefill: env steps before the first gradient step; recorded ones count.
@@ -219,7 +219,7 @@ class WorldFluxConfig(AlgorithmConfig):
                 **self._recipe(),
                 "env": env,
                 "replay": dict(self.replay),
-                "learner": {"device": device} | self.learner,
+                "learner": {"device": device, "threads": 1} | self.learner,
                 "train": {
                     "train_ratio": self.train_ratio,
                     "prefill": self.prefill,

@@ -1,0 +1,135 @@
+"""Compiling a learner's pieces while it trains: decided, begun and taken up beside its steps.
+
+A process of its own fills torch's cache, so that the learner waits only for what is read from
+there. What must stay true: a run whose pieces cannot be compiled goes on as it is, and says so.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from worldflux_dist.agent import Agent
+from worldflux_dist.compiled import Pieces, cache_folder
+from worldflux_dist.learner import Learner, LearnerConfig
+from worldflux_dist.spaces import Spaces
+
+COLD_S = 100.0  # of steps: compiling their pieces takes about as long, and saves a third of them
+
+
+class Ahead:
+    """A process that takes one step of a learner like this one, compiled, and so fills the cache.
+
+    It ends with the process that started it, and leaves the cores to it when they are busy.
+    """
+
+    def __init__(self, learner: Learner, batch: Any) -> None:
+        agent, self._began = learner.agent, time.monotonic()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "worldflux_dist.distributed.compiling"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache_folder())},
+        )
+        made = {n: x for n, x in agent.recipe.items() if n != "packages"}
+        options = asdict(learner.config) | {"compile": True, "threads": torch.get_num_threads()}
+        forms = batch.map(lambda array: (array.shape, array.dtype.str))
+        assert self._process.stdin is not None
+        # Pickled by us for us, and small: nobody waits. The pipe is open while this process lives.
+        order = (made, options, learner.part, learner.rows, forms)
+        self._process.stdin.write(pickle.dumps(order))
+        self._process.stdin.flush()
+
+    def seconds(self) -> float | None:
+        """How long it took; None while it runs. Raises RuntimeError, in one sentence, where it has
+        failed."""
+        code = self._process.poll()
+        if code is None:
+            return None
+        if code:
+            self._errors.seek(0)
+            lines = self._errors.read().decode(errors="replace").strip().splitlines()
+            raise RuntimeError(lines[-1] if lines else f"its process ended with {code}")
+        return time.monotonic() - self._began
+
+
+class Auto:
+    """Gives a learner its pieces where a run is long enough: compiled beside it, then in use.
+
+    `steps` is how many gradient steps the run takes in all, infinite where nobody knows; `before`
+    is called before the learner takes its first compiled step.
+    """
+
+    def __init__(self, learner: Learner, steps: float, before: Callable[[], None]) -> None:
+        self._learner, self._steps, self._before = learner, steps, before
+        self._taken, self._spent = -1, 0.0  # the first step is slower than all others
+        self._ahead: Ahead | None = None
+        self._over = learner.device.type != "cpu" or learner.pieces is not None
+        self._over |= os.environ.get("TORCH_COMPILE_DISABLE", "0") == "1"
+
+    def look(self, batch: Any, seconds: float) -> str:
+        """After each step, with its batch of arrays and its time: a sentence where there is news,
+        else nothing."""
+        if self._over:
+            return ""
+        if self._ahead is None:
+            self._taken += 1
+            self._spent += seconds if self._taken else 0.0
+            if self._worth(COLD_S):
+                self._ahead = Ahead(self._learner, batch)
+            return ""
+        try:
+            took = self._ahead.seconds()
+        except RuntimeError as error:
+            self._over = True
+            return f"learner.compile auto: nothing is compiled, since that failed ({error})"
+        if took is None:
+            return ""
+        self._over = True
+        self._before()
+        self._learner.pieces = Pieces(self._learner.agent)
+        return f"the learner's steps are compiled from here on; another process took {took:.0f} s"
+
+    def _worth(self, seconds: float) -> bool:
+        """Whether steps as they are take at least so long: those that are left, or, where nobody
+        knows how many, those that were."""
+        if self._taken < 3:
+            return False
+        left = self._steps - self._learner.gradient_steps
+        known = left * self._spent / self._taken if math.isfinite(left) else self._spent
+        return known >= seconds
+
+
+def _fill() -> None:
+    """What the process of `Ahead` does."""
+    os.nice(5)
+    made, options, part, rows, forms = pickle.load(sys.stdin.buffer)
+    alone = threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(1)), daemon=True)
+    alone.start()
+    folder, rng = cache_folder(), np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several ranks one compiles, the others then read
+        agent = Agent(spaces=Spaces.from_json(made.pop("spaces")), **made)
+        batch = forms.map(lambda form: rng.random(form[0]).astype(form[1]))
+        Learner(agent, LearnerConfig(**options), part, rows).step(batch)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    _fill()
