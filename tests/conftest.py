@@ -65,13 +65,14 @@ def shared() -> Path:
 
 
 @pytest.fixture
-def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """torch.compile works in this test's process, and in those that it starts."""
     import torch._dynamo
 
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
     monkeypatch.delenv("TORCH_COMPILE_DISABLE")
     torch._dynamo.reset()
+    with torch._dynamo.config.patch(disable=False):
+        yield
 
 
 @contextmanager

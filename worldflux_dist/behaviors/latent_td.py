@@ -156,7 +156,7 @@ class LatentTD(Behavior):
     def value_noise(self, shape: Sequence[int], device: Any) -> QDraw:
         num = self.config.num_q
         # Not [:2]: torch.compile (2.13) takes that for part of a pattern of its own, and fails.
-        pair = torch.randperm(num).split([2, num - 2])[0]
+        pair = torch.randperm(num, device=device).split([2, num - 2])[0]
         return QDraw(dist.action_noise(self.parts, shape, device), pair)
 
     @torch.no_grad()
@@ -226,7 +226,7 @@ class LatentTD(Behavior):
 
         NaN where a Q does not count: a choice of them would have a shape that is not known before.
         """
-        low, high = returns.percentiles(q, (5, 95))
+        low, high = returns.percentiles(q, 5, 95)
         spread = (high - low).clamp(min=1)
         # A broken batch stops the run; it must not break the average that is saved.
         self.scale.lerp_(torch.where(spread.isfinite(), spread, self.scale), self.config.scale_rate)

@@ -21,7 +21,8 @@ def lambda_return(
     All (H, ...) -> (H, ...). `continues` contains the discount; a lambda_ tensor (H, ...) cuts
     the return where it is 0 and bootstraps there.
     """
-    lambdas = torch.as_tensor(lambda_, device=rewards.device).expand_as(rewards)
+    # Made where the rewards are: a GPU's host must not wait to send a number.
+    lambdas = lambda_ if isinstance(lambda_, Tensor) else torch.full_like(rewards, lambda_)
     fixed = rewards + continues * (1 - lambdas) * bootstraps
     decay = continues * lambdas
     result = torch.empty_like(rewards)
@@ -32,14 +33,15 @@ def lambda_return(
     return result
 
 
-def percentiles(x: Tensor, which: tuple[float, ...]) -> Tensor:
-    """Percentiles of x, of any shape, of all ranks of a learner group. NaNs do not count."""
+def percentiles(x: Tensor, low: float, high: float) -> Tensor:
+    """Two percentiles of x, of any shape, of all ranks of a learner group. NaNs do not count."""
     x = x.detach().float().flatten()
     if dist.is_available() and dist.is_initialized():
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, x)
         x = torch.cat(parts)
-    return torch.nanquantile(x, torch.tensor(which, device=x.device) / 100)
+    # Both numbers made where x is: a GPU's host must not wait to send them.
+    return torch.nanquantile(x, torch.linspace(low / 100, high / 100, 2, device=x.device))
 
 
 class ReturnNormalizer(nn.Module):
@@ -60,7 +62,7 @@ class ReturnNormalizer(nn.Module):
     @torch.no_grad()
     def update(self, returns: Tensor) -> Tensor:
         """Take in returns of any shape, those of all ranks; gives the scale ()."""
-        low, high = percentiles(returns, (5, 95))
+        low, high = percentiles(returns, 5, 95)
         # A broken batch stops the run; it must not break the average that is saved.
         self.low.lerp_(torch.where(low.isfinite(), low, self.low), self.rate)
         self.high.lerp_(torch.where(high.isfinite(), high, self.high), self.rate)

@@ -38,7 +38,7 @@ from worldflux_dist.nn import distributions as dist
 from worldflux_dist.nn.layers import MLP, BinOutput, BlockGRU, Linear, NormedLinear
 from worldflux_dist.nn.observations import ObsDecoder, ObsEncoder
 from worldflux_dist.nn.optim import LaProp
-from worldflux_dist.nn.products import full_precision, linear
+from worldflux_dist.nn.products import full_precision_here, linear
 from worldflux_dist.settings import Layers, Positive, Scale, Settings, Units, Whole
 from worldflux_dist.spaces import Spaces
 
@@ -179,10 +179,10 @@ class DreamerV3(WorldModel):
 
         Where is_first, deter, stoch and action are zeroed before the core sees them (a discrete
         action becomes the zero vector, not class 0). `noise` (B, T, G) is uniform in [0, 1).
-        Always in float32: its many small products gain less from bfloat16 than the casts cost.
+        On a CPU always in float32.
         """
         c = self.config
-        with full_precision(tokens):
+        with full_precision_here(tokens):
             keep = (~is_first).to(action.dtype).unsqueeze(-1)  # (B, T, 1)
             acted = self.core.embed_action(action * keep)
             dense = self._posterior_layer.linear

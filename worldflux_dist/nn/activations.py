@@ -1,6 +1,5 @@
-"""Activations written out, because a CPU runs these forms three to ten times faster than torch's.
-
-All but mish give float32, whatever they are given.
+"""Activations, written out where a CPU computes (forms.py). All but mish give float32, whatever they
+are given.
 """
 
 from __future__ import annotations
@@ -8,8 +7,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from worldflux_dist.nn.forms import for_cpu
 from worldflux_dist.nn.products import full_precision
 
 GROUP = 8  # entries that share one softmax in SimNorm
@@ -17,6 +18,8 @@ GROUP = 8  # entries that share one softmax in SimNorm
 
 def tanh(x: Tensor) -> Tensor:
     """2 sigmoid(2 x) - 1"""
+    if not for_cpu(x):
+        return torch.tanh(x.float())
     return 2 * torch.sigmoid(2 * x.float()) - 1
 
 
@@ -42,6 +45,8 @@ class _Mish(torch.autograd.Function):
 
 def mish(x: Tensor) -> Tensor:
     """x tanh(ln(1 + e^x)), element by element."""
+    if not for_cpu(x):
+        return F.mish(x)
     if x.requires_grad:
         return _Mish.apply(x)
     q = torch.neg(x).sigmoid_()
@@ -51,6 +56,8 @@ def mish(x: Tensor) -> Tensor:
 
 def simnorm(x: Tensor) -> Tensor:
     """Softmax over groups of 8 neighbours of the last axis: entries >= 0, group sums 1."""
+    if not for_cpu(x):
+        return x.float().unflatten(-1, (-1, GROUP)).softmax(-1).flatten(-2)
     weights = x.float().clamp(-80, 80).exp()  # after a LayerNorm no entry is large
     ones = torch.ones(GROUP, GROUP, device=x.device)
     with full_precision(x):

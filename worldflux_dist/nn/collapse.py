@@ -27,7 +27,7 @@ def sigreg(x: Tensor, directions: Tensor) -> Tensor:
         unit = directions / directions.norm(dim=-1, keepdim=True)
         t = torch.linspace(0, 3, KNOTS, device=x.device)
         width = torch.full_like(t, 2 * 3 / (KNOTS - 1))
-        width[0] = width[-1] = 3 / (KNOTS - 1)
+        width[:: KNOTS - 1] *= 0.5
         gaussian = (-t.square() / 2).exp()
         angle = (x.float() @ unit.t()).unsqueeze(-1) * t  # (N, M, T)
         real, imaginary = angle.cos().mean(0) - gaussian, angle.sin().mean(0)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldflux_dist.nn.activations import mish, simnorm, tanh
+from worldflux_dist.nn.forms import for_cpu
 from worldflux_dist.nn.products import block_linear, linear
 
 CUT_NORMAL_STD = 1.1368  # sigma of the normal that has standard deviation 1 after the cut
@@ -58,13 +59,15 @@ class BinOutput(Linear):
     """Zero-initialised logits of two-hot bins, (..., size_in) -> (..., bins + a few).
 
     The extra logits have probability 0: a product with a multiple of 8 columns is twice as fast on
-    a CPU.
+    a CPU. Elsewhere there are none.
     """
 
     def __init__(self, size_in: int, bins: int) -> None:
         super().__init__(size_in, bins, outscale=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not for_cpu(x):
+            return super().forward(x)
         more = -self.out_features % 8
         weight = F.pad(self.weight, (0, 0, 0, more))
         return linear(x, weight, F.pad(self.bias, (0, more), value=-1e9))
@@ -249,9 +252,11 @@ class Ensemble(nn.ModuleList):
     def forward(self, x: Tensor, members: Tensor | None = None, dropout: float = 0.0) -> Tensor:
         """(..., size_in) -> (K, ..., O) of all members, or of those with these numbers.
 
-        In compiled code, which must be one graph whatever is drawn, all of them are computed.
+        Where the numbers cannot be looked at, on a GPU and in compiled code, which must be one graph
+        whatever is drawn, all of them are computed.
         """
-        if members is None or torch.compiler.is_compiling():
+        unseen = torch.compiler.is_compiling() or not for_cpu(x)
+        if members is None or unseen:
             every = torch.stack([member(x, dropout) for member in self])
             return every if members is None else every[members]
         return torch.stack([self[index](x, dropout) for index in members.tolist()])

@@ -8,11 +8,14 @@ has one thread. All else, GPUs and compiled code among it, gets torch's own prod
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from worldflux_dist.nn.forms import for_cpu
 
 IMAGES = 16
 ROWS, MULTIPLICATIONS = 256, 2**22  # from which on a convolution is the faster one
@@ -46,6 +49,12 @@ def full_precision(like: Tensor) -> Any:
     return torch.autocast("cpu" if like.is_meta else like.device.type, enabled=False)
 
 
+def full_precision_here(like: Tensor) -> Any:
+    """As `full_precision`, for many small products one after the other: on a CPU casting costs them
+    more than bfloat16 gains. Elsewhere they are left to autocast."""
+    return full_precision(like) if for_cpu(like) else contextlib.nullcontext()
+
+
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
     pixels = x.reshape(IMAGES, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # channels last in memory
     result = F.conv2d(pixels, weight[:, :, None, None], bias, groups=groups)
@@ -60,7 +69,7 @@ def _large(x: Tensor, weight: Tensor) -> bool:
         rows >= ROWS
         and rows % IMAGES == 0
         and rows * weight.numel() >= MULTIPLICATIONS
-        and x.device.type == "cpu"
+        and for_cpu(x)
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
     )
