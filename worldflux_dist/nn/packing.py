@@ -7,9 +7,14 @@ family that says nothing all are floats:
     bounded   7 bits: 127 steps from a feature's least to its greatest value    range / 254
     float     bfloat16, 2 bytes                                                           |x| / 256
 
-Bounded are those without outliers, which would make the steps large for all others. The last column
-is the largest error. It must stay true that who compares probabilities on both sides, the one who
-packs and the one who unpacks, takes them from unpacked features.
+The last column is the largest error. Bounded are features without outliers, which would make the
+steps large for all other values. Four fifths of DreamerV3's are, so that bfloat16 alone would leave
+0.4 of the bytes. On a trained CartPole the policy's gradient moves by 1 to 2 % where features are
+bfloat16, by 3 to 16 % packed so, by 13 to 30 % where the learner computes in bfloat16, and by 60 %
+from one batch to the next.
+
+What must stay true: probabilities of actions that are compared across the way are both those of
+unpacked features.
 """
 
 from __future__ import annotations
