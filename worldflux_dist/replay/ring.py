@@ -85,7 +85,7 @@ class Ring:
         block, self.end = self.end, self.end + num
         assert self.end - self.first <= self.num, (self.first, self.end)
         for slots, part in self.alive(previous, num):
-            self.next[slots] = np.arange(block, self.end)[part]
+            self.next[slots] = np.arange(block + part.start, block + part.stop)
         return block
 
     def keeps(self, tail: Tail, num_steps: int) -> bool:
