@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from small import ACTIONS, FAMILY, family_batch, make_small, perturbed
+from small import ACTIONS, FAMILY, family_batch, make_small, perturbed, same_sums
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from worldflux_dist.learner import Learner, LearnerConfig
+from worldflux_dist.nn import forms
 
 aten = torch.ops.aten
 # The host waits for the device in the first ones, and sends it numbers in the last one.
@@ -66,3 +67,26 @@ def test_a_gradient_step_never_makes_the_host_wait(family: str, kind: str, actio
     with Waits() as waits:
         learner.step(batch)
     assert waits.found == {"aten.lift_fresh.default": len(arrays)}  # the batch, and nothing else
+
+
+@pytest.mark.parametrize("kind", ["actor_critic", "latent_td"])
+@FAMILY
+def test_plain_forms_give_the_same(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CPU computes in its own way, a GPU gets in the plain one: losses and gradients agree.
+
+    Diffusion without images: what it draws of them is rounded to 256 steps.
+    """
+    obs = "vector" if family == "diffusion" else "dict"
+    ends = []
+    for plain in (False, True):
+        monkeypatch.setattr(forms, "PLAIN", plain)
+        torch.manual_seed(0)
+        behavior = {"kind": kind} | ({"horizon": 3} if kind == "actor_critic" else {"dropout": 0.0})
+        agent = perturbed(make_small(family, obs, "mixed", behavior))
+        learner = Learner(agent, LearnerConfig(device="cpu"), rows=True)
+        metrics = learner.step(family_batch(agent))
+        losses = [value for name, value in metrics.items() if name.startswith("loss")]
+        ends.append((losses, [p.grad for p in agent.parameters() if p.grad is not None]))
+    same_sums(ends[0][0], ends[1][0], 1000)
+    for one, other in zip(ends[0][1], ends[1][1], strict=True):
+        same_sums(one, other, 10_000)

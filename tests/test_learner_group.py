@@ -58,7 +58,7 @@ def batches(case: str, agent: Any, rank: int, num_ranks: int) -> list[Any]:
     whole = [random_batch(agent.spaces, ROWS, LENGTH, seed) for seed in range(STEPS)]
     if CASES[case][1] != "behavior":
         return [batch.map(lambda value: value[rows]) for batch in whole]
-    imaginer = Imaginer(make_learner(case, 0).agent)
+    imaginer = Imaginer(make_learner(case, 0).agent, packed=True)
     return [imaginer.imagine(batch).rows(rows) for batch in whole]
 
 

@@ -176,7 +176,7 @@ def test_a_batch_in_parts_teaches_the_same(
         learner = make_learner(family, part, behavior, accumulate=accumulate, **given_options)
         given: Any = [random_batch(learner.agent.spaces, 4, 12, seed) for seed in range(3)]
         if part == "behavior":
-            given = [Imaginer(learner.agent).imagine(batch) for batch in given]
+            given = [Imaginer(learner.agent, packed=True).imagine(batch) for batch in given]
         ends.append(([learner.step(batch) for batch in given], weights(learner)))
     for metrics, after in ends[1:]:
         for name, value in ends[0][1].items():

@@ -59,12 +59,14 @@ def test_every_role_of_imagination_apart_is_counted() -> None:
     fused, apart = make_plan(), make_plan(*ACTORS, "imagination.num_policy_learners=2")
     assert {r.name for r in apart.roles} - {r.name for r in fused.roles} == {"imaginer", "policy"}
     assert apart.processes == fused.processes + 4
-    large = make_plan(*ACTORS, "imagination.queue_size=400")
+    large = make_plan(*ACTORS, "imagination.queue_size=4000")
     settings = config.load([], TINY)
     agent = settings.make_agent(VECTOR)
-    imagined = 4 * 16 * settings.replay.batch_size * 8 * agent.world_model.feature_dim
-    assert large.object_store - make_plan(*ACTORS, "imagination.queue_size=300").object_store == (
-        100 * imagined
+    state = sum(part.nbytes for part in agent.world_model.feature_parts)  # as it travels
+    assert state < agent.world_model.feature_dim
+    imagined = 16 * settings.replay.batch_size * 8 * state
+    assert large.object_store - make_plan(*ACTORS, "imagination.queue_size=3000").object_store == (
+        1000 * imagined
     )
     for name in ("runner", "learner", "imaginer", "policy", "asked", "there is"):
         assert any(line.startswith(name) for line in apart.lines())

@@ -54,7 +54,7 @@ def stats(buffer):
     """Sizes and counters."""
     return {
         "num_steps": buffer.num_steps,
-        "num_windows": buffer._num_windows,
+        "num_windows": buffer._ring.num_windows,
         "nbytes": buffer.nbytes,
         "streams": len(buffer._tails),
         "online": len(buffer._online),
@@ -105,6 +105,53 @@ def test_any_chunks_give_whole_windows_within_capacity(length, blocks, online, c
         assert buffer.num_steps == sum(time.values())
         windows = sum(max(0, count - length + 1) for count in time.values())
         assert stats(buffer)["num_windows"] == windows
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    length=st.integers(2, 9),
+    blocks=st.integers(8, 20),
+    storage=st.sampled_from(["raw", "lz4"]),
+    num=st.integers(1, 12),
+    events=st.lists(st.sampled_from(["", "", "", "lost", "fewer", "reset"]), max_size=30),
+)
+def test_streams_in_one_chunk_are_stored_as_if_each_came_alone(
+    length, blocks, storage, num, events
+):
+    config = ReplayConfig(5, length, blocks * length, prioritized=1, storage=storage)
+    one, each = ReplayBuffer(config), ReplayBuffer(config)
+    for seq, event in enumerate(events):
+        streams = (2, 0, 3) if event == "fewer" else (2, 0, 1, 3)
+        chunk = make_chunk(streams, seq * num, num, seq, image=storage == "lz4")
+        chunk.is_first[:, 0] |= event == "reset"
+        if event != "lost":
+            one.add(chunk)
+            for row in range(len(streams)):
+                each.add(replace(chunk.rows([row]), key=(f"w{streams[row]}", "a", seq)))
+    for name in ("num_steps", "num_windows", "online", "online_dropped", "nbytes"):
+        assert stats(one)[name] == stats(each)[name], name
+    assert one.state() == each.state()
+    tails = [[(*t[:3], *t[3][1:], t[4]) for t in b.numbering().tails] for b in (one, each)]
+    assert tails[0] == tails[1]
+    if one.ready:
+        ours, theirs = one.sample(9).columns(), each.sample(9).columns()
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def test_streams_in_step_share_a_tail():
+    """By this many streams are stored in the time of one."""
+    buffer = ReplayBuffer(ReplayConfig(2, 4, 12 * 4))
+
+    def shared(*streams, seq):
+        buffer.add(make_chunk(streams, seq * 3, 3, seq))
+        return len({id(tail) for tail in buffer._tails.values()}) == 1
+
+    assert all(shared(0, 1, 2, 3, 4, seq=seq) for seq in range(30))
+    assert not shared(0, 1, 2, seq=30)  # 3 and 4 stay behind
+    assert not shared(0, 1, 2, 3, 4, seq=31)
+    assert not shared(0, 1, 2, 3, 4, seq=32)
+    assert shared(0, 1, 2, 3, 4, seq=34)  # one was lost: all begin anew
 
 
 def test_windows_are_drawn_uniformly_over_all_starts():

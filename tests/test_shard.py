@@ -34,9 +34,9 @@ def blocks(buffer):
     """Number and labels (stream, time) of every block that holds steps."""
     found = {}
     for block in range(buffer.first, buffer.end):
-        slot = block % buffer._num_blocks
-        if buffer._fill[slot]:
-            rows = buffer._columns["obs/obs"].array[slot, : buffer._fill[slot]]
+        slot = block % buffer._ring.num
+        if buffer._ring.fill[slot]:
+            rows = buffer._columns["obs/obs"].array[slot, : buffer._ring.fill[slot]]
             found[block] = [tuple(row) for row in rows.astype(int).tolist()]
     return found
 

@@ -120,8 +120,10 @@ class Agent(nn.Module):
         return self._weighted(output, BehaviorLoss({}, {}), num if rows else None)
 
     def imagined_loss(self, imagined: Imagined) -> StageOutput:
-        """The behavior's loss on an imagined batch of tensors."""
-        behavior = self.imagining().imagined_loss(imagined, self.world_model.discount)
+        """The behavior's loss on an imagined batch of tensors, which may be packed."""
+        model = self.world_model
+        imagined = imagined.unpacked(model.feature_parts)
+        behavior = self.imagining().imagined_loss(imagined, model.discount)
         return self._weighted(None, behavior)
 
     def policy_loss(self, path: Path) -> StageOutput:

@@ -17,13 +17,15 @@ from worldflux_dist.data import Batch
 
 class Imaginer:
     """Rolls an agent's policy in its world model from the states of a batch, for `horizon` steps
-    (the behavior's own by default), with the weights that the agent then has.
+    (the behavior's own by default), with the weights that the agent then has. What it gives is
+    `packed` for other processes where that is asked for.
 
     Raises ValueError for a behavior that does not learn in imagination.
     """
 
-    def __init__(self, agent: Agent, horizon: int | None = None) -> None:
-        self.agent, self.behavior, self.horizon = agent, agent.imagining(), horizon
+    def __init__(self, agent: Agent, horizon: int | None = None, packed: bool = False) -> None:
+        self.agent, self.behavior = agent, agent.imagining()
+        self.horizon, self.packed = horizon, packed
 
     @torch.no_grad()
     def imagine(self, batch: Batch) -> Imagined:
@@ -34,7 +36,13 @@ class Imaginer:
         states, steps = model.observe(tensors)
         rollout = self.behavior.imagine(model, states.flatten(), self.horizon)
         imagined = Imagined.of(model, rollout, steps)
-        imagined.log_prob = self.behavior.log_prob(imagined.features[:-1], imagined.actions)
+        del states, rollout  # each about as large as the features
+        if self.packed:
+            imagined = imagined.packed(model.feature_parts)
+        # Of the features that the learner will see: where its policy is the one that acted, both
+        # give the same, and rounding is not taken for a policy that has moved.
+        seen = imagined.unpacked(model.feature_parts).features
+        imagined.log_prob = self.behavior.log_prob(seen[:-1], imagined.actions)
         return imagined.map(_owned)
 
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from worldflux_dist.data import Batch
 from worldflux_dist.models.base import LossOutput, Rollout, WorldModel
+from worldflux_dist.nn.packing import Part, pack, unpack
 from worldflux_dist.settings import Settings
 
 
@@ -29,7 +30,7 @@ class Imagined:
     of states 1..H, start_continue (N,); reward, is_last and is_terminal (B, T) are the replayed
     steps' own. `log_prob` (H, N) is what the policy that acted, older than the learner's,
     gave to the actions; None where it was the learner's own. The versions are those of the weights
-    that imagined.
+    that imagined. Between processes features are packed, as bytes and `ranges` (nn/packing.py).
     """
 
     features: Any
@@ -41,6 +42,7 @@ class Imagined:
     is_last: Any
     is_terminal: Any
     log_prob: Any = None
+    ranges: Any = None
     model_version: int = 0
     policy_version: int = 0
 
@@ -50,6 +52,17 @@ class Imagined:
         features = world_model.features(rollout.states).detach()
         taken = (rollout.actions, rollout.rewards, rollout.continues, rollout.start_continue)
         return cls(features, *taken, batch.reward, batch.is_last, batch.is_terminal)
+
+    def packed(self, parts: Sequence[Part]) -> Imagined:
+        """As tensors for others, which see features that are made of such parts rounded."""
+        features, ranges = pack(self.features, parts)
+        return replace(self, features=features, ranges=ranges)
+
+    def unpacked(self, parts: Sequence[Part]) -> Imagined:
+        """With features to compute on; itself where it is not packed."""
+        if self.ranges is None:
+            return self
+        return replace(self, features=unpack(self.features, self.ranges, parts), ranges=None)
 
     def _arrays(self) -> dict[str, Any]:
         return {n: x for n, x in vars(self).items() if not isinstance(x, int | None)}
@@ -67,6 +80,8 @@ class Imagined:
         def part(name: str, value: Any) -> Any:
             if name in ("reward", "is_last", "is_terminal"):
                 return value[index]
+            if name == "ranges":
+                return value
             return value[starts] if name == "start_continue" else value[:, starts]
 
         return replace(self, **{name: part(name, x) for name, x in self._arrays().items()})

@@ -291,7 +291,7 @@ def _object_store(sizes: Sizes) -> int:
     batch = config.replay.batch_size * config.replay.batch_length * sizes.step
     nbytes = BATCHES_IN_FLIGHT * (batch + sizes.weights)
     if config.imagination.mode == "actors":
-        nbytes += config.imagination.queue_size * sizes.imagined
+        nbytes += config.imagination.queue_size * sizes.sent
     return max(128 * MB, nbytes)
 
 

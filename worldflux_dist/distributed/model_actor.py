@@ -134,7 +134,7 @@ class ModelActor:
     def _imagine(self, batch: Batch) -> tuple[ImaginedReport, Imagined]:
         start = time.monotonic()
         self.weights.pull(self.agent)
-        imagined = Imaginer(self.agent).imagine(batch)
+        imagined = Imaginer(self.agent, packed=True).imagine(batch)
         imagined.model_version = self.weights.steps("world_model")
         imagined.policy_version = self.weights.steps("behavior")
         report = ImaginedReport(

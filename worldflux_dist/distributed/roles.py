@@ -72,6 +72,13 @@ class Sizes:
         return 4 * (horizon + 1) * starts * self.agent.world_model.feature_dim
 
     @cached_property
+    def sent(self) -> int:
+        """Bytes of these features on their way to policy learners, packed."""
+        model = self.agent.world_model
+        packed = sum(part.nbytes for part in model.feature_parts)
+        return self.imagined // (4 * model.feature_dim) * packed
+
+    @cached_property
     def dreaming(self) -> int:
         """Bytes of a learner that imagines itself: states on their way, what is kept of each step,
         and what the behavior's three networks of features keep."""
@@ -176,7 +183,7 @@ ROLES = {
         threads=_of_runner,
         gpu="model",
         nbytes=lambda s: s.acting + 2 * s.imagined * s.here,
-        note=lambda s: f"imagined batches of {s.imagined / MB:,.1f} MB",
+        note=lambda s: f"imagined batches of {s.sent / MB:,.1f} MB",
         death="an imaginer's process",
         cause="an imaginer that crashes",
         busy="imaginer",

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from worldflux_dist import plugins
 from worldflux_dist.data import Batch
+from worldflux_dist.nn.packing import Part
 from worldflux_dist.settings import Settings, nearest, parse
 from worldflux_dist.spaces import Spaces
 
@@ -178,6 +179,11 @@ class WorldModel(nn.Module, ABC):
     @abstractmethod
     def features(self, state: State) -> Tensor:
         """(..., F): all that policies and critics see."""
+
+    @property
+    def feature_parts(self) -> tuple[Part, ...]:
+        """What features are made of, for those that travel between processes."""
+        return (Part("float", self.feature_dim),)
 
     def goal(self, state: State) -> Tensor:
         """(..., G): what a plan to a goal brings near to that of the goal, for families whose

@@ -38,6 +38,7 @@ from worldflux_dist.nn import distributions as dist
 from worldflux_dist.nn.layers import MLP, BinOutput, BlockGRU, Linear, NormedLinear
 from worldflux_dist.nn.observations import ObsDecoder, ObsEncoder
 from worldflux_dist.nn.optim import LaProp
+from worldflux_dist.nn.packing import Part
 from worldflux_dist.nn.products import full_precision_here, linear
 from worldflux_dist.settings import Layers, Positive, Scale, Settings, Units, Whole
 from worldflux_dist.spaces import Spaces
@@ -255,6 +256,11 @@ class DreamerV3(WorldModel):
 
     def features(self, state: State) -> Tensor:
         return torch.cat([state.tensors["deter"], state.tensors["stoch"].flatten(-2)], -1)
+
+    @property
+    def feature_parts(self) -> tuple[Part, ...]:
+        c = self.config  # deter is a mean of values of tanh
+        return Part("bounded", c.deter), Part("onehot", c.groups * c.classes, c.classes)
 
     # ------------------------------------------------------------------------------ losses
 

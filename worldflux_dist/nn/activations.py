@@ -1,5 +1,5 @@
-"""Activations, written out where a CPU computes (forms.py). All but mish give float32, whatever they
-are given.
+"""Activations, written out where a CPU computes (forms.py). All but mish give float32, whatever
+they are given.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which of two forms of the same value is computed: the one that a CPU is quick with, or the plain one.
+"""Which of two forms of a value is computed: the one that a CPU is quick with, or the plain one.
 
 A CPU takes some operators three to ten times faster when they are written out, or as others. GPUs
 have kernels for the plain forms. Both give the same but for rounding (tests/test_accelerator.py).

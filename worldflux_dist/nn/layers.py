@@ -252,8 +252,8 @@ class Ensemble(nn.ModuleList):
     def forward(self, x: Tensor, members: Tensor | None = None, dropout: float = 0.0) -> Tensor:
         """(..., size_in) -> (K, ..., O) of all members, or of those with these numbers.
 
-        Where the numbers cannot be looked at, on a GPU and in compiled code, which must be one graph
-        whatever is drawn, all of them are computed.
+        Where the numbers cannot be looked at, on a GPU and in compiled code, which must be one
+        graph whatever is drawn, all of them are computed.
         """
         unseen = torch.compiler.is_compiling() or not for_cpu(x)
         if members is None or unseen:

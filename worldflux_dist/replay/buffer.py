@@ -18,28 +18,29 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from worldflux_dist.data import Batch, Chunk
-from worldflux_dist.replay.columns import LARGE, Column, PackedColumn, RawColumn, step_bytes
+from worldflux_dist.replay.columns import (
+    LARGE,
+    Column,
+    Layout,
+    PackedColumn,
+    RawColumn,
+    Rows,
+    Spec,
+    cut,
+    difference,
+    spec_of,
+    step_bytes,
+)
 from worldflux_dist.replay.config import ReplayConfig
 from worldflux_dist.replay.marks import Key, Marks
+from worldflux_dist.replay.ring import Ring, Stream, Tail, joined
 from worldflux_dist.replay.sampling import Sampler
 from worldflux_dist.replay.segment import Numbering, pack_numbers, unpack_numbers
-
-Spec = dict[str, tuple[np.dtype, tuple[int, ...]]]  # dtype and shape of a step's columns
-
-
-@dataclass
-class _Tail:
-    """Where a stream goes on: its last block, the one before it (-1: none), its last chunk."""
-
-    block: int
-    previous: int
-    key: Key
 
 
 class ReplayBuffer:
@@ -50,24 +51,36 @@ class ReplayBuffer:
 
     def __init__(self, config: ReplayConfig, seed: int | Sequence[int] = 0) -> None:
         self.config, self._length = config, config.batch_length
-        self.num_steps = 0
         self.total_steps = 0  # ever stored, evicted ones too
         self.bytes_per_step = 0
         self.duplicates = 0
         self.online_dropped = 0
-        self.first = self.end = 0  # numbers of the oldest block and of the next to be opened
         self.marks = Marks()
         self._rng = np.random.default_rng(seed)
         self._columns: dict[str, Column] = {}
-        self._num_blocks = 0
-        self._num_windows = 0
-        self._tails: dict[int | str, _Tail] = {}
+        self._layout: Layout | None = None  # of the last chunk that was looked at
+        self._ring = Ring(0, self._length)
+        self._tails: dict[Stream, Tail] = {}  # streams in step share theirs
         self._online: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def first(self) -> int:
+        """The number of the oldest block."""
+        return self._ring.first
+
+    @property
+    def end(self) -> int:
+        """The number of the next block to be opened."""
+        return self._ring.end
+
+    @property
+    def num_steps(self) -> int:
+        return self._ring.num_steps
 
     @property
     def ready(self) -> bool:
         """Whether at least one window can be sampled."""
-        return self._num_windows > 0
+        return self._ring.num_windows > 0
 
     @property
     def nbytes(self) -> int:
@@ -91,23 +104,53 @@ class ReplayBuffer:
         span the gap. Raises ValueError where columns, dtypes or shapes differ from the first
         chunk's, or where the capacity cannot serve all streams.
         """
-        columns = chunk.columns()
-        streams = _streams(chunk, columns)
-        self._reserve(columns)
-        self._check(columns, streams)
-        if not self.marks.add(chunk.key) and once:
+        columns, streams, key = chunk.columns(), _streams(chunk), chunk.key
+        layout = (len(streams), {name: (x.dtype, x.shape) for name, x in columns.items()})
+        tail = self._in_step(chunk, streams, layout)
+        if tail is None:
+            self._check(columns, streams)
+            self._layout = layout
+        if not self.marks.add(key) and once:
             self.duplicates += 1
             return 0
-        for row, stream in enumerate(streams):
-            self._extend(stream, {name: value[row] for name, value in columns.items()}, chunk.key)
-        self.total_steps += chunk.num_steps
-        return chunk.num_steps
+        if tail is not None:
+            self._extend(tail, columns, key)
+        else:
+            self._extend_each(streams, columns, key)
+        num = chunk.num_steps
+        self.total_steps += num
+        return num
 
-    def _reserve(self, like: dict[str, np.ndarray]) -> None:
+    def _in_step(self, chunk: Chunk, streams: list[Stream], layout: Layout) -> Tail | None:
+        """The tail that all streams of a chunk share, where it follows on the writer's last one and
+        is like it, as most are; None where there is more to look at."""
+        tail = self._tails.get(streams[0]) if layout == self._layout else None
+        if tail is None or tail.streams != streams or tail.key != _before(chunk.key):
+            return None
+        return tail if self._ring.keeps(tail, chunk.reward.shape[1]) else None
+
+    def _check(self, columns: Rows, streams: list[Stream]) -> None:
+        """Raise ValueError unless these are steps like those in replay, of no more streams than it
+        has room for; the first steps are. Forgets streams of which nothing is left."""
+        spec = spec_of(columns, streams)
+        self._reserve(spec)
+        different = difference(spec, self._spec)
+        if different:
+            raise ValueError(f"chunk columns differ from those in replay, use one env: {different}")
+        if all(stream in self._tails for stream in streams):
+            return
+        self._tails = {s: t for s, t in self._tails.items() if t.of(s).block >= self.first}
+        num = len(self._tails.keys() | set(streams))
+        if 2 * num > self._ring.num:
+            raise ValueError(
+                f"replay holds {self._ring.num} x {self._length} steps, too few for {num} "
+                f"streams: give it at least {2 * num * self._length} (2 x batch_length each)"
+            )
+
+    def _reserve(self, spec: Spec) -> None:
         """Reserve the ring for columns like these, unless it is there."""
         if self._columns:
             return
-        spec = _spec(like)
         size = sum(step_bytes(*column) for column in spec.values())
         steps = self.config.capacity
         if self.config.capacity_bytes:
@@ -127,92 +170,83 @@ class ReplayBuffer:
             raise RuntimeError(
                 f"{num} x {self._length} steps of {size} bytes do not fit in memory: lower capacity"
             ) from error
-        self._columns, self._num_blocks, self.bytes_per_step = columns, num, size
-        self._fill = [0] * num  # steps in each block
-        self._next = np.full(num, -1)  # the block where the stream goes on, -1: none yet
-        self._starts = np.zeros(num, np.int64)  # windows that begin in the block, at offsets 0..
-        self._sampler = Sampler(self._starts, self._length, self.config.shares, self._rng)
+        self._columns, self._spec, self.bytes_per_step = columns, spec, size
+        self._ring = Ring(num, self._length)
+        self._sampler = Sampler(self._ring.starts, self._length, self.config.shares, self._rng)
 
-    def _check(self, columns: dict[str, np.ndarray], streams: list[int | str]) -> None:
-        ours = {name: (c.dtype, c.shape) for name, c in self._columns.items()}
-        given = _spec(columns)
-        if ours != given:
-            names = sorted(k for k in ours.keys() | given.keys() if ours.get(k) != given.get(k))
-            wrong = "; ".join(f"{k} is {given.get(k)}, not {ours.get(k)}" for k in names)
-            raise ValueError(f"chunk columns differ from those in replay, use one env: {wrong}")
-        if any(stream not in self._tails for stream in streams):
-            self._tails = {s: t for s, t in self._tails.items() if t.block >= self.first}
-            num = len(self._tails.keys() | set(streams))
-            if 2 * num > self._num_blocks:
-                raise ValueError(
-                    f"replay holds {self._num_blocks} x {self._length} steps, too few for {num} "
-                    f"streams: give it at least {2 * num * self._length} (2 x batch_length each)"
-                )
+    def _extend_each(self, streams: list[Stream], columns: Rows, key: Key) -> None:
+        """Write to each stream by itself; if they are in step then, they go on together."""
+        tails = []
+        for row, stream in enumerate(streams):
+            rows = {name: value[row : row + 1] for name, value in columns.items()}
+            tail = self._alone(stream)
+            goes_on = rows["is_first"][0, 0] or (tail and tail.key == _before(key))
+            if tail is None or tail.block < self.first or not goes_on:
+                tail = Tail([stream], -1, -1, self._length, key)
+            self._extend(tail, rows, key)
+            self._tails[stream] = tail
+            tails.append(tail)
+        together = joined(tails)
+        if together is not None:
+            self._tails |= dict.fromkeys(streams, together)
 
-    def _extend(self, stream: int | str, rows: dict[str, np.ndarray], key: Key) -> None:
-        """Write consecutive steps (T, *shape) to the end of a stream."""
-        tail, reset = self._tails.get(stream), rows["is_first"][0]
-        goes_on = reset or (tail is not None and (*key[:2], key[2] - 1) == tail.key)
-        if tail is None or tail.block < self.first or not goes_on:
-            block, previous = self._open(-1), -1
-        else:
-            block, previous = tail.block, tail.previous
-            slot = block % self._num_blocks
-            is_last = self._columns["is_last"]
-            assert isinstance(is_last, RawColumn)
-            is_last.array[slot, self._fill[slot] - 1] |= reset
-        done, num = 0, len(rows["reward"])
-        while done < num:
-            if self._fill[block % self._num_blocks] == self._length:
-                block, previous = self._open(block), block
-            slot = block % self._num_blocks
-            start = self._fill[slot]
-            size = min(num - done, self._length - start)
-            for name, column in self._columns.items():
-                column.write(slot, start, rows[name][done : done + size])
-            self._filled(block, previous, start + size)
-            done += size
-        self.num_steps += num
-        self._tails[stream] = _Tail(block, previous, key)
+    def _alone(self, stream: Stream) -> Tail | None:
+        """The tail of a stream, which it shares with none from now on."""
+        tail = self._tails.get(stream)
+        if tail is not None and len(tail.streams) > 1:
+            self._tails |= {s: tail.of(s) for s in tail.streams if s in self._tails}
+        return self._tails.get(stream)
 
-    def _open(self, previous: int) -> int:
-        """Open a block that follows `previous` (-1: none), evicting the oldest if there must be."""
-        block, self.end = self.end, self.end + 1
-        if self.end - self.first > self._num_blocks:
-            self._evict()
-        slot = block % self._num_blocks
-        self._fill[slot], self._starts[slot], self._next[slot] = 0, 0, -1
-        if previous >= self.first:
-            self._next[previous % self._num_blocks] = block
-        return block
+    def _extend(self, tail: Tail, rows: Rows, key: Key) -> None:
+        """Write consecutive steps (n, T, *shape) to the ends of a tail's n streams."""
+        ring, (num, left) = self._ring, rows["reward"].shape
+        resets = rows["is_first"][:, 0]
+        if True in resets.tolist() and tail.block >= 0:  # few: numpy's own any is slower
+            self._truncate(tail, resets)
+        ring.num_steps += num * left
+        tail.key = key
+        while left:
+            if tail.fill == self._length:
+                tail.block, tail.previous = self._open(num, tail.block), tail.block
+                tail.fill = 0
+            size = min(left, self._length - tail.fill)
+            now, rows = (rows, rows) if size == left else cut(rows, size)
+            left -= size
+            start, tail.fill = tail.fill, tail.fill + size
+            places = ring.slots(tail.block, num)
+            for slots, part in places:
+                at = (slots, slice(start, tail.fill))
+                for name, column in self._columns.items():
+                    column.store[at] = now[name] if len(places) == 1 else now[name][part]
+            ring.filled(tail, places)
+            if tail.fill == self._length:
+                self._sampler.filled(places)
+                if self.config.online:
+                    self._online |= dict.fromkeys(range(tail.block, tail.block + num))
 
-    def _evict(self) -> None:
-        """Forget the oldest block."""
-        slot = self.first % self._num_blocks
-        self.num_steps -= self._fill[slot]
-        self._num_windows -= int(self._starts[slot])
-        self._fill[slot] = self._starts[slot] = 0
-        self._sampler.evicted(slot)
-        if self.first in self._online:
-            del self._online[self.first]
-            self.online_dropped += 1
-        self.first += 1
+    def _truncate(self, tail: Tail, resets: np.ndarray) -> None:
+        """The last steps of those streams that go on with a reset (n,) end their episodes."""
+        is_last = self._columns["is_last"]
+        assert isinstance(is_last, RawColumn)
+        for slots, part in self._ring.slots(tail.block, len(resets)):
+            is_last.array[slots, tail.fill - 1] |= resets[part]
 
-    def _filled(self, block: int, previous: int, fill: int) -> None:
-        """`block` holds `fill` steps now: count the windows that this completes."""
-        full = fill == self._length
-        slot, before = block % self._num_blocks, previous % self._num_blocks
-        self._fill[slot] = fill
-        self._starts[slot] = int(full)
-        self._num_windows += int(full)
-        if previous >= self.first:
-            starts = min(self._length, fill + 1)
-            self._num_windows += starts - int(self._starts[before])
-            self._starts[before] = starts
-        if full:
-            self._sampler.filled(slot)
-            if self.config.online:
-                self._online[block] = None
+    def _open(self, num: int, previous: int) -> int:
+        """Open blocks as `Ring.open` does, evicting the oldest if there must be."""
+        self.forget(self.end + num - self._ring.num)
+        return self._ring.open(num, previous)
+
+    def forget(self, end: int) -> None:
+        """Evict the blocks before `end`."""
+        if end <= self.first:
+            return
+        places = self._ring.slots(self.first, end - self.first)
+        self._sampler.evicted(places)
+        if self._online:
+            for block in self._online.keys() & range(self.first, end):
+                del self._online[block]
+                self.online_dropped += 1
+        self._ring.evict(end, places)
 
     # --------------------------------------------------------------------------------- sampling
 
@@ -238,8 +272,10 @@ class ReplayBuffer:
         size = self.config.batch_size if batch_size is None else batch_size
         chosen = self._choose(size, online)
         ids, offsets = chosen // self._length, chosen % self._length
-        slots = ids % self._num_blocks
-        after = self._next[slots] % self._num_blocks  # (B,) where windows that cross a block go on
+        slots = ids % self._ring.num
+        after = (
+            self._ring.next[slots] % self._ring.num
+        )  # (B,) where windows that cross a block go on
         times = offsets[:, None] + np.arange(self._length)  # (B, T)
         block = np.where(times < self._length, slots[:, None], after[:, None] - 1)
         index = block * self._length + times  # (B, T) among all steps of the ring
@@ -261,7 +297,7 @@ class ReplayBuffer:
         places = np.array(fresh, np.int64) * self._length
         if num == size:
             return places
-        drawn = self._sampler.draw(size - num, self.first, self.end, self._num_windows)
+        drawn = self._sampler.draw(size - num, self.first, self.end, self._ring.num_windows)
         return np.concatenate([places, drawn])
 
     def prioritize(self, ids: np.ndarray, values: np.ndarray) -> None:
@@ -274,19 +310,16 @@ class ReplayBuffer:
         if ids.shape != values.shape or not np.isfinite(values).all():
             raise ValueError("priorities must be finite numbers, one for each id")
         if self._columns:
-            slots = ids % self._num_blocks
-            alive = (ids >= self.first) & (ids < self.end) & (self._starts[slots] > 0)
+            slots = ids % self._ring.num
+            alive = (ids >= self.first) & (ids < self.end) & (self._ring.starts[slots] > 0)
             self._sampler.prioritize(slots[alive], values[alive])
 
     # ------------------------------------------------------------------------- save and restore
 
     def numbering(self) -> Numbering:
         """What a journal segment that begins now must know, see `begin`."""
-        tails = [
-            (stream, t.block, t.previous, t.key, self._fill[t.block % self._num_blocks])
-            for stream, t in self._tails.items()
-            if t.block >= self.first
-        ]
+        alone = ((stream, tail.of(stream)) for stream, tail in self._tails.items())
+        tails = [(s, t.block, t.previous, t.key, t.fill) for s, t in alone if t.block >= self.first]
         seen = self.marks.state()
         return Numbering(self._length, self.first, self.end, self.total_steps, tails, seen)
 
@@ -302,34 +335,28 @@ class ReplayBuffer:
         steps in between: it has cut all streams there, and numbers are skipped. Raises ValueError
         for a numbering that cannot be.
         """
-        self._reserve(chunk.columns())
+        self._reserve(spec_of(chunk.columns(), _streams(chunk)))
         wrong = [t for t in start.tails if not 0 < t[4] <= self._length or t[1] >= start.end]
         wrong += [t for t in start.tails if not -1 <= t[2] < t[1] or t[1] < start.first]
         if wrong or start.first < 0 or start.end < max(self.end, start.first):
             raise ValueError(f"block numbers are out of order at {start.end}")
-        fresh = self.end == 0
-        if fresh or start.end - self.end > self._num_blocks:
+        ring, fresh = self._ring, self.end == 0
+        if fresh or start.end - self.end > ring.num:
             self.forget(self.end)
-            self.first = self.end = max(start.first, start.end - self._num_blocks)
-        while self.end < start.end:
-            self._open(-1)
+            ring.first = ring.end = max(start.first, start.end - ring.num)
+        self._open(start.end - self.end, -1)
         self._tails = {}
         for stream, block, previous, key, fill in start.tails:
-            slot = block % self._num_blocks
+            slot = block % ring.num
             if fresh and block >= self.first:
-                self.num_steps += fill - self._fill[slot]
-                self._fill[slot] = fill
+                ring.num_steps += fill - int(ring.fill[slot])
+                ring.fill[slot] = fill
             if block >= self.first:
-                if self._fill[slot] != fill:
+                if ring.fill[slot] != fill:
                     raise ValueError("the segment before it is missing")
-                self._tails[stream] = _Tail(block, previous, key)
+                self._tails[stream] = Tail([stream], block, previous, fill, key)
         self.total_steps = start.total_steps
         self.marks.merge(start.seen)
-
-    def forget(self, end: int) -> None:
-        """Evict the blocks before `end`."""
-        while self.first < end:
-            self._evict()
 
     def state(self) -> dict[str, Any]:
         """What the journal does not hold, as JSON: random state, online queue, priorities."""
@@ -347,10 +374,10 @@ class ReplayBuffer:
         With an empty dict nothing is fresh and nothing has been counted yet. Raises ValueError for
         a queue that cannot be unpacked.
         """
-        full = {b for b in range(self.first, self.end) if self._starts[b % self._num_blocks]}
+        full = {b for b in range(self.first, self.end) if self._ring.starts[b % self._ring.num]}
         online = state.get("online", []) if self.config.online else []
         if isinstance(online, str):  # the first writers of format 2 left a list
-            online = unpack_numbers(online, self._num_blocks)
+            online = unpack_numbers(online, self._ring.num)
         self._online = OrderedDict((block, None) for block in online if block in full)
         self.online_dropped = state.get("online_dropped", 0)
         self.duplicates = state.get("duplicates", 0)
@@ -360,17 +387,10 @@ class ReplayBuffer:
             self._rng.bit_generator.state = state["rng"]
 
 
-def _spec(columns: dict[str, np.ndarray]) -> Spec:
-    return {name: (value.dtype, value.shape[2:]) for name, value in columns.items()}
+def _streams(chunk: Chunk) -> list[Stream]:
+    return [] if chunk.streams is None else np.asarray(chunk.streams).tolist()
 
 
-def _streams(chunk: Chunk, columns: dict[str, np.ndarray]) -> list[int | str]:
-    """The names of a chunk's rows; ValueError unless it is one step of one stream at least."""
-    streams = [] if chunk.streams is None else np.asarray(chunk.streams).tolist()
-    shapes = {value.shape[:2] for value in columns.values()}
-    if len(shapes) != 1 or 0 in (shape := shapes.pop()) or shape[0] != len(set(streams)):
-        raise ValueError(
-            "chunk columns must share one leading shape (N, T) with N different streams and T at "
-            f"least 1, not {[v.shape[:2] for v in columns.values()]} with streams {streams}"
-        )
-    return streams
+def _before(key: Key) -> Key:
+    """The key of the writer's chunk before."""
+    return (*key[:2], key[2] - 1)

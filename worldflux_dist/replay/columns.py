@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import lz4.block
 import numpy as np
@@ -17,6 +17,9 @@ import numpy as np
 LARGE = 1024  # bytes per step from which copying slices beats np.take, and packing pays
 
 Places = list[tuple[int, int, int]]  # slot, offset and following slot of each window
+Spec = dict[str, tuple[np.dtype, tuple[int, ...]]]  # dtype and shape of a step's columns
+Rows = dict[str, np.ndarray]  # columns (N, T, *shape)
+Layout = tuple[int, dict[str, tuple[np.dtype, tuple[int, ...]]]]  # of N streams' rows, whole shapes
 
 
 def zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -32,16 +35,16 @@ def zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 class RawColumn:
-    """Steps (num_blocks, length, *shape) in one array. Raises OSError where they do not fit."""
+    """Steps (num_blocks, length, *shape) in one array. Raises OSError where they do not fit.
+
+    Steps (n, T, *shape) are stored by `store[slots, offsets] = steps`, here and below.
+    """
 
     def __init__(
         self, num_blocks: int, length: int, dtype: np.dtype, shape: tuple[int, ...]
     ) -> None:
         self.dtype, self.shape, self._length = dtype, shape, length
-        self.array = zeros((num_blocks, length, *shape), dtype)
-
-    def write(self, slot: int, start: int, rows: np.ndarray) -> None:
-        self.array[slot, start : start + len(rows)] = rows
+        self.array = self.store = zeros((num_blocks, length, *shape), dtype)
 
     def gather(self, out: np.ndarray, index: np.ndarray, places: Places) -> None:
         """Fill `out` (B, T, *shape); `index` (B, T) counts all steps of the ring."""
@@ -63,7 +66,16 @@ class PackedColumn:
         self._size = length * step_bytes(dtype, shape)
         self.nbytes = 0
 
-    def write(self, slot: int, start: int, rows: np.ndarray) -> None:
+    @property
+    def store(self) -> PackedColumn:
+        return self
+
+    def __setitem__(self, at: tuple[slice, slice], rows: np.ndarray) -> None:
+        slots, offsets = at
+        for slot, steps in zip(range(slots.start, slots.stop), rows, strict=True):
+            self._write(slot, offsets.start, steps)
+
+    def _write(self, slot: int, start: int, rows: np.ndarray) -> None:
         block = self._blocks[slot]
         if start == 0 or not isinstance(block, np.ndarray):
             if block is not None:
@@ -102,3 +114,27 @@ def step_bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
 
 
 Column = RawColumn | PackedColumn
+
+
+def spec_of(columns: Rows, streams: Sequence[object]) -> Spec:
+    """What the steps of a chunk are; ValueError unless it is one step of one stream at least."""
+    shapes = [value.shape for value in columns.values()]
+    lead = shapes[0][:2]
+    if 0 in lead or lead[0] != len(set(streams)) or any(shape[:2] != lead for shape in shapes):
+        raise ValueError(
+            "chunk columns must share one leading shape (N, T) with N different streams and T at "
+            f"least 1, not {[shape[:2] for shape in shapes]} with streams {streams}"
+        )
+    return {name: (value.dtype, value.shape[2:]) for name, value in columns.items()}
+
+
+def difference(given: Spec, ours: Spec) -> str:
+    """In words; empty where there is none."""
+    names = sorted(k for k in ours.keys() | given.keys() if ours.get(k) != given.get(k))
+    return "; ".join(f"{k} is {given.get(k)}, not {ours.get(k)}" for k in names)
+
+
+def cut(rows: Rows, size: int) -> tuple[Rows, Rows]:
+    """The first `size` steps, and the others."""
+    first = {name: value[:, :size] for name, value in rows.items()}
+    return first, {name: value[:, size:] for name, value in rows.items()}

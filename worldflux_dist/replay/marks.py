@@ -41,14 +41,17 @@ class Marks:
 
     def add(self, key: Key) -> bool:
         """Note a chunk; false where it is known already."""
-        if key in self:
+        life, seq = key[:2], key[2]
+        seen = self._lives.get(life)
+        if seen is None:
+            seen = self._lives[life] = _Seen()
+        elif seq <= seen.mark or seq in seen.late:
             return False
-        seen = self._lives.setdefault((key[0], key[1]), _Seen())
-        if key[2] == seen.mark + 1 and not seen.late:
-            seen.mark += 1
-            return True
-        seen.late.add(key[2])
-        seen.settle()
+        if seq == seen.mark + 1 and not seen.late:
+            seen.mark = seq
+        else:
+            seen.late.add(seq)
+            seen.settle()
         return True
 
     def __contains__(self, key: Key) -> bool:

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from worldflux_dist.replay.ring import Places
+
 RECENT_AGE = 0.1  # mean age of recent windows, as a share of the ring
 PRIORITY_EXPONENT = 0.6  # p = (|priority| + EPSILON) ** PRIORITY_EXPONENT, Schaul et al. 2016
 EPSILON = 1e-6
@@ -114,14 +116,17 @@ class Sampler:
 
     # ------------------------------------------------------------------------------- priorities
 
-    def filled(self, slot: int) -> None:
-        """A block has its first window: it gets the largest priority so far, to be seen soon."""
-        if self._tree is not None:
-            self._tree.set(np.array([slot]), self._largest)
+    def filled(self, places: Places) -> None:
+        """Blocks have their first window: they get the largest priority so far, to be seen soon."""
+        self._weigh(places, self._largest)
 
-    def evicted(self, slot: int) -> None:
+    def evicted(self, places: Places) -> None:
+        self._weigh(places, 0.0)
+
+    def _weigh(self, places: Places, weight: float) -> None:
         if self._tree is not None:
-            self._tree.set(np.array([slot]), 0.0)
+            for slots, _ in places:
+                self._tree.set(np.arange(slots.start, slots.stop), weight)
 
     def prioritize(self, slots: np.ndarray, values: np.ndarray) -> None:
         """New priorities (K,) for blocks that have windows."""

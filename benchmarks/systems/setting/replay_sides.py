@@ -18,7 +18,7 @@ import ray
 from ray import ObjectRef
 
 from peers.rllib_replay import RllibReplay, episodes_of, renamed
-from replay import random_chunk
+from replay import KINDS, random_chunk
 from setting.local_ray import ONCE
 from worldflux_dist.data import Batch, Chunk
 from worldflux_dist.distributed.roles import actor
@@ -42,7 +42,7 @@ def pong_chunk() -> Chunk:
 
 
 def vector_chunk() -> Chunk:
-    return random_chunk(np.random.default_rng(0), (24,), np.float32, 1)
+    return random_chunk(np.random.default_rng(0), KINDS["vector 24"], 1)
 
 
 CHUNKS: dict[str, Callable[[], Chunk]] = {"image 64x64x3": pong_chunk, "vector 24": vector_chunk}
