@@ -46,7 +46,8 @@ from ray.rllib.env.wrappers.atari_wrappers import wrap_atari_for_new_api_stack
 from ray.rllib.policy.sample_batch import SampleBatch
 from ray.rllib.utils.numpy import one_hot
 
-from peers.rllib_dreamerv3 import WIDTHS, _set_widths
+from peers.rllib_dreamerv3 import set_widths
+from peers.work import WIDTHS
 from setting.local_ray import MB, ONCE, local_ray, machine
 from worldflux_dist.distributed.roles import actor
 from worldflux_dist.replay.limiter import Limiter
@@ -190,7 +191,7 @@ class Ours(Side):
 
 class Rllib(Side):
     def __init__(self, task: Task) -> None:
-        _set_widths(WIDTHS[task.size])
+        set_widths(task.size)
         env = task.env
         if env.startswith("ALE/"):  # ours makes 64x64 RGB of it by itself
             env = "atari-64x64"
