@@ -9,6 +9,7 @@ recurrence stays dense (ours is block-diagonal), so it has fewer layers and more
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from typing import cast
 
@@ -16,20 +17,23 @@ import numpy as np
 import ray
 import torch
 from gymnasium import spaces
-from ray.rllib.algorithms.dreamerv3 import DreamerV3Config
-from ray.rllib.algorithms.dreamerv3.torch import (  # noqa: F401  imported before `set_widths`
-    dreamerv3_torch_learner,
-    dreamerv3_torch_rl_module,
-)
-from ray.rllib.algorithms.dreamerv3.torch.models.components import (  # noqa: F401  likewise
-    cnn_atari,
-    conv_transpose_atari,
-    vector_decoder,
-)
-from ray.rllib.core import DEFAULT_MODULE_ID
-from ray.rllib.policy.sample_batch import SampleBatch
 
 from peers.work import CATEGORICALS, HORIZON, WIDTHS, Made, Work, noise
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # RLlib makes environments while it is imported
+    from ray.rllib.algorithms.dreamerv3 import DreamerV3Config
+    from ray.rllib.algorithms.dreamerv3.torch import (  # noqa: F401  imported before `set_widths`
+        dreamerv3_torch_learner,
+        dreamerv3_torch_rl_module,
+    )
+    from ray.rllib.algorithms.dreamerv3.torch.models.components import (  # noqa: F401  likewise
+        cnn_atari,
+        conv_transpose_atari,
+        vector_decoder,
+    )
+    from ray.rllib.core import DEFAULT_MODULE_ID
+    from ray.rllib.policy.sample_batch import SampleBatch
 
 
 def make(work: Work) -> Made:
