@@ -41,7 +41,8 @@ def make(work: Work, source: str, compiled: bool = False) -> Made:
     replay, obs = Replay(work), torch.randn(work.what.obs_shape)
     calls = {"update": lambda: agent.update(replay), "plan": lambda: agent.act(obs)}
     groups = (*agent.optim.param_groups, *agent.pi_optim.param_groups)
-    return Made(calls, sum(p.numel() for group in groups for p in group["params"]))
+    trained = [p for group in groups for p in group["params"] if p.device.type == "cpu"]  # no metas
+    return Made(calls, sum(p.numel() for p in trained))
 
 
 def torch_on_cpu() -> ModuleType:

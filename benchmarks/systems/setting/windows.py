@@ -139,12 +139,16 @@ class Side:
             raise SideError(answer["failed"])
         return answer
 
-    def window(self, measure: str, steps: int) -> Window:
-        """Let it run `steps` of a measure while nothing else of ours runs."""
+    def window(self, measure: str, steps: int, again: int = 0) -> Window:
+        """`steps` of a measure while nothing else of ours runs; an unclean window is taken up to
+        `again` times more. Raises SideError."""
         before = busy_seconds()
         found = self.ask({"measure": measure, "steps": steps})
         busy = busy_seconds() - before
-        return Window(steps, found["seconds"], found["cpu"], busy, psutil.cpu_count() or 1)
+        window = Window(steps, found["seconds"], found["cpu"], busy, psutil.cpu_count() or 1)
+        if window.others > ALLOWED and again:
+            return self.window(measure, steps, again - 1)
+        return window
 
     def stop(self) -> None:
         """End the process, which does so by itself when nobody can ask any more."""
@@ -185,10 +189,12 @@ def alternate(
     count: int,
     seconds: float,
     failed: Callable[[str, str], None],
+    again: int = 0,
 ) -> dict[str, list[Row]]:
     """`count` windows of about `seconds` of each measure, one side after the other, round by round.
 
-    A side that gives up is reported to `failed` (its name, why) and has no rows; the others go on.
+    Unclean windows are taken again, up to so often. A side that gives up is reported to `failed`
+    (its name, why) and has no rows; the others go on.
     """
     turns = [(side, m, Row(side.label, side.parameters)) for m in measures for side in sides]
     steps: dict[tuple[str, str], int] = {}
@@ -198,7 +204,8 @@ def alternate(
             if side.label in gone:
                 continue
             try:
-                window = side.window(measure, steps.get((side.label, measure), 1))
+                fit = steps.get((side.label, measure), 1)
+                window = side.window(measure, fit, again if number >= 0 else 0)
             except SideError as error:
                 gone.add(side.label)
                 failed(side.label, str(error))
