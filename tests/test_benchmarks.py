@@ -82,8 +82,8 @@ def test_a_side_that_gives_up_is_said_and_the_others_go_on(
     assert log().count("good") == 5
     said = capsys.readouterr().out
     assert "  missing not run: not installed: add --peers all\n" in said
-    assert "  fails 1.2 not run: RuntimeError: no memory left\n" in said
-    assert "  ends 1.2 not run: ended with code 3: killed: last words\n" in said
+    assert "  fails 1.2 not run: update: RuntimeError: no memory left and more lines\n" in said
+    assert "  ends 1.2 not run: update: ended with code 3: killed: last words\n" in said
     assert "  unknown not run: TypeError: make() got an unexpected keyword" in said
     assert "ours float32 1.2: " in said and "times the best peer (good 1.2), goal 2.5" in said
     assert not compare(WORK, [("ours float32", missing)], windows=1, seconds=0.0)

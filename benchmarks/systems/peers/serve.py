@@ -18,6 +18,8 @@ from typing import Any
 
 from peers.work import Made, Work
 
+LONGEST = 160  # of what is said of a failure
+
 
 def window(call: Callable[[], object], steps: int) -> dict[str, float]:
     """Seconds of wall-clock and of this process's CPU that `steps` calls take."""
@@ -35,24 +37,29 @@ def made(job: dict[str, Any]) -> Made:
     return side
 
 
+def why(error: Exception) -> dict[str, str]:
+    """The answer of what failed; its trace goes to what the side prints."""
+    traceback.print_exc()
+    return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST]}"}
+
+
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-
-    def answer(found: dict[str, Any]) -> None:
-        print(json.dumps(found), file=answers)
-
     try:
         side = made(json.loads(sys.stdin.readline()))
-        answer({"parameters": side.parameters, "version": side.version})
-        for line in sys.stdin:
-            asked = json.loads(line)
-            answer(window(side.calls[asked["measure"]], asked["steps"]))
     except Exception as error:
-        traceback.print_exc()
-        what = next(iter(str(error).splitlines()), "")
-        answer({"failed": f"{type(error).__name__}: {what}"})
+        print(json.dumps(why(error)), file=answers)
         sys.exit(1)
+    print(json.dumps({"parameters": side.parameters, "version": side.version}), file=answers)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        answer: dict[str, Any]
+        try:
+            answer = window(side.calls[asked["measure"]], asked["steps"])
+        except Exception as error:  # another measure may still work
+            answer = why(error)
+        print(json.dumps(answer), file=answers)
 
 
 if __name__ == "__main__":

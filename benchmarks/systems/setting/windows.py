@@ -193,30 +193,29 @@ def alternate(
 ) -> dict[str, list[Row]]:
     """`count` windows of about `seconds` of each measure, one side after the other, round by round.
 
-    Unclean windows are taken again, up to so often. A side that gives up is reported to `failed`
-    (its name, why) and has no rows; the others go on.
+    Unclean windows are taken again, up to so often. A measure that a side fails at is reported to
+    `failed` (the side's name, why) and has no row of it; all else goes on.
     """
-    turns = [(side, m, Row(side.label, side.parameters)) for m in measures for side in sides]
+    turns = [(m, side, Row(side.label, side.parameters)) for m in measures for side in sides]
     steps: dict[tuple[str, str], int] = {}
-    gone: set[str] = set()
+    gone: set[tuple[str, str]] = set()
     for number in range(-2, count):  # the first to warm up, the second to learn how many steps fit
-        for side, measure, row in turns:
-            if side.label in gone:
+        for measure, side, row in turns:
+            key = (measure, side.label)
+            if key in gone:
                 continue
             try:
-                fit = steps.get((side.label, measure), 1)
-                window = side.window(measure, fit, again if number >= 0 else 0)
+                window = side.window(measure, steps.get(key, 1), again if number >= 0 else 0)
             except SideError as error:
-                gone.add(side.label)
-                failed(side.label, str(error))
+                gone.add(key)
+                failed(side.label, f"{measure}: {error}")
                 continue
             if number >= 0:
                 row.windows.append(window)
             elif number == -1:
-                steps[side.label, measure] = max(1, round(seconds * window.rate))
-    return {
-        m: [row for side, n, row in turns if n == m and side.label not in gone] for m in measures
-    }
+                steps[key] = max(1, round(seconds * window.rate))
+    left = [(m, row) for m, side, row in turns if (m, side.label) not in gone]
+    return {m: [row for measure, row in left if measure == m] for m in measures}
 
 
 def headline(threads: int) -> str:
