@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+import warnings
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from ray.rllib.algorithms.ppo import PPOConfig
-from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
-from ray.rllib.env.env_runner_group import EnvRunnerGroup
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # RLlib loads what it may need, which warns
+    from ray.rllib.algorithms.ppo import PPOConfig
+    from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
+    from ray.rllib.env.env_runner_group import EnvRunnerGroup
 
 
 class IdleEnv(gymnasium.Env):
