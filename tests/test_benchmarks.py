@@ -37,6 +37,32 @@ def log(tmp_path: Path) -> Callable[[], str]:
     return (tmp_path / "log").read_text
 
 
+GPU = SCRIPT.parents[1] / "gpu.py"
+
+
+def test_without_a_gpu_it_is_said_what_one_would_show(tmp_path: Path) -> None:
+    asked = subprocess.run(
+        [sys.executable, GPU, "--dry-run"], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    for name in ("numbers", "compile", "ranks", "memory", "steps", "pong"):
+        assert f"  {name} " in asked.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_device_is_compared_with_the_cpu(tmp_path: Path) -> None:
+    """The CPU with itself: in float32 the same, and a table is written."""
+    told = subprocess.run(
+        [sys.executable, GPU, "--device", "cpu", "--only", "numbers", "--out", "table.md"],
+        **{"capture_output": True, "text": True, "cwd": tmp_path},
+    )
+    assert told.returncode == 0, told.stdout + told.stderr
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    exact = [line for line in lines if " float32 " in line]
+    assert len(exact) >= 5 and all("differ by 0.0e+00" in line for line in exact)
+    assert sum(line.endswith(" ok") for line in lines) == 2 * len(exact)
+
+
 def test_windows_of_two_sides_alternate(begin: Callable[..., Side], log: Callable[[], str]) -> None:
     with ExitStack() as stack:
         sides = [begin(name) for name in "ab"]

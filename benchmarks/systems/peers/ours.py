@@ -20,13 +20,13 @@ from worldflux_dist.spaces import Spaces
 
 
 def make(work: Work, profile_rows: int = 0, **learner: Any) -> Made:
-    """A learner on the CPU and, for TD-MPC2, a planner of one environment in the same precision.
+    """A learner and, for TD-MPC2, a planner of one environment in the same precision.
 
     `learner` goes into LearnerConfig as it is. With `profile_rows` a profile of each measure is
     printed, so many operators long.
     """
     task = work.what
-    config = LearnerConfig(device="cpu", threads=work.threads, **learner)
+    config = LearnerConfig(device=work.device, threads=work.threads, **learner)
     torch.set_num_threads(work.threads)
     name, spaces_ = f"{task.family}:{work.size}", spaces_of(task)
     if task.family == "tdmpc2":

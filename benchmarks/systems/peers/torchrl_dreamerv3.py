@@ -54,6 +54,8 @@ class Nets(NamedTuple):
 def make(work: Work, compiled: bool = False) -> Made:
     """One float32 update, with every loss of the reference; `compiled` has TorchRL compile it."""
     torch.set_num_threads(work.threads)
+    torch.set_default_device(work.device)
+    gpu = work.device != "cpu"
     loss, targets = losses(work)
     parameters = list(
         {
@@ -64,13 +66,19 @@ def make(work: Work, compiled: bool = False) -> Made:
         }.values()
     )
     stepper = DreamerV3OptimizationStepper(
-        loss, DreamerV3Optimizer(parameters), targets, compile_train_step=compiled, cudagraph=False
+        loss, DreamerV3Optimizer(parameters), targets, compile_train_step=compiled, cudagraph=gpu
     )
-    sample = batch(work)
+    sample = batch(work).to(work.device)
     if compiled:
         stepper.warmup(sample.clone())
     count = sum(p.numel() for p in parameters)
-    return Made({"update": lambda: stepper.step(None, sample.clone())}, count, version("torchrl"))
+
+    def update() -> None:
+        stepper.step(None, sample.clone())
+        if gpu:
+            torch.cuda.synchronize()
+
+    return Made({"update": update}, count, version("torchrl"))
 
 
 def mlp(work: Work, inputs: int, outputs: int | None, depth: int, scale: float = 1.0) -> Any:

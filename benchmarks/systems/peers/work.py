@@ -60,11 +60,12 @@ HORIZON = 15
 
 @dataclass(frozen=True)
 class Work:
-    """A task at a size on so many threads; travels to the sides as JSON."""
+    """A task at a size on so many threads, and perhaps a GPU; travels to the sides as JSON."""
 
     task: str
     size: str
     threads: int
+    device: str = "cpu"
 
     @property
     def what(self) -> Task:
