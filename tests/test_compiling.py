@@ -20,16 +20,17 @@ from worldflux_dist.distributed import compiling
 from worldflux_dist.distributed.compiling import Auto
 from worldflux_dist.learner import Learner, LearnerConfig
 
-WAIT_S = 600.0
+WAIT_S = 1200.0
 SMALL = {"horizon": 1, "termination": "none"}
 
 
-def a_learner(family: str = "tdmpc2", **options: Any) -> Learner:
+def a_learner(family: str = "tdmpc2", part: str = "world_model") -> Learner:
+    """By itself one with a single piece, which takes half a minute."""
     torch.manual_seed(0)
     behavior = {"dropout": 0.0} if family == "tdmpc2" else {"horizon": 2}
     more = SMALL if family == "tdmpc2" else {}
     agent = perturbed(make_small(family, "vector", "continuous", behavior, **more))
-    return Learner(agent, LearnerConfig(device="cpu", **options))
+    return Learner(agent, LearnerConfig(device="cpu"), part)
 
 
 def until_news(auto: Auto, learner: Learner) -> str:
@@ -127,7 +128,7 @@ def test_compiled_steps_teach_what_plain_ones_do(family: str, cache: Path) -> No
     """Five steps of all pieces, truly compiled."""
     ends = []
     for on in (True, False):
-        learner = a_learner(family)
+        learner = a_learner(family, "agent")
         learner.pieces = Pieces(learner.agent) if on else None
         batch, losses = family_batch(learner.agent), []
         for number in range(5):
