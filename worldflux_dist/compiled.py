@@ -46,13 +46,13 @@ def prepare() -> None:
 
 
 class Pieces:
-    """The compiled pieces of an agent, in use within `applied` only: acting in the same process,
+    """The compiled pieces of agents, in use within `applied` only: acting in the same process,
     with batches of other sizes, would have them compiled again."""
 
-    def __init__(self, agent: Agent) -> None:
+    def __init__(self, *agents: Agent) -> None:
         prepare()
         self._pieces: list[tuple[Any, str, Any]] = []
-        for part in (agent.world_model, agent.behavior):
+        for part in (part for agent in agents for part in (agent.world_model, agent.behavior)):
             for path in part.pieces:
                 *owners, name = path.split(".")
                 owner = reduce(lambda module, each: getattr(module, each), owners, part)

@@ -102,7 +102,7 @@ class Auto:
             return ""
         self._over = True
         self._before()
-        self._learner.pieces = Pieces(self._learner.agent)
+        self._learner.pieces = Pieces(*self._learner.agents)
         return f"the learner's steps are compiled from here on; another process took {took:.0f} s"
 
     def _worth(self, seconds: float) -> bool:
