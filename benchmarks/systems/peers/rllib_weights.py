@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from typing import Any
@@ -39,10 +40,12 @@ class RllibRunners:
             PPOConfig()
             .environment(IdleEnv)
             .env_runners(num_env_runners=num, num_cpus_per_env_runner=0)
+            .fault_tolerance(restart_failed_env_runners=False)
             .rl_module(
                 model_config=DefaultModelConfig(fcnet_hiddens=list(hidden), vf_share_layers=True)
             )
         )
+        logging.getLogger("ray.rllib").setLevel(logging.ERROR)  # it says that its API is new
         config.validate()
         self.group = EnvRunnerGroup(config=config)
         local: Any = self.group.local_env_runner
