@@ -88,7 +88,7 @@ def test_short_runs_are_not_compiled(
     auto = Auto(learner, steps, lambda: None)
     assert not any(auto.look(batch, seconds) for _ in range(taken))
     monkeypatch.setattr(compiling, "COLD_S", 0.0)
-    with pytest.raises(AttributeError):
+    with pytest.raises(TypeError, match="not callable"):
         auto.look(family_batch(learner.agent), seconds)
 
 
