@@ -71,6 +71,8 @@ class Ahead:
 class Auto:
     """Gives a learner its pieces where a run is long enough: compiled beside it, then in use.
 
+    Meanwhile the learner leaves one of its threads' cores to the other process: threads that wait
+    for one that has no core are slower than fewer.
     `steps` is how many gradient steps the run takes in all, infinite where nobody knows; `before`
     is called before the learner takes its first compiled step.
     """
@@ -91,19 +93,24 @@ class Auto:
             self._taken += 1
             self._spent += seconds if self._taken else 0.0
             if self._worth(COLD_S):
-                self._ahead = Ahead(self._learner, batch)
+                self._ahead, self._threads = Ahead(self._learner, batch), torch.get_num_threads()
+                torch.set_num_threads(max(1, self._threads - 1))
             return ""
         try:
             took = self._ahead.seconds()
         except RuntimeError as error:
-            self._over = True
+            self._finish()
             return f"learner.compile auto: nothing is compiled, since that failed ({error})"
         if took is None:
             return ""
-        self._over = True
+        self._finish()
         self._before()
         self._learner.pieces = Pieces(*self._learner.agents)
         return f"the learner's steps are compiled from here on; another process took {took:.0f} s"
+
+    def _finish(self) -> None:
+        self._over = True
+        torch.set_num_threads(self._threads)
 
     def _worth(self, seconds: float) -> bool:
         """Whether steps as they are take at least so long: those that are left, or, where nobody
