@@ -36,9 +36,18 @@ def cache_folder() -> Path:
 
 
 def prepare() -> None:
-    """Compile in this process, from now on, with the cache above. Before anything is compiled."""
+    """Compile in this process, from now on, with the cache above. Before anything is compiled.
+
+    Raises RuntimeError where there can be no cache.
+    """
     folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise RuntimeError(
+            f"learner.compile keeps what it compiled in {folder}, which cannot be made ({error}): "
+            "name another folder in TORCHINDUCTOR_CACHE_DIR, or set learner.compile=false"
+        ) from error
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     import torch._inductor.config as config  # takes seconds
 

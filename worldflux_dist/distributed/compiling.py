@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from worldflux_dist.agent import Agent
-from worldflux_dist.compiled import Pieces, cache_folder
+from worldflux_dist.compiled import Pieces, cache_folder, prepare
 from worldflux_dist.learner import Learner, LearnerConfig
 from worldflux_dist.spaces import Spaces
 
@@ -73,6 +73,7 @@ class Auto:
 
     Meanwhile the learner leaves one of its threads' cores to the other process: threads that wait
     for one that has no core are slower than fewer.
+
     `steps` is how many gradient steps the run takes in all, infinite where nobody knows; `before`
     is called before the learner takes its first compiled step.
     """
@@ -128,9 +129,9 @@ def _fill() -> None:
     made, options, part, rows, forms = pickle.load(sys.stdin.buffer)
     alone = threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(1)), daemon=True)
     alone.start()
-    folder, rng = cache_folder(), np.random.default_rng(0)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with open(folder / "lock", "w") as lock:
+    prepare()
+    rng = np.random.default_rng(0)
+    with open(cache_folder() / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several ranks one compiles, the others then read
         agent = Agent(spaces=Spaces.from_json(made.pop("spaces")), **made)
         batch = forms.map(lambda form: rng.random(form[0]).astype(form[1]))
