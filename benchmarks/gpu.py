@@ -182,10 +182,11 @@ def memory(args: argparse.Namespace) -> Iterator[str]:
 def ranks(args: argparse.Namespace) -> Iterator[str]:
     """DDP over NCCL on one GPU, eager and compiled, against no group."""
     want = losses(a_learner("dreamerv3", args.device))
+    store = FileStore(str(Path(tempfile.mkdtemp()) / "store"), 1)
     for number, mode in enumerate((False, "default")):
         learner = a_learner("dreamerv3", args.device, mode=mode)
         if number == 0:
-            learner.join(FileStore(tempfile.mktemp(), 1), 0, 1)
+            learner.join(store, 0, 1)
         else:
             learner.share(0)
         off = float(np.abs(losses(learner) / want - 1).max())

@@ -54,23 +54,24 @@ def test_no_weight_is_cast_at_every_imagined_step(family: str) -> None:
 
 
 @FAMILY
-def test_a_twin_imagines_what_the_agent_would(family: str) -> None:
-    """With its newest weights, and its buffers: after a step the twin is behind, then it is not."""
+def test_a_twin_has_the_weights_with_which_a_step_began(family: str) -> None:
+    """In bfloat16, but for what is kept exact; with the agent's own buffers; in no checkpoint."""
     learner = a_learner(family, "bfloat16", "vector")
     agent, batch = learner.agent, family_batch(learner.agent)
     names = set(agent.state_dict())
-    for _ in range(2):
-        learner.step(batch)
-    assert set(agent.state_dict()) == names and len(learner.agents) == 2
-    twin = learner.agents[1]
     learner.step(batch)
-    own, other = agent.state_dict(), twin.state_dict()
-    assert own.keys() == other.keys()
-    buffers = {name for name, _ in agent.named_buffers()} & names
-    for name in buffers:
-        torch.testing.assert_close(other[name], own[name], rtol=0, atol=0)
-    coarse = [n for n, p in twin.named_parameters() if p.dtype == torch.bfloat16]
-    assert len(coarse) > len(names) / 4
+    perturbed(agent)
+    began = {name: param.detach().clone() for name, param in agent.named_parameters()}
+    learner.step(batch)
+    _, twin = learner.agents
+    coarse = 0
+    for name, param in twin.named_parameters():
+        coarse += param.dtype == torch.bfloat16
+        assert torch.equal(param, began[name].to(param.dtype)), name
+    assert coarse > len(began) / 4
+    for (name, own), (_, other) in zip(agent.named_buffers(), twin.named_buffers(), strict=True):
+        assert other is own, name
+    assert set(agent.state_dict()) == names
 
 
 @FAMILY

@@ -67,9 +67,17 @@ def test_pieces_are_compiled_beside_training_and_taken_up(cache: Path) -> None:
 def test_a_run_goes_on_where_nothing_can_be_compiled(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With all of its threads, of which it has one less while another process is at work."""
     monkeypatch.setenv("CXX", "/bin/false")
-    learner = a_learner()
-    said = until_news(Auto(learner, 1000, lambda: None), learner)
+    learner, seen = a_learner(), []
+    step = learner.step
+    monkeypatch.setattr(learner, "step", lambda x: (seen.append(torch.get_num_threads()), step(x)))
+    torch.set_num_threads(2)
+    try:
+        said = until_news(Auto(learner, 1000, lambda: None), learner)
+        assert set(seen) == {1, 2} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
     assert said.startswith("learner.compile auto: nothing is compiled, since that failed (")
     assert learner.pieces is None
     learner.step(family_batch(learner.agent))

@@ -121,9 +121,8 @@ class Agent(nn.Module):
 
     def imagined_loss(self, imagined: Imagined) -> StageOutput:
         """The behavior's loss on an imagined batch of tensors, which may be packed."""
-        model = self.world_model
-        imagined = imagined.unpacked(model.feature_parts)
-        behavior = self.imagining().imagined_loss(imagined, model.discount)
+        imagined = imagined.unpacked(self.world_model.feature_parts)
+        behavior = self.imagining().imagined_loss(imagined, self.world_model.discount)
         return self._weighted(None, behavior)
 
     def policy_loss(self, path: Path) -> StageOutput:
@@ -309,8 +308,7 @@ class Agent(nn.Module):
     def drop_unused(self) -> None:
         """Keep what acting needs and no more. Weights of what is gone are ignored from now on."""
         self._dropped = tuple(f"{path}." for path in self.unused())
-        for path in self._dropped:
-            part, name, _ = path.split(".")
+        for part, name, _ in (path.split(".") for path in self._dropped):
             delattr(getattr(self, part), name)
 
     def load_arrays(self, arrays: dict[str, np.ndarray]) -> None:

@@ -81,3 +81,17 @@ class Pieces:
         finally:
             for owner, name, _ in self._pieces:
                 del owner.__dict__[name]
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Says in one sentence that something could not be compiled."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            what = next(iter(str(error).splitlines()), type(error).__name__)
+            raise RuntimeError(
+                f"learner.compile: torch.compile failed ({what}): set learner.compile=false"
+            ) from error
+        raise

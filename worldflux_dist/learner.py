@@ -13,7 +13,6 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NotRequired
@@ -32,7 +31,7 @@ from worldflux_dist.agent import Agent, LossOf, StageOutput
 from worldflux_dist.behaviors.actor_critic import ActorCritic
 from worldflux_dist.behaviors.base import Imagined
 from worldflux_dist.coarse import Coarse
-from worldflux_dist.compiled import Pieces
+from worldflux_dist.compiled import Pieces, explained
 from worldflux_dist.data import Batch
 from worldflux_dist.nn.memory import keep_freed_memory, read_only
 from worldflux_dist.nn.optim import grad_norm, learning_rate
@@ -57,7 +56,7 @@ class LearnerConfig(Settings):
     gradients, but the running scales of returns move once per part. `compile` true (or "default")
     has torch.compile make the pieces of the family and the behavior before the first step, on a GPU
     each stage as a whole, there also by torch's modes "reduce-overhead" and "max-autotune"; "auto"
-    does so on a CPU while training goes on, where a run is long enough (compiled.py).
+    does so on a CPU beside the steps of a long run (distributed/compiling.py).
     `pin_memory` makes copies to a GPU faster. What a machine does not have is left out with a
     warning.
     """
@@ -70,6 +69,11 @@ class LearnerConfig(Settings):
     accumulate: Count = 1
     compile: bool | Literal["auto", "default", "reduce-overhead", "max-autotune"] = free("auto")
     pin_memory: bool = free(False)
+
+    @property
+    def compiles_first(self) -> bool:
+        """Whether torch.compile is at work before the first step, not beside later ones."""
+        return self.compile not in (False, "auto")
 
     def check(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", self.device):
@@ -120,7 +124,7 @@ class Learner:
         imagines = part == "agent" and isinstance(agent.behavior, ActorCritic)
         if config.precision == "bfloat16" and imagines:
             self._coarse = Coarse(agent)
-        compiles, gpu = config.compile not in (False, "auto"), self.device.type == "cuda"
+        compiles, gpu = config.compiles_first, self.device.type == "cuda"
         mode = config.compile if isinstance(config.compile, str) else "default"
         for name, (optimizer, loss) in agent.stages(part, rows).items():
             self.optimizers[name] = optimizer
@@ -170,7 +174,7 @@ class Learner:
         A policy that learns apart has a stage of its own, after all else has stepped. Raises
         NonFiniteLossError, on every rank, before the weights of its stage are changed.
         """
-        with self.pieces.applied() if self.pieces else contextlib.nullcontext(), _compiled():
+        with self.pieces.applied() if self.pieces else contextlib.nullcontext(), explained():
             return self._step(self._parts(batch.map(self._tensor)))
 
     def _step(self, given: list[Any]) -> dict[str, float]:
@@ -354,20 +358,6 @@ def _moments(
     return state
 
 
-@contextlib.contextmanager
-def _compiled() -> Iterator[None]:
-    """Says in one sentence that a stage could not be compiled."""
-    try:
-        yield
-    except RuntimeError as error:
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            what = next(iter(str(error).splitlines()), type(error).__name__)
-            raise RuntimeError(
-                f"learner.compile: torch.compile failed ({what}): set learner.compile=false"
-            ) from error
-        raise
-
-
 def _possible(config: LearnerConfig, device: torch.device) -> LearnerConfig:
     """The config without what the device does not have; says so in a line for each."""
     cuda = device.type == "cuda"
@@ -378,7 +368,7 @@ def _possible(config: LearnerConfig, device: torch.device) -> LearnerConfig:
         logger.warning("learner.precision is float32: this GPU does not compute in bfloat16")
         config = replace(config, precision="float32")
     compiler = os.environ.get("CXX", "g++")
-    if config.compile not in (False, "auto") and not shutil.which(compiler):
+    if config.compiles_first and not shutil.which(compiler):
         logger.warning(
             "learner.compile is left out: torch.compile needs a C++ compiler and there is no "
             f"{compiler}: install one, or name one in the environment variable CXX"

@@ -25,16 +25,15 @@ import torch
 from ray._private import ray_constants, worker
 
 from worldflux_dist.config import Config, ConfigError
-from worldflux_dist.distributed.roles import MB, ROLES, Sizes
+from worldflux_dist.distributed.roles import MB, ROLES, Node, Sizes
+from worldflux_dist.distributed.threads import settled
 from worldflux_dist.replay.buffer import ReplayConfig
 from worldflux_dist.spaces import Spaces
 
 BATCHES_IN_FLIGHT = 4
-LEARNER_THREADS = 8  # more gain nothing: the steps of a scan are small
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 LONGEST_PATH = 42  # of Ray's folder: the path of a socket in it has 107 characters at most
 TIDY_S = 5.0
-Node = Mapping[str, float]  # its resources as Ray names them: CPU, GPU, memory in bytes
 
 
 @dataclass(frozen=True)
@@ -169,8 +168,7 @@ def shares(config: Config, resources: Node) -> dict[str, dict[str, float]]:
     there = {name: role for name, role in ROLES.items() if role.count(config)}
     rank, model = _gpu_shares(config, int(resources.get("GPU", 0)))
     gpu = {"rank": rank, "model": model, "": 0}
-    cpu = {n: role.threads(config) if role.cpus is None else role.cpus for n, role in there.items()}
-    return {name: {"CPU": cpu[name], "GPU": gpu[role.gpu]} for name, role in there.items()}
+    return {n: {"CPU": role.share(config), "GPU": gpu[role.gpu]} for n, role in there.items()}
 
 
 def _gpu_shares(config: Config, gpus: int) -> tuple[float, float]:
@@ -198,55 +196,6 @@ def _gpu_shares(config: Config, gpus: int) -> tuple[float, float]:
 def _part(whole: float, processes: int, gpus: int) -> float:
     """An equal part of `whole` GPUs such that all processes fit, in Ray's steps of 0.0001."""
     return math.floor(1e4 * whole / math.ceil(processes / gpus)) / 1e4
-
-
-def settled(config: Config, nodes: tuple[Node, ...] = ()) -> Config:
-    """`config` with learner.threads as a number: what the other processes leave of the cores.
-
-    Processes of this machine share its cores, and runners work only as far as the learner lets
-    them: an environment step costs about as much as two replayed ones (benchmarks/LOG.md). On a
-    cluster CPUs are reserved, and the number is the largest with which all processes fit.
-    """
-    if config.learner.threads != "auto":
-        return config
-    gpus, device = sum(node.get("GPU", 0) for node in nodes), config.learner.device
-    gpus = gpus if nodes else torch.cuda.device_count()
-    most = LEARNER_THREADS if device == "cpu" or (device == "auto" and not gpus) else 1
-    if not nodes:
-        threads = min(most, _left_here(config))
-    else:
-        fits = (n for n in range(most, 1, -1) if _fits(_with_threads(config, n), nodes))
-        threads = next(fits, 1)
-    return _with_threads(config, threads)
-
-
-def _with_threads(config: Config, threads: int) -> Config:
-    return replace(config, learner=replace(config.learner, threads=threads))
-
-
-def _left_here(config: Config) -> int:
-    """Of this machine's cores, or of as many as OMP_NUM_THREADS allows, to each learner."""
-    cores = os.cpu_count() or 1
-    count = {name: role.count(config) for name, role in ROLES.items()}
-    collecting = cores / (1 + config.train.train_ratio / 2)
-    others = min(collecting, count["runner"] + count["shard"] / 2) + count["imaginer"]
-    left = round((cores - others) / (count["learner"] + count["policy"]))
-    allowed = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, min(left, int(allowed) if allowed.isdigit() else left))
-
-
-def _fits(config: Config, nodes: tuple[Node, ...]) -> bool:
-    """Whether the CPUs that all processes ask for can be found on the nodes, the largest first."""
-    asked = [
-        role.threads(config) if role.cpus is None else role.cpus
-        for role in ROLES.values()
-        for _ in range(role.count(config))
-    ]
-    left = [node.get("CPU", 0.0) for node in nodes]
-    for cpus in sorted(asked, reverse=True):
-        place = max(range(len(left)), key=left.__getitem__)
-        left[place] -= cpus
-    return min(left) >= 0
 
 
 def make_plan(config: Config, spaces: Spaces, nodes: tuple[Node, ...] = ()) -> Plan:

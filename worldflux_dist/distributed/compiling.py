@@ -82,8 +82,8 @@ class Auto:
         self._learner, self._steps, self._before = learner, steps, before
         self._taken, self._spent = -1, 0.0  # the first step is slower than all others
         self._ahead: Ahead | None = None
-        self._over = learner.device.type != "cpu" or learner.pieces is not None
-        self._over |= os.environ.get("TORCH_COMPILE_DISABLE", "0") == "1"
+        off = os.environ.get("TORCH_COMPILE_DISABLE", "0") == "1"  # torch's own switch
+        self._over = off or learner.device.type != "cpu"
 
     def look(self, batch: Any, seconds: float) -> str:
         """After each step, with its batch of arrays and its time: a sentence where there is news,

@@ -53,9 +53,9 @@ class Rank:
         self._shards = shards
         self._stepped = self._idle_since = time.monotonic()
         self._waited = 0.0  # seconds without a batch since the last step
-        compiles = learner.config.compile
-        self._auto = Auto(learner, steps, self._tell_compiling) if compiles == "auto" else None
-        if compiles not in (False, "auto"):
+        auto = learner.config.compile == "auto"
+        self._auto = Auto(learner, steps, self._tell_compiling) if auto else None
+        if learner.config.compiles_first:
             self._tell_compiling()
 
     def step(self, shard: int, given: tuple[Batch, np.ndarray] | Imagined) -> dict[str, Any]:
@@ -170,7 +170,7 @@ class LearnerActor(Rank):
         for library in ("GLOO", "NCCL"):  # would listen on the address of the host's name, or all
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface_of(own))
         store.set_timeout(timedelta(seconds=timeout_s))
-        if self.learner.config.compile not in (False, "auto"):
+        if self.learner.config.compiles_first:
             timeout_s = max(timeout_s, COMPILE_S)
         self.learner.join(store, self.rank, num_ranks, timeout_s)
 

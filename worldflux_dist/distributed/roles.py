@@ -3,7 +3,7 @@ of a kind of process, they read in ROLES."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from worldflux_dist.replay import ReplayConfig
     from worldflux_dist.spaces import Spaces
 
+Node = Mapping[str, float]  # its resources as Ray names them: CPU, GPU, memory in bytes
 MB = 1024**2
 PROCESS_BYTES = 400 * MB  # a Python process with torch and Ray loaded, measured
 FOREVER = {"max_restarts": -1, "max_task_retries": 0}  # a call that failed is made again, elsewhere
@@ -89,11 +90,10 @@ class Sizes:
         horizon, num = self.agent.behavior.config.horizon, self.config.scale.num_learners
         return 3 * self.loss.state + (horizon + 1) * self.loss.visible + 4 * self.imagined // num
 
-    @property
-    def learner(self) -> int:
-        """Bytes of a rank that learns from replay; twice where another process takes a step of its
-        own to compile it (compiling.py)."""
-        own = PROCESS_BYTES + 4 * self.weights + (self.loss.kept + self.dreaming) * self.here
+    def learner(self, activations: int) -> int:
+        """Bytes of a rank that keeps so many of its activations; twice where another process takes
+        a step of its own to compile it (compiling.py)."""
+        own = PROCESS_BYTES + 4 * self.weights + activations * self.here
         return own * (1 + (self.here and self.config.learner.compile == "auto"))
 
     @property
@@ -146,6 +146,10 @@ class Role:
     busy: str = ""
     more: str = ""
 
+    def share(self, config: Config) -> float:
+        """CPUs of each."""
+        return self.threads(config) if self.cpus is None else self.cpus
+
 
 ROLES = {
     "runner": Role(
@@ -177,7 +181,7 @@ ROLES = {
         count=lambda c: c.scale.num_learners,
         threads=_of_learner,
         gpu="rank",
-        nbytes=lambda s: s.learner,
+        nbytes=lambda s: s.learner(s.loss.kept + s.dreaming),
         note=lambda s: f"{s.config.model}, {s.weights / 4e6:.2f} M parameters",
         together="PACK",
         cause="a learner that crashes",
@@ -202,7 +206,7 @@ ROLES = {
         threads=_of_learner,
         gpu="rank",
         # Three networks of three layers each keep about what a batch of features holds.
-        nbytes=lambda s: PROCESS_BYTES + 4 * s.weights + 4 * s.imagined * s.here,
+        nbytes=lambda s: s.learner(4 * s.imagined),
         note=lambda s: "learners of what is imagined",
         together="PACK",
         busy="policy",

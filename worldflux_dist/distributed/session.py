@@ -15,19 +15,13 @@ from ray.exceptions import RayError
 
 from worldflux_dist.config import Config
 from worldflux_dist.distributed.auth import check_auth, explained
-from worldflux_dist.distributed.cluster import (
-    Plan,
-    join_cluster,
-    make_plan,
-    quiet,
-    ray_for,
-    settled,
-)
+from worldflux_dist.distributed.cluster import Plan, join_cluster, make_plan, quiet, ray_for
 from worldflux_dist.distributed.ending import RoleLostError, StopSignals, is_loss
 from worldflux_dist.distributed.group import GroupLostError
 from worldflux_dist.distributed.placement import place
 from worldflux_dist.distributed.run import RunDirectory, storage_of
 from worldflux_dist.distributed.start import Task, probe
+from worldflux_dist.distributed.threads import settled
 from worldflux_dist.progress import Progress
 
 
