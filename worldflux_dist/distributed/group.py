@@ -40,7 +40,7 @@ class GroupLostError(RuntimeError):
 class LearnerGroup:
     """The ranks that train one part, as the driver sees them. Owns the steps under way.
 
-    `ranks` are actors or one learner of this process, both with Rank's `step` and `publish`;
+    `ranks` are actors or one learner of this process, both with Rank's `step` and `weights`;
     `generation` counts how often they have been replaced. Publishes by itself after `publish_every`
     gradient steps.
     """
@@ -129,12 +129,9 @@ class LearnerGroup:
     def publish(self) -> None:
         """Have the newest weights published."""
         self.store.fence.remote(self.part, self.generation)  # it may have been restarted
-        try:
-            self.published = call(self.ranks[0], "publish")
-        except RayActorError as error:  # the store's, told by a rank of this process
-            self.publications.failed(error)
-        else:
-            self.publications.begun(self.published, self.gradient_steps)
+        version, weights = call(self.ranks[0], "weights", num_returns=2)
+        self.published = self.store.publish.remote(self.part, version, [weights])
+        self.publications.begun(version, self.published, self.gradient_steps)
 
     def keep_published(self) -> None:
         """Publish where it is time to, and again where it failed. Does not wait."""
@@ -217,13 +214,14 @@ class ActorGroup(LearnerGroup):
         self.ranks = []
 
 
-def call(rank: Any, method: str, *given: Any) -> ObjectRef:
-    """Begin a method of a rank. One of this process has done it when this returns, and raises."""
+def call(rank: Any, method: str, *given: Any, num_returns: int = 1) -> Any:
+    """Begin a method of a rank; its reference, or a list of them. This process owns what the method
+    gives. A rank of this process has done it when this returns, and raises."""
     if isinstance(rank, ActorHandle):
-        ref: ObjectRef = getattr(rank, method).remote(*given)
-        return ref
+        return getattr(rank, method).options(num_returns=num_returns).remote(*given)
     arguments = [ray.get(x) if isinstance(x, ObjectRef) else x for x in given]
-    return ray.put(getattr(rank, method)(*arguments))
+    result = getattr(rank, method)(*arguments)
+    return ray.put(result) if num_returns == 1 else [ray.put(each) for each in result]
 
 
 def results(refs: Sequence[ObjectRef], stopping: Callable[[], bool] = lambda: False) -> list[Any]:

@@ -23,7 +23,7 @@ from worldflux_dist.config import Config
 from worldflux_dist.data import Batch
 from worldflux_dist.distributed.compiling import Auto
 from worldflux_dist.distributed.shard import shard_name
-from worldflux_dist.distributed.weights import COMPILE_S, WEIGHTS
+from worldflux_dist.distributed.weights import COMPILE_S, WEIGHTS, Version
 from worldflux_dist.learner import Learner
 from worldflux_dist.spaces import Spaces
 
@@ -75,15 +75,12 @@ class Rank:
         said = self._auto.look(batch, end - start) if self._auto else ""
         return metrics | ({"said": said} if said else {})
 
-    def publish(self) -> None:
-        """Send the inference weights to the store; their version is the gradient steps.
-
-        Raises RayError where it did not get them.
-        """
+    def weights(self) -> tuple[Version, dict[str, np.ndarray]]:
+        """The inference weights, to be published; apart from them their version, whose second part
+        is the gradient steps."""
         with self._busy():
             version = (self.generation, self.learner.gradient_steps)
-            state = self.learner.agent.inference_state(self.learner.part)
-            ray.get(self.store.publish.remote(self.learner.part, version, state))
+            return version, self.learner.agent.inference_state(self.learner.part)
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
