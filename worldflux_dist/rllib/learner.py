@@ -46,9 +46,15 @@ class WorldFluxLearner(TorchLearner):
         """From now on, publish to `store` and tell `shards` how surprising their windows were."""
         self.rank = Rank(self.learner, store, shards, generation)
 
-    def step(self, shard: int, given: tuple[Batch, np.ndarray] | Imagined) -> dict[str, float]:
-        """One gradient step on a batch from `shard`; metrics."""
-        return self.rank.step(shard, given)
+    def begin(
+        self, shard: int, given: tuple[Batch, np.ndarray] | Imagined
+    ) -> dict[str, Any] | None:
+        """As Rank's."""
+        return self.rank.begin(shard, given)
+
+    def finish(self) -> dict[str, Any] | None:
+        """As Rank's."""
+        return self.rank.finish()
 
     def weights(self) -> tuple[Version, dict[str, np.ndarray]]:
         """As Rank's."""
