@@ -41,7 +41,7 @@ protocol: $(INSTALLED)  ## compile serve/*.proto
 		--descriptor_set_out=protocol.binpb imagination.proto open_inference.proto
 
 bench: $(INSTALLED)  ## the throughput of each part, next to peers and limits
-	set -e; for script in benchmarks/systems/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	set -e; for script in benchmarks/systems/*.py; do echo "== $$script, $$(date +%H:%M)"; $(BIN)/python $$script; done
 
 clean:  ## remove the virtual environment and every cache; runs/ stays
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

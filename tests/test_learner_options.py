@@ -223,6 +223,15 @@ def test_what_cannot_be_compiled_is_one_sentence(monkeypatch: pytest.MonkeyPatch
         learner.step(family_batch(learner.agent))
 
 
+def test_a_cache_that_cannot_be_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(RuntimeError, match=r"file.cache, which cannot be made .* name another"):
+        make_learner("tdmpc2", compile=True)
+
+
 def compile_with(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have torch.compile take `backend` instead of its own, which takes minutes."""
     real = torch.compile

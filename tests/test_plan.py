@@ -130,9 +130,9 @@ def test_the_learner_gets_the_cores_that_are_left(
 
 
 def test_on_a_cluster_the_learner_gets_what_fits_beside_the_others() -> None:
-    # 4.5 CPUs of runners, shards, store and evaluator, on nodes of 4.
-    assert role(make_plan(nodes=[NODE] * 2), "learner").threads == 3
-    assert role(make_plan(nodes=[NODE] * 3), "learner").threads == 4
+    # 3.5 CPUs of runners, shards, store and evaluator, on nodes of 4 and 2.
+    assert role(make_plan(nodes=[NODE, NODE | {"CPU": 2.0}]), "learner").threads == 2
+    assert role(make_plan(nodes=[NODE] * 2), "learner").threads == 4
     assert role(make_plan(nodes=[NODE]), "learner").threads == 1
     gpu = NODE | {"GPU": 1.0}
     assert role(make_plan("learner.device=auto", nodes=[gpu] * 3), "learner").threads == 1

@@ -36,9 +36,18 @@ def cache_folder() -> Path:
 
 
 def prepare() -> None:
-    """Compile in this process, from now on, with the cache above. Before anything is compiled."""
+    """Compile in this process, from now on, with the cache above. Before anything is compiled.
+
+    Raises RuntimeError where there can be no cache.
+    """
     folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise RuntimeError(
+            f"learner.compile keeps what it compiled in {folder}, which cannot be made ({error}): "
+            "name another folder in TORCHINDUCTOR_CACHE_DIR, or set learner.compile=false"
+        ) from error
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     import torch._inductor.config as config  # takes seconds
 
@@ -46,13 +55,13 @@ def prepare() -> None:
 
 
 class Pieces:
-    """The compiled pieces of an agent, in use within `applied` only: acting in the same process,
+    """The compiled pieces of agents, in use within `applied` only: acting in the same process,
     with batches of other sizes, would have them compiled again."""
 
-    def __init__(self, agent: Agent) -> None:
+    def __init__(self, *agents: Agent) -> None:
         prepare()
         self._pieces: list[tuple[Any, str, Any]] = []
-        for part in (agent.world_model, agent.behavior):
+        for part in (part for agent in agents for part in (agent.world_model, agent.behavior)):
             for path in part.pieces:
                 *owners, name = path.split(".")
                 owner = reduce(lambda module, each: getattr(module, each), owners, part)

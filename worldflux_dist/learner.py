@@ -29,7 +29,9 @@ from typing_extensions import TypedDict
 
 from worldflux_dist import storage
 from worldflux_dist.agent import Agent, LossOf, StageOutput
+from worldflux_dist.behaviors.actor_critic import ActorCritic
 from worldflux_dist.behaviors.base import Imagined
+from worldflux_dist.coarse import Coarse
 from worldflux_dist.compiled import Pieces
 from worldflux_dist.data import Batch
 from worldflux_dist.nn.memory import keep_freed_memory, read_only
@@ -114,6 +116,10 @@ class Learner:
         self.agent, self.part, self.rows = agent.to(self.device), part, rows
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.stages: dict[str, Stage] = {}
+        self._coarse = None
+        imagines = part == "agent" and isinstance(agent.behavior, ActorCritic)
+        if config.precision == "bfloat16" and imagines:
+            self._coarse = Coarse(agent)
         compiles, gpu = config.compile not in (False, "auto"), self.device.type == "cuda"
         mode = config.compile if isinstance(config.compile, str) else "default"
         for name, (optimizer, loss) in agent.stages(part, rows).items():
@@ -121,10 +127,15 @@ class Learner:
             if compiles and gpu:
                 loss = torch.compile(loss, fullgraph=True, mode=mode)
             self.stages[name] = Stage(optimizer, loss)
-        self.pieces = Pieces(agent) if compiles and not gpu else None
+        self.pieces = Pieces(*self.agents) if compiles and not gpu else None
         self._shared: dict[str, DistributedDataParallel] = {}
         self.gradient_steps = self.rank = 0
         self.row_losses = np.zeros(0, np.float32)
+
+    @property
+    def agents(self) -> list[Agent]:
+        """The agent, and its twin in bfloat16 where one imagines."""
+        return [self.agent, *([self._coarse.agent] if self._coarse else [])]
 
     def join(self, store: dist.Store, rank: int, world_size: int, timeout_s: float = 30.0) -> None:
         """Become one rank of a group, once in a process's life. All ranks then have the weights of
@@ -163,6 +174,8 @@ class Learner:
             return self._step(self._parts(batch.map(self._tensor)))
 
     def _step(self, given: list[Any]) -> dict[str, float]:
+        if self._coarse:
+            self._coarse.follow()
         values: dict[str, float] = {}
         for name, optimizer in self.optimizers.items():
             metrics, given = self._gradients(name, given)

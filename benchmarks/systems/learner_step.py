@@ -1,228 +1,194 @@
-"""Gradient steps per second of the learners, and planned actions per second, next to peers.
+"""Gradient steps per second of our learners, and plans per second, next to peers in this minute.
 
     python benchmarks/systems/learner_step.py
-    python benchmarks/systems/learner_step.py --task image --dtype bfloat16 --profile 20
-    python benchmarks/systems/learner_step.py --task tdmpc2
+    python benchmarks/systems/learner_step.py --task image --size size12m --precision bfloat16
+    python benchmarks/systems/learner_step.py --peers all --jax-dreamer ~/dreamerv3
+    python benchmarks/systems/learner_step.py --task tdmpc2 --peers all --tdmpc2 ~/tdmpc2
 
-DreamerV3: batches of 16 x 64, horizon 15, next to RLlib's learner at the same widths, which runs
-here too. TD-MPC2: 256 windows of 4, 24 observed numbers, 6 actions, plans of 512 samples and 6
-iterations, next to figures of the official implementation taken beforehand on two cores. Rates are
-medians of 5 windows, one side after the other, each in a process of its own. No peer has reduced
-precision: every ratio is against its float32. A profile of our step comes first.
+DreamerV3: batches of 16 x 64, horizon 15, at equal widths; not all build the same layers, hence the
+numbers of parameters. TD-MPC2: 256 windows of 4, 24 observed numbers, 6 actions, plans of 512
+samples and 6 iterations for one environment. All on the CPU.
+
+Every side is a process of its own that stays alive; the sides' windows alternate and rates are
+medians. Beside them stand the process's own CPU time and, as "unclean", what other processes took
+of the cores meanwhile: such a row says little. Peers compute in float32 and step by step, with
+--compiled-peers also as they compile themselves. Ratios are to the best peer that ran.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
-import statistics
-import time
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from gymnasium import spaces
-from torch.profiler import ProfilerActivity, profile
+from peers.known import PEERS, NotRunError, Peer, Places
+from peers.work import SIZES, TASKS, Work
+from setting.windows import Row, Side, SideError, alternate, headline
 
-from peers.rllib_dreamerv3 import WIDTHS, rllib_step
-from worldflux_dist.agent import Agent
-from worldflux_dist.data import Batch
-from worldflux_dist.learner import Learner, LearnerConfig
-from worldflux_dist.spaces import Spaces
-
-Precision = Literal["float32", "bfloat16"]
-ROWS, LENGTH, HORIZON = 16, 64, 15
-STEPS_PER_WINDOW = 2
-TASKS: dict[str, tuple[spaces.Box, spaces.Discrete]] = {
-    "vector": (spaces.Box(-np.inf, np.inf, (4,), np.float32), spaces.Discrete(2)),
-    "image": (spaces.Box(0, 255, (64, 64, 3), np.uint8), spaces.Discrete(6)),
+GOALS = {
+    ("vector", "update"): 2.5,
+    ("image", "update"): 3.0,
+    ("tdmpc2", "update"): 2.0,
+    ("tdmpc2", "plan"): 3.0,
 }
-# The official TD-MPC2, float32 on two cores: updates/s, then plans/s for one environment.
-OFFICIAL = {"1m": (5.95, 3.90), "5m": (1.84, 1.42)}
-PLAN_GOALS = {"float32": 2.0, "bfloat16": 3.0}
-UPDATE_GOAL = 1.5
-GOALS = {("vector", "float32"): 3.0, ("vector", "bfloat16"): 4.1, ("image", "float32"): 2.0}
+VENVS = Path(__file__).parents[1] / ".venvs"
+OURS = "ours"
 
 
-def random_batch(
-    observation: spaces.Box,
-    action: spaces.Space,
-    seed: int = 0,
-    shape: tuple[int, int] = (ROWS, LENGTH),
-) -> Batch:
-    """A (B, T) batch of noise in which every row starts an episode."""
-    rng = np.random.default_rng(seed)
-    if observation.dtype == np.uint8:
-        obs = rng.integers(256, size=(*shape, *observation.shape), dtype=np.uint8)
-    else:
-        obs = rng.normal(size=(*shape, *observation.shape)).astype(np.float32)
-    is_first = np.zeros(shape, bool)
-    is_first[:, 0] = True
-    actions = Spaces(observation, action).random_action(rng, shape[0] * shape[1])
-    actions = actions.reshape(*shape, -1)
-    return Batch(
-        obs={"obs": obs},
-        action=actions * ~is_first[..., None],
-        reward=rng.normal(size=shape).astype(np.float32) * ~is_first,
-        is_first=is_first,
-        is_last=np.zeros(shape, bool),
-        is_terminal=np.zeros(shape, bool),
+def candidates(
+    work: Work, args: argparse.Namespace, places: Places
+) -> Iterator[tuple[str, Callable[[], Side]]]:
+    """The sides of a task by name, each with what starts it: SideError or NotRunError if not."""
+    settings = {"profile_rows": args.profile}
+    settings |= {} if args.compile is None else {"compile": args.compile}
+    here = Path(sys.executable)
+    for precision in args.precision:
+        name, options = f"{OURS} {precision}", settings | {"precision": precision}
+        yield name, partial(Side, name, "peers.ours", work, options, here, show=True)
+    for peer in PEERS:
+        if work.task in peer.tasks:
+            yield peer.name, partial(start, peer, work, args, places)
+            if args.compiled_peers and peer.compiles:
+                yield f"{peer.name} compiled", partial(start, peer, work, args, places, True)
+
+
+def start(
+    peer: Peer, work: Work, args: argparse.Namespace, places: Places, compiled: bool = False
+) -> Side:
+    """A peer's process, when it is ready."""
+    if not {"all", "installed", peer.key} & set(args.peers):
+        raise NotRunError(f"not asked for: add --peers {peer.key}")
+    options: dict[str, Any] = places.options(peer) | ({"compiled": True} if compiled else {})
+    name = f"{peer.name} compiled" if compiled else peer.name
+    return Side(name, peer.module, work, options, places.python(peer), args.show)
+
+
+def compare(
+    work: Work,
+    given: Iterable[tuple[str, Callable[[], Side]]],
+    windows: int,
+    seconds: float,
+    again: int = 0,
+) -> bool:
+    """Measure all sides that can be started, print a table of each measure and say which did not
+    run and why; whether all of ours ran."""
+    task, missing = work.what, list[str]()
+    rows, length = task.batch
+    print(f"\n{work.task} {work.size}, batches of {rows} x {length}", flush=True)
+
+    def not_run(name: str, why: str) -> None:
+        missing.append(name)
+        print(f"  {name} not run: {why}", flush=True)
+
+    with contextlib.ExitStack() as stack:
+        sides = []
+        for name, begin in given:
+            try:
+                side = begin()
+            except (NotRunError, SideError) as error:
+                not_run(name, str(error))
+            else:
+                stack.callback(side.stop)
+                sides.append(side)
+        found = alternate(sides, task.measures, windows, seconds, not_run, again)
+    for measure, measured in found.items():
+        print_table(measure, measured, GOALS[work.task, measure])
+    return not any(name.startswith(OURS) for name in missing)
+
+
+def print_table(measure: str, rows: Sequence[Row], goal: float) -> None:
+    """Every side's figures, then what ours are to the best peer's."""
+    print(f"  {measure + 's':30}{'per s':>9}{'CPU s each':>12}{'parameters':>13}")
+    for row in rows:
+        print(f"  {row.name:30}{row.rate:9.3f}{row.cpu:12.3f}{row.parameters:13,d}  {row.unclean}")
+    peers = [row for row in rows if not row.name.startswith(OURS)]
+    for row in rows:
+        if row.name.startswith(OURS):
+            print(f"  {row.name}: {verdict(row, peers, goal)}", flush=True)
+
+
+def verdict(row: Row, peers: Sequence[Row], goal: float) -> str:
+    """A rate of ours against the best peer's and the goal; of an unclean one nothing is judged."""
+    if not peers:
+        return f"no peer ran to compare with, goal {goal} times"
+    best = max(peers, key=lambda peer: peer.rate)
+    times = row.rate / best.rate
+    judged = "met" if times >= goal else "missed"
+    if row.unclean or best.unclean:
+        judged = "not judged, unclean"
+    return f"{times:.2f} times the best peer ({best.name}), goal {goal}: {judged}"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-
-
-def our_step(
-    size: str, dtype: Precision, observation: spaces.Box, action: spaces.Discrete, threads: int
-) -> tuple[Callable[[], object], int]:
-    """One update of our learner as a function, and the number of trained parameters."""
-    agent = Agent(f"dreamerv3:{size}", Spaces(observation, action))
-    learner = Learner(agent, LearnerConfig(precision=dtype, threads=threads, device="cpu"))
-    batch = random_batch(observation, action)
-    trained = sum(p.numel() for p in agent.parameters() if p.requires_grad)
-    return lambda: learner.step(batch), trained
-
-
-def median_rate(step: Callable[[], object], repeats: int) -> float:
-    """Median calls per second of a function over windows, after one to warm up."""
-    rates = []
-    for _ in range(1 + repeats):
-        start = time.perf_counter()
-        for _ in range(STEPS_PER_WINDOW):
-            step()
-        rates.append(STEPS_PER_WINDOW / (time.perf_counter() - start))
-    return statistics.median(rates[1:])
-
-
-def print_profile(step: Callable[[], object], rows: int) -> None:
-    """Where one step's time goes: by phase, then the `rows` most costly operators."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        start = time.perf_counter()
-        step()
-        wall = 1e6 * (time.perf_counter() - start)
-    events = profiler.key_averages()
-    outer = [e for e in profiler.events() if e.cpu_parent is None]
-    backward = sum(e.cpu_time_total for e in outer if e.name.startswith("autograd::engine"))
-    optimizer = sum(e.cpu_time_total for e in events if e.key.startswith("Optimizer.step"))
-    print(
-        f"   forward {1 - (backward + optimizer) / wall:.0%}, backward {backward / wall:.0%}, "
-        f"optimizer {optimizer / wall:.0%} of {wall / 1e6:.2f} s under the profiler"
+    add = parser.add_argument
+    sizes = [size for names in SIZES.values() for size in names]
+    add("--task", nargs="+", choices=list(TASKS), default=list(TASKS))
+    add("--size", nargs="+", choices=sizes, default=["size1m", "1m", "5m"])
+    add("--precision", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
+    add("--compile", type=value, help="learner.compile of ours, its default if not given")
+    add("--threads", type=int, default=2, help="and cores, of every side")
+    add("--windows", type=int, default=5)
+    add("--seconds", type=float, default=2.0, help="of a window, one step at least")
+    add("--again", type=int, default=0, help="how often an unclean window is taken once more")
+    add("--profile", type=int, default=0, metavar="ROWS", help="of our steps, first")
+    add(
+        "--peers",
+        nargs="+",
+        default=["installed"],
+        choices=["installed", "all", "none", *(peer.key for peer in PEERS)],
+        help="all, or those named, are installed if need be: gigabytes",
     )
-    own = sum(e.self_cpu_time_total for e in events)
-    for event in sorted(events, key=lambda e: -e.self_cpu_time_total)[:rows]:
-        share = event.self_cpu_time_total / own
-        print(f"   {share:6.1%}  {event.count:6d} calls  {event.key}")
+    for peer in PEERS:
+        if peer.source:
+            add(f"--{peer.key}", type=Path, metavar="DIR", help=f"a clone of {peer.name}")
+    add("--venvs", type=Path, default=VENVS, metavar="DIR", help="where peers are installed")
+    add("--compiled-peers", action="store_true", help="too; they take minutes to begin")
+    add("--show", action="store_true", help="what peers print, their warnings too")
+    return parser.parse_args()
 
 
-def measure(side: str, task: str, size: str, args: argparse.Namespace) -> tuple[float, int]:
-    """Updates per second and parameters of one learner, in this process; prints its profile."""
-    torch.set_num_threads(args.threads)
-    observation, action = TASKS[task]
-    if side == "RLlib float32":
-        step, parameters = rllib_step(
-            size, observation, action, random_batch(*TASKS[task]), HORIZON
-        )
-        return median_rate(step, args.repeats), parameters
-    precision: Precision = "bfloat16" if side.endswith("bfloat16") else "float32"
-    step, parameters = our_step(size, precision, observation, action, args.threads)
-    rate = median_rate(step, args.repeats)
-    if args.profile:
-        print(f"   -- {task} {side}")
-        print_profile(step, args.profile)
-    return rate, parameters
-
-
-def run(task: str, size: str, dtypes: list[Precision], args: argparse.Namespace) -> None:
-    found = {}
-    for side in ["RLlib float32", *(f"ours {dtype}" for dtype in dtypes)]:
-        # A process of its own: each learner with the allocator and threads its users get.
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found[side] = pool.apply(measure, (side, task, size, args))
-    base = found["RLlib float32"][0]
-    for side, (rate, parameters) in found.items():
-        goal = GOALS.get((task, side.removeprefix("ours "))) if size == "size1m" else None
-        goal = None if side.startswith("RLlib") else goal
-        verdict = f"  goal {goal}x {'met' if rate >= goal * base else 'missed'}" if goal else ""
-        print(
-            f"{task:7}{size:8}{side:15}{rate:8.3f} updates/s {parameters:12,d} parameters"
-            f"{rate / base:7.2f}x RLlib{verdict}",
-            flush=True,
-        )
-
-
-def measure_tdmpc2(size: str, dtype: Precision, args: argparse.Namespace) -> list[float]:
-    """Updates/s, and plans/s for 1 and for 8 environments at once, in this process."""
-    torch.set_num_threads(args.threads)
-    observation = spaces.Box(-np.inf, np.inf, (24,), np.float32)
-    action = spaces.Box(-1, 1, (6,), np.float32)
-    # Without a termination head, as the official default for tasks that do not end.
-    options = {"termination": "none"}
-    spaces_ = Spaces(observation, action)
-    agent = Agent(f"tdmpc2:{size}", spaces_, options, planner={"precision": dtype})
-    learner = Learner(agent, LearnerConfig(precision=dtype, threads=args.threads, device="cpu"))
-    batch = random_batch(observation, action, shape=(256, 4))
-
-    def step() -> None:
-        learner.step(batch)
-
-    rates = [median_rate(step, args.repeats)]
-    if args.profile:
-        print(f"   -- tdmpc2:{size} {dtype} update")
-        print_profile(step, args.profile)
-    for num in (1, 8):
-        obs = {"obs": np.random.default_rng(0).normal(size=(num, 24)).astype(np.float32)}
-        is_first = np.zeros(num, bool)
-        _, carry = agent.act_batch(obs, is_first)
-
-        def act(obs: Any = obs, is_first: Any = is_first, carry: Any = carry) -> None:
-            agent.act_batch(obs, is_first, carry)
-
-        rates.append(num * median_rate(act, args.repeats))
-        if args.profile and num == 1:
-            print(f"   -- tdmpc2:{size} {dtype} plan")
-            print_profile(act, args.profile)
-    return rates
-
-
-def run_tdmpc2(dtypes: list[Precision], args: argparse.Namespace) -> None:
-    for size, (official_update, official_plan) in OFFICIAL.items():
-        print(
-            f"tdmpc2:{size}  official float32  {official_update:6.2f} updates/s "
-            f"{official_plan:6.2f} plans/s (1 env), taken beforehand"
-        )
-        for dtype in dtypes:
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                update, plan, batched = pool.apply(measure_tdmpc2, (size, dtype, args))
-            print(
-                f"tdmpc2:{size}  ours {dtype:12}{update:7.2f} updates/s {plan:6.2f} plans/s "
-                f"(1 env) {batched:6.2f} (8 envs)   update {update / official_update:.2f}x, goal "
-                f"{UPDATE_GOAL}x; plan {plan / official_plan:.2f}x, goal {PLAN_GOALS[dtype]}x; "
-                f"batched {batched / plan:.2f}x a plan alone",
-                flush=True,
-            )
+def value(text: str) -> Any:
+    """true, false, a number or a word, as in a configuration."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    tasks = [*TASKS, "tdmpc2"]
-    parser.add_argument("--task", nargs="+", choices=tasks, default=tasks)
-    parser.add_argument("--size", choices=list(WIDTHS), default="size1m")
-    dtypes = list(get_args(Precision))
-    parser.add_argument("--dtype", nargs="+", choices=dtypes, default=dtypes)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--profile", type=int, default=8, metavar="ROWS", help="0 for none")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    print(
-        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {args.threads} torch threads, "
-        f"torch {torch.__version__}, medians of {args.repeats}"
+    args = arguments()
+    sources = {peer.key: getattr(args, peer.key.replace("-", "_")) for peer in PEERS if peer.source}
+    places = Places(
+        args.venvs,
+        frozenset(peer.key for peer in PEERS if "all" in args.peers or peer.key in args.peers),
+        {key: path for key, path in sources.items() if path},
     )
+    print(
+        f"{headline(args.threads)}, torch {version('torch')}, "
+        f"{args.windows} windows of about {args.seconds} s"
+    )
+    for peer in PEERS:
+        if set(peer.tasks) & set(args.task):
+            with contextlib.suppress(NotRunError):  # said where it is missing
+                places.options(peer)
+                places.python(peer)
+    good = True
     for task in args.task:
-        if task == "tdmpc2":
-            run_tdmpc2(args.dtype, args)
-        else:
-            run(task, args.size, args.dtype, args)
+        for size in SIZES[TASKS[task].family]:
+            if size in args.size:
+                work = Work(task, size, args.threads)
+                given = candidates(work, args, places)
+                good = compare(work, given, args.windows, args.seconds, args.again) and good
+    sys.exit(not good)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from statistics import median
 
 import numpy as np
 import ray
-from gymnasium import spaces
 from ray import ObjectRef
 
-from learner_step import random_batch
+from peers.ours import as_batch, spaces_of
+from peers.work import Task, noise
 from setting.local_ray import MB, ONCE, local_ray, machine
 from worldflux_dist.config import Config, ScaleConfig
 from worldflux_dist.distributed.feed import Fed
@@ -26,10 +26,8 @@ from worldflux_dist.distributed.group import ActorGroup
 from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.weights import WEIGHTS, WeightStore
 from worldflux_dist.replay import ReplayConfig
-from worldflux_dist.spaces import Spaces
 
-OBSERVATION = spaces.Box(-np.inf, np.inf, (24,), np.float32)
-ACTION = spaces.Box(-1, 1, (6,), np.float32)
+TASK = Task("dreamerv3", (24,), 6, continuous=True)
 
 
 class Fixed:
@@ -58,10 +56,10 @@ def ranks(nums: list[int], runs: int, steps: int) -> None:
     for num in nums:
         config = Config(model="dreamerv3:size1m", replay=ReplayConfig(16, 64))
         config = replace(config, scale=ScaleConfig(num_learners=num))
-        group = ActorGroup(config, Spaces(OBSERVATION, ACTION), "agent", [{"num_cpus": 0}] * num)
+        group = ActorGroup(config, spaces_of(TASK), "agent", [{"num_cpus": 0}] * num)
         group.start(None, 0)
         group.meet()
-        batch = random_batch(OBSERVATION, ACTION, shape=(16 // num, 64))
+        batch = as_batch(noise(replace(TASK, batch=(16 // num, 64))))
         group.source = Fixed(ray.put((batch, np.zeros(0, np.int64))))
         rates = []
         for _ in range(1 + runs):  # the first one warms up

@@ -13,7 +13,7 @@ else to do: threads that wait for each other lose more than half of their speed 
 - runner: env steps per CPU-second of the process in `algo.env_runner.sample` with the model acting,
   1 torch thread. Both are asked for 64 steps of every environment at a time, which favours RLlib:
   its algorithm asks for one. RLlib's Pong is wrapped by its own `wrap_atari_for_new_api_stack`,
-  which needs OpenCV (pip install opencv-python-headless).
+  which needs OpenCV (pip install opencv-python-headless); without it Pong is left out and said.
 - update: updates per second of the learner group, 2 torch threads, on a batch out of the side's own
   replay, sampled beforehand.
 - train: wall-clock seconds per 1,000 env steps of `algo.train()`, 2 torch threads, with replay and
@@ -28,6 +28,7 @@ import argparse
 import importlib.util
 import shutil
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,18 +41,24 @@ import numpy as np
 import ray
 import torch
 from ray import tune
-from ray.rllib.algorithms.dreamerv3 import DreamerV3Config
-from ray.rllib.core import DEFAULT_MODULE_ID
-from ray.rllib.env.wrappers.atari_wrappers import wrap_atari_for_new_api_stack
-from ray.rllib.policy.sample_batch import SampleBatch
-from ray.rllib.utils.numpy import one_hot
 
-from peers.rllib_dreamerv3 import WIDTHS, _set_widths
+from peers.work import WIDTHS
 from setting.local_ray import MB, ONCE, local_ray, machine
 from worldflux_dist.distributed.roles import actor
 from worldflux_dist.replay.limiter import Limiter
-from worldflux_dist.rllib import WorldFluxConfig
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # RLlib makes environments while it is imported
+    from ray.rllib.algorithms.dreamerv3 import DreamerV3Config
+    from ray.rllib.core import DEFAULT_MODULE_ID
+    from ray.rllib.env.wrappers.atari_wrappers import wrap_atari_for_new_api_stack
+    from ray.rllib.policy.sample_batch import SampleBatch
+    from ray.rllib.utils.numpy import one_hot
+
+    from peers.rllib_dreamerv3 import set_widths
+    from worldflux_dist.rllib import WorldFluxConfig
+
+OPENCV = "opencv-python-headless"
 ENVS = ("CartPole-v1", "ALE/Pong-v5")
 HORIZON = 15
 RUNNER_THREADS, LEARNER_THREADS = 1, 2
@@ -190,7 +197,7 @@ class Ours(Side):
 
 class Rllib(Side):
     def __init__(self, task: Task) -> None:
-        _set_widths(WIDTHS[task.size])
+        set_widths(task.size)
         env = task.env
         if env.startswith("ALE/"):  # ours makes 64x64 RGB of it by itself
             env = "atari-64x64"
@@ -283,8 +290,6 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small batches: about a minute")
     parser.add_argument("--compile", action="store_true", help="our learner; takes minutes first")
     args = parser.parse_args()
-    if any(env.startswith("ALE/") for env in args.env) and not importlib.util.find_spec("cv2"):
-        parser.error("RLlib's Atari wrapper needs OpenCV: pip install opencv-python-headless")
     amounts = (8, 16, 64, 4, 1) if args.quick else (16, 64, 64, 4, 2)
     with local_ray(256 * MB):
         print(
@@ -292,6 +297,9 @@ def main() -> None:
             f"{RUNNER_THREADS} in runners, medians of {args.repeat}"
         )
         for env in args.env:
+            if env.startswith("ALE/") and not importlib.util.find_spec("cv2"):
+                print(f"\n{env} not run: RLlib's wrapper needs OpenCV: pip install {OPENCV}")
+                continue
             compare(Task(env, args.num_envs, args.size, *amounts, args.compile), args.repeat)
         print(f"afterwards: {machine()}")
 

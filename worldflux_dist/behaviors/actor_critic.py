@@ -105,10 +105,12 @@ class Actor(nn.Module):
 
 
 class ActorCritic(Behavior):
-    """Policy, critic, slow critic and return normaliser. The slow critic has no gradient."""
+    """Policy, critic, slow critic and return normaliser. The slow critic has no gradient. A `twin`
+    (coarse.py) imagines where there is one."""
 
     Config, pieces = ActorCriticConfig, ("imagined_loss",)
     bins: Tensor
+    twin: tuple[WorldModel, ActorCritic] | None = None
 
     def __init__(
         self, feature_dim: int, width: int, parts: tuple[ActionPart, ...], config: ActorCriticConfig
@@ -139,7 +141,8 @@ class ActorCritic(Behavior):
     def imagine(self, world_model: WorldModel, start: State, horizon: int | None = None) -> Rollout:
         """Roll the policy from start (N, ...) for `horizon` steps, without gradient."""
         horizon = self.config.horizon if horizon is None else horizon
-        rollout = world_model.rollout(start.detach(), self.act, horizon)
+        model, behavior = self.twin or (world_model, self)
+        rollout = model.rollout(start.detach(), behavior.act, horizon)
         if not torch.compiler.is_compiling():  # compiled code keeps no casts
             # Weights cast without gradient must not be reused where gradient is wanted.
             torch.clear_autocast_cache()

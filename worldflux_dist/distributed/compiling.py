@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from worldflux_dist.agent import Agent
-from worldflux_dist.compiled import Pieces, cache_folder
+from worldflux_dist.compiled import Pieces, cache_folder, prepare
 from worldflux_dist.learner import Learner, LearnerConfig
 from worldflux_dist.spaces import Spaces
 
@@ -71,6 +71,9 @@ class Ahead:
 class Auto:
     """Gives a learner its pieces where a run is long enough: compiled beside it, then in use.
 
+    Meanwhile the learner leaves one of its threads' cores to the other process: threads that wait
+    for one that has no core are slower than fewer.
+
     `steps` is how many gradient steps the run takes in all, infinite where nobody knows; `before`
     is called before the learner takes its first compiled step.
     """
@@ -91,19 +94,24 @@ class Auto:
             self._taken += 1
             self._spent += seconds if self._taken else 0.0
             if self._worth(COLD_S):
-                self._ahead = Ahead(self._learner, batch)
+                self._ahead, self._threads = Ahead(self._learner, batch), torch.get_num_threads()
+                torch.set_num_threads(max(1, self._threads - 1))
             return ""
         try:
             took = self._ahead.seconds()
         except RuntimeError as error:
-            self._over = True
+            self._finish()
             return f"learner.compile auto: nothing is compiled, since that failed ({error})"
         if took is None:
             return ""
-        self._over = True
+        self._finish()
         self._before()
-        self._learner.pieces = Pieces(self._learner.agent)
+        self._learner.pieces = Pieces(*self._learner.agents)
         return f"the learner's steps are compiled from here on; another process took {took:.0f} s"
+
+    def _finish(self) -> None:
+        self._over = True
+        torch.set_num_threads(self._threads)
 
     def _worth(self, seconds: float) -> bool:
         """Whether steps as they are take at least so long: those that are left, or, where nobody
@@ -121,9 +129,9 @@ def _fill() -> None:
     made, options, part, rows, forms = pickle.load(sys.stdin.buffer)
     alone = threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(1)), daemon=True)
     alone.start()
-    folder, rng = cache_folder(), np.random.default_rng(0)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with open(folder / "lock", "w") as lock:
+    prepare()
+    rng = np.random.default_rng(0)
+    with open(cache_folder() / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several ranks one compiles, the others then read
         agent = Agent(spaces=Spaces.from_json(made.pop("spaces")), **made)
         batch = forms.map(lambda form: rng.random(form[0]).astype(form[1]))

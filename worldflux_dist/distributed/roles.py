@@ -90,6 +90,13 @@ class Sizes:
         return 3 * self.loss.state + (horizon + 1) * self.loss.visible + 4 * self.imagined // num
 
     @property
+    def learner(self) -> int:
+        """Bytes of a rank that learns from replay; twice where another process takes a step of its
+        own to compile it (compiling.py)."""
+        own = PROCESS_BYTES + 4 * self.weights + (self.loss.kept + self.dreaming) * self.here
+        return own * (1 + (self.here and self.config.learner.compile == "auto"))
+
+    @property
     def acting(self) -> int:
         return PROCESS_BYTES + self.weights
 
@@ -170,7 +177,7 @@ ROLES = {
         count=lambda c: c.scale.num_learners,
         threads=_of_learner,
         gpu="rank",
-        nbytes=lambda s: PROCESS_BYTES + 4 * s.weights + (s.loss.kept + s.dreaming) * s.here,
+        nbytes=lambda s: s.learner,
         note=lambda s: f"{s.config.model}, {s.weights / 4e6:.2f} M parameters",
         together="PACK",
         cause="a learner that crashes",

@@ -126,7 +126,8 @@ class WorldModel(nn.Module, ABC):
     below; uint8 need none), `num_starts` (imagination starts from the last so many steps of each
     row, so that large states stay few; None is all), whether `decode` gives an `obs` and a
     `reward`, whether distances of `goal` mean something, and `pieces`: methods, its own or those of
-    a submodule, that are worth compiling (compiled.py).
+    a submodule, that are worth compiling (compiled.py), and `exact`: submodules whose weights stay
+    float32 in imagination, too (coarse.py).
     """
 
     feature_dim: int
@@ -142,6 +143,7 @@ class WorldModel(nn.Module, ABC):
     decodes_reward: bool = True
     reaches_goals: bool = False
     pieces: tuple[str, ...] = ("advance",)
+    exact: tuple[str, ...] = ()
 
     def __init__(self, spaces: Spaces) -> None:
         super().__init__()

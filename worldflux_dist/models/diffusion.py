@@ -173,6 +173,7 @@ class Diffusion(WorldModel):
     """The family's world model. Owns encoder, memory, denoisers with their moments, heads."""
 
     pieces: tuple[str, ...] = ("advance", "core.step", "_denoising")
+    exact = ("core",)
 
     def __init__(self, spaces: Spaces, config: DiffusionConfig) -> None:
         super().__init__(spaces)

@@ -126,7 +126,7 @@ class JEPA(WorldModel):
     """The family's world model. Owns encoder, predictor, heads, and memory and probe if any."""
 
     reaches_goals = True
-    pieces = ("advance", "memory.step", "_unrolled")
+    pieces, exact = ("advance", "memory.step", "_unrolled"), ("memory",)
 
     def __init__(self, spaces: Spaces, config: JEPAConfig) -> None:
         super().__init__(spaces)

@@ -187,7 +187,7 @@ class Token(WorldModel):
 
     token_type: ClassVar[torch.dtype] = torch.long
     embedder_type: ClassVar[Any] = Embedder
-    pieces = ("advance", "transformer.forward")
+    pieces, exact = ("advance", "transformer.forward"), ("embedder",)
 
     def __init__(self, spaces: Spaces, config: TokenConfig) -> None:
         super().__init__(spaces)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import uuid
+import warnings
 from typing import Any
 
 import ray
-from ray.rllib.env.single_agent_episode import SingleAgentEpisode
-from ray.rllib.utils.replay_buffers.episode_replay_buffer import EpisodeReplayBuffer
 
 from worldflux_dist.data import Chunk
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # RLlib loads what it may need, which warns
+    from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+    from ray.rllib.utils.replay_buffers.episode_replay_buffer import EpisodeReplayBuffer
 
 
 def episodes_of(chunk: Chunk) -> list[SingleAgentEpisode]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import time
+import warnings
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from ray.rllib.algorithms.ppo import PPOConfig
-from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
-from ray.rllib.env.env_runner_group import EnvRunnerGroup
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # RLlib loads what it may need, which warns
+    from ray.rllib.algorithms.ppo import PPOConfig
+    from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
+    from ray.rllib.env.env_runner_group import EnvRunnerGroup
 
 
 class IdleEnv(gymnasium.Env):
@@ -35,10 +40,12 @@ class RllibRunners:
             PPOConfig()
             .environment(IdleEnv)
             .env_runners(num_env_runners=num, num_cpus_per_env_runner=0)
+            .fault_tolerance(restart_failed_env_runners=False)
             .rl_module(
                 model_config=DefaultModelConfig(fcnet_hiddens=list(hidden), vf_share_layers=True)
             )
         )
+        logging.getLogger("ray.rllib").setLevel(logging.ERROR)  # it says that its API is new
         config.validate()
         self.group = EnvRunnerGroup(config=config)
         local: Any = self.group.local_env_runner
