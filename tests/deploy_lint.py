@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from ray_cluster import SHIPPED
 
 from worldflux_dist import config
 from worldflux_dist.distributed.cluster import Node, Plan, make_plan
@@ -28,7 +29,7 @@ IMAGES = ("Dockerfile", "Dockerfile.gpu")
 UP, CLUSTER, JOB = "ray_cluster.yaml", "kuberay/raycluster.yaml", "kuberay/rayjob.yaml"
 CLAIM, SERVICE, BOARD = "kuberay/runs.yaml", "imagination_service.yaml", "grafana/worldflux.json"
 UNITS = {"": 1, "m": 1e-3, "Mi": 2**20, "Gi": 2**30, "g": 2**30}
-HEALTH = {f"RAY_health_check_{name}" for name in ("period_ms", "timeout_ms", "failure_threshold")}
+HEALTH = {f"RAY_{name}" for name in SHIPPED}
 
 Files = dict[str, Any]  # text of Dockerfiles, else what was parsed; by the path under deploy/
 

@@ -20,6 +20,12 @@ QUICK = {
     "health_check_timeout_ms": 1000,
     "health_check_failure_threshold": 2,
 }
+SHIPPED = {  # by deploy/
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 3,
+}
 MB = 2**20
 
 

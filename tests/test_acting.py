@@ -57,7 +57,7 @@ def make_obs(num: int, seed: int) -> dict[str, np.ndarray]:
 def test_calls_that_wait_share_a_batch_and_get_their_own_rows(store: Any) -> None:
     envs = make_envs(SETTINGS.env, 0)
     learned = SETTINGS.make_agent(envs.spaces)
-    ray.get(store.publish.remote("agent", (1, 7), learned.inference_state()))
+    ray.get(store.publish.remote("agent", (1, 7), [ray.put(learned.inference_state())]))
     acting = ModelActor(SETTINGS, envs.spaces, 0)
     sizes: list[int] = []
     act_batch = acting.agent.act_batch

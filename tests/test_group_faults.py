@@ -19,12 +19,12 @@ import pytest
 import ray
 import toy_task
 from injected import start_shard
-from ray.exceptions import ObjectLostError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 from small import random_batch
 from toy_run import PATIENCE_S
 
 from worldflux_dist.distributed.feed import Fed, Shards
-from worldflux_dist.distributed.group import ActorGroup, GroupLostError
+from worldflux_dist.distributed.group import ActorGroup, GroupLostError, call
 from worldflux_dist.distributed.learners import Learners
 from worldflux_dist.distributed.rank import LearnerActor
 from worldflux_dist.distributed.roles import actor
@@ -117,16 +117,23 @@ def test_a_group_goes_on_as_if_nothing_had_happened(group: ActorGroup, tmp_path:
         np.testing.assert_array_equal(value, second[name], err_msg=name)
 
 
+def publish(group: ActorGroup) -> None:
+    """Raises RayError where the store did not get the weights."""
+    group.publish()
+    ray.get(group.published)
+
+
 def test_learners_that_were_replaced_cannot_publish(group: ActorGroup) -> None:
     reader = WeightReader()
-    ray.get(group.ranks[0].publish.remote())
+    publish(group)
     assert reader.pull(None)
     had = dict(reader.versions)
     assert had["agent"] == (group.generation, group.gradient_steps)
     stale = _stale(group)
     ray.get(stale.count_from.remote(10**6))
+    version, weights = call(stale, "weights", num_returns=2)
     with pytest.raises(RayTaskError, match="had replaced them") as refused:
-        ray.get(stale.publish.remote())
+        ray.get(group.store.publish.remote("agent", version, [weights]))
     assert isinstance(refused.value.as_instanceof_cause(), StaleGenerationError)
     ray.kill(stale)
     assert not reader.pull(None)
@@ -139,8 +146,15 @@ def _stale(group: ActorGroup) -> Any:
     return make.options(**where).remote(group.config, group.spaces, "agent", 0, 0)
 
 
-class DiesAfterAnswering:
-    """A store whose process dies when it has answered. Takes the place of a reader's handle."""
+class Owner:
+    """Owns a copy of an object, until it dies."""
+
+    def copy(self, value: Any) -> list[Any]:
+        return [ray.put(value)]
+
+
+class LosesWhatItNames:
+    """A store whose weights are lost when it has named them; in place of a reader's handle."""
 
     def __init__(self, store: Any) -> None:
         self._store = store
@@ -150,14 +164,16 @@ class DiesAfterAnswering:
         return self
 
     def remote(self, versions: Any) -> Any:
-        victim, found = process_of(self._store), ray.get(self._store.newer_than.remote(versions))
-        victim.kill()
-        ((_, (ref,)),) = found.values()
+        found = ray.get(self._store.newer_than.remote(versions))
+        ((part, (version, (whole,))),) = found.items()
+        owner = actor(Owner).options(num_cpus=0).remote()
+        (ref,) = ray.get(owner.copy.remote(whole))
+        process_of(owner).kill()
         deadline = time.time() + PATIENCE_S
-        while _there(ref):  # for a while it is still in this node's memory
+        while _there(ref):
             assert time.time() < deadline
             time.sleep(0.1)
-        return ray.put(found)
+        return ray.put({part: (version, [ref])})
 
 
 def _there(ref: Any) -> bool:
@@ -168,32 +184,52 @@ def _there(ref: Any) -> bool:
     return True
 
 
-def test_readers_survive_the_owner_of_their_weights(group: ActorGroup) -> None:
-    """The store is the owner. Readers keep what they have, also when it dies between naming the
-    weights and handing them out, and the next publication brings them up to date."""
+def test_weights_outlive_the_learner_that_made_them(group: ActorGroup) -> None:
+    """A reader that starts when all learners are dead gets what was published last."""
+    publish(group)
+    want = ray.get(group.ranks[0].agent_arrays.remote())
+    victims = [process_of(rank) for rank in group.ranks]
+    for victim in victims:
+        victim.kill()
+    for rank in group.ranks:
+        with pytest.raises(RayActorError):
+            ray.get(rank.node.remote())
+    agent, reader = group.config.make_agent(group.spaces), WeightReader()
+    assert reader.pull(agent)
+    assert (reader.missed, reader.versions["agent"][0]) == (0, group.generation)
+    for name, value in agent.inference_state().items():
+        np.testing.assert_array_equal(value, want[name], err_msg=name)
+    group.start(None, group.gradient_steps)
+    group.meet()
+
+
+def test_readers_survive_the_loss_of_their_weights(group: ActorGroup) -> None:
+    """Readers keep what they have, also when weights are lost between being named and handed out,
+    or with the store, and the next publication brings them up to date."""
     agent = group.config.make_agent(group.spaces)
     reader = WeightReader()
-    ray.get(group.ranks[0].publish.remote())
+    publish(group)
     assert reader.pull(agent)
     had = dict(reader.versions)
     train(group, [[ray.put(random_batch(group.spaces, 16, 6, 0))] * 2])
-    ray.get(group.ranks[0].publish.remote())
+    publish(group)
     direct: Any = reader.store
-    reader.store = DiesAfterAnswering(direct)  # type: ignore[assignment]
+    reader.store = LosesWhatItNames(direct)  # type: ignore[assignment]
     assert reader.pull(agent)
     assert (reader.missed, reader.versions) == (1, had)
-    began = time.time()
     reader.store = direct
+    process_of(direct).kill()
+    began = time.time()
     while True:
         with suppress(RayError):  # the store is away
-            ray.get(group.ranks[0].publish.remote())
-        if reader.pull(agent):
+            publish(group)
+        if reader.versions != had or reader.pull(agent):
             break
         assert time.time() - began < PATIENCE_S
         time.sleep(0.1)
     f.note_recovery("weight store, seen by a reader", time.time() - began)
     assert reader.versions["agent"] == (group.generation, group.gradient_steps) > had["agent"]
-    want = ray.get(group.agent_arrays())
+    want = ray.get(group.ranks[0].agent_arrays.remote())
     for name, value in agent.inference_state().items():
         np.testing.assert_array_equal(value, want[name], err_msg=name)
 

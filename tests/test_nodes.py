@@ -119,12 +119,12 @@ def add_spare(site: Site, cpus: float) -> None:
     site.cluster.add_node(num_cpus=cpus, object_store_memory=150 * ray_cluster.MB)
 
 
-@pytest.mark.parametrize("checks", ["quick", "default"])
+@pytest.mark.parametrize("checks", ["quick", "shipped"])
 def test_a_node_with_a_runner_and_a_shard_dies(
     tmp_path: Path, checks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if checks == "default":
-        monkeypatch.setattr(ray_cluster, "QUICK", {})
+    if checks == "shipped":
+        monkeypatch.setattr(ray_cluster, "QUICK", ray_cluster.SHIPPED)
     with run_on(TWO, tmp_path) as site:
         victim = site.node_with(RUNNER, SHARD)
         add_spare(site, TWO[-1])

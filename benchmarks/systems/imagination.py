@@ -239,7 +239,8 @@ def throughput(
 ) -> None:
     where = replicas.start(str(run), replicas.Serving(str(run), host="127.0.0.1", port=0), 2)
     store = actor(WeightStore, num_cpus=0).options(name=WEIGHTS).remote()
-    ray.get(store.publish.remote("agent", (0, 1), dreams.agent.inference_state("world_model")))
+    sent = ray.put(dreams.agent.inference_state("world_model"))
+    ray.get(store.publish.remote("agent", (0, 1), [sent]))
     imaginer = actor(ImaginerActor, num_cpus=0).remote(settings, dreams.agent.spaces, 0)
     batch = Batch.from_columns(steps.columns())
     ray.get(imaginer.ready.remote())

@@ -75,7 +75,7 @@ class SlowEnv(gymnasium.Env):
 class Sleeping:
     """A learner whose step takes `seconds`, the copy of its batch included."""
 
-    config, rows = LearnerConfig(), False
+    config, rows = LearnerConfig(compile=False), False
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds

@@ -1,10 +1,10 @@
 """How long weights take from the learner's publishing to having been applied by every reader.
 
 A real learner (dreamerv3:size12m on 24 numbers, 24 MB of inference weights) publishes through the
-WeightStore to 8 readers, each a process with an agent of its own: first they look for new weights
-every 20 ms, then as runners do, once a chunk. The limit is one ray.put and one bare copy of as many
-bytes, taken just before; the peer RLlib's EnvRunnerGroup.sync_weights to 8 env runners with a
-module of about as many bytes, in the same run.
+WeightStore to 8 readers, each a process with an agent of its own: first they look whether the store
+has rung between steps of 20 ms, then ask once a chunk; runners do both. The limit is one ray.put
+and one bare copy of as many bytes, taken just before; the peer RLlib's EnvRunnerGroup.sync_weights
+to 8 env runners with a module of about as many bytes, in the same run.
 
     python benchmarks/systems/ray_weights.py [--readers 8] [--publications 40] [--quick]
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -23,6 +24,7 @@ from gymnasium import spaces
 from peers.rllib_weights import RllibRunners
 from setting.local_ray import MB, copy_seconds, local_ray, machine, percentiles, put_seconds
 from worldflux_dist.config import Config
+from worldflux_dist.distributed.group import LearnerGroup
 from worldflux_dist.distributed.rank import LearnerActor
 from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.weights import WEIGHTS, WeightReader, WeightStore
@@ -33,7 +35,7 @@ ONCE = {"num_cpus": 0, "max_restarts": 0}
 GOAL_MS = 60.0
 OBSERVATION, ACTION = spaces.Box(-np.inf, np.inf, (24,), np.float32), spaces.Box(-1, 1, (6,))
 HIDDEN = (2400, 2400)  # of RLlib's module: 24 MB
-PAUSES_S = {"looking every 20 ms": 0.02, "once a chunk of 250 ms": 0.25}
+PAUSES_S = {"between steps of 20 ms": 0.02, "once a chunk of 250 ms": 0.25}
 
 
 class Reader:
@@ -45,12 +47,13 @@ class Reader:
         self.agent = config.make_agent(Spaces(OBSERVATION, ACTION))
         self.weights = WeightReader()
 
-    def follow(self, last: int, pause: float) -> list[tuple[int, float, float]]:
+    def follow(self, last: int, pause: float, chunks: bool) -> list[tuple[int, float, float]]:
         """Until version `last`: each version, when it had been applied, and seconds it took."""
+        take = self.weights.pull if chunks else partial(self.weights.poll, by=1)
         found = []
         while self.weights.oldest < last:
             start = time.monotonic()
-            if self.weights.pull(self.agent):
+            if take(self.agent):
                 end = time.monotonic()
                 found.append((self.weights.oldest, end, end - start))
             time.sleep(pause)
@@ -58,14 +61,7 @@ class Reader:
 
 
 class TimedLearner(LearnerActor):
-    """A rank that publishes what it has as a new version."""
-
-    def publish_as(self, version: int) -> tuple[float, float]:
-        """When publishing began, and the seconds the learner was busy with it."""
-        self.learner.gradient_steps = version
-        start = time.monotonic()
-        self.publish()
-        return start, time.monotonic() - start
+    """A rank that tells how large its weights are."""
 
     def nbytes(self) -> int:
         return sum(value.nbytes for value in self.learner.agent.inference_state().values())
@@ -85,25 +81,29 @@ def ours(num_readers: int, num: int) -> dict[str, list[list[float]]]:
     )
     make = actor(Reader, **ONCE)
     readers = [make.remote(config) for _ in range(num_readers)]
-    ray.get([reader.follow.remote(0, 0.0) for reader in readers])
+    ray.get([reader.follow.remote(0, 0.0, True) for reader in readers])
+    group = LearnerGroup("agent", store)
+    group.ranks = [learner]
     delays: dict[str, list[list[float]]] = {}
     version = 0
     for name, pause in PAUSES_S.items():
         first, last = version + 1, version + num
-        following = [reader.follow.remote(last, pause) for reader in readers]
+        following = [reader.follow.remote(last, pause, pause > 0.1) for reader in readers]
         began: dict[int, float] = {}
         busy = []
         for version in range(first, last + 1):
             time.sleep(0.3 + pause)
-            began[version], seconds = ray.get(learner.publish_as.remote(version))
-            busy.append(seconds)
+            ray.get(learner.count_from.remote(version))
+            began[version] = time.monotonic()
+            group.publish()
+            ray.get(group.published)
+            busy.append(time.monotonic() - began[version])
         logs = ray.get(following)
         delays[name] = [[_applied(log, v) - began[v] for log in logs] for v in began]
         pulls = [seconds for log in logs for _, _, seconds in log]
         _say(name, delays[name], sum(limit))
         print(
-            f"  a reader's pull {percentiles(pulls)}; the learner's publishing "
-            f"{percentiles(busy)}; {machine()}"
+            f"  a reader's pull {percentiles(pulls)}; publishing {percentiles(busy)}; {machine()}"
         )
     for handle in (*readers, learner, store):
         ray.kill(handle)

@@ -40,7 +40,7 @@ class GroupLostError(RuntimeError):
 class LearnerGroup:
     """The ranks that train one part, as the driver sees them. Owns the steps under way.
 
-    `ranks` are actors or one learner of this process, both with Rank's `step` and `publish`;
+    `ranks` are actors or one learner of this process, with Rank's `begin`, `finish` and `weights`;
     `generation` counts how often they have been replaced. Publishes by itself after `publish_every`
     gradient steps.
     """
@@ -56,7 +56,8 @@ class LearnerGroup:
         self.publications = Publications()
         self.wanted = 0
         self.taken: list[dict[str, float]] = []
-        self._stepping: deque[list[ObjectRef]] = deque()
+        self._calls: deque[list[ObjectRef]] = deque()
+        self._begun = 0  # steps given to the ranks whose metrics have not come
 
     @property
     def effective_steps(self) -> int:
@@ -65,16 +66,16 @@ class LearnerGroup:
 
     @property
     def stepping(self) -> bool:
-        return bool(self._stepping)
+        return self._begun > 0
 
     @property
     def done(self) -> bool:
-        return len(self.taken) >= self.wanted and not self._stepping
+        return len(self.taken) >= self.wanted and not self.stepping
 
     def renew(self) -> None:
         """The ranks are replaced by others, from here on."""
         self.generation += 1
-        self._stepping.clear()
+        self._forget()
         self.publications.forget()
 
     def begin(self, num: int) -> None:
@@ -86,35 +87,51 @@ class LearnerGroup:
 
         Raises GroupLostError, or an error of our own; the steps under way are forgotten then.
         """
-        while self._stepping:
-            refs = self._stepping[0]
+        while self._calls:
+            refs = self._calls[0]
             done = done_of(refs)
             if len(done) < len(refs) and not any(map(error_of, done)):
                 break
-            self._stepping.popleft()
+            self._calls.popleft()
             try:
-                self.taken.append(metrics := results(refs)[0])
+                metrics = results(refs)[0]
             except BaseException:
-                self._stepping.clear()
+                self._forget()
                 raise
-            self.gradient_steps += 1
-            if said := metrics.pop("said", ""):
-                self.driver.say(said)
+            if metrics is not None:  # else it began the first step
+                self._take_in(metrics)
         self.keep_published()  # before the next steps begin, which would delay it
-        if self.driver.stopping():
-            return
+        if not self.driver.stopping():
+            self._begin_steps()
+        if self.stepping and not self._calls:  # no next step will tell of this one
+            self._calls.append([call(rank, "finish") for rank in self.ranks])
+
+    def _begin_steps(self) -> None:
+        """Give the ranks what has come for them; each call tells of the step before its own."""
         if self.wanted:
             self.source.pump(SAMPLES_AHEAD * len(self.ranks))
-        left = self.wanted - len(self.taken) - len(self._stepping)
-        for _ in range(min(left, STEPS_AHEAD - len(self._stepping))):
+        left = self.wanted - len(self.taken) - self._begun
+        for _ in range(min(left, STEPS_AHEAD - self._begun)):
             if (taken := self.source.take(len(self.ranks))) is None:
                 return
             given = zip(self.ranks, taken, strict=True)
-            self._stepping.append([call(rank, "step", *fed) for rank, fed in given])
+            self._calls.append([call(rank, "begin", *fed) for rank, fed in given])
+            self._begun += 1
+
+    def _take_in(self, metrics: dict[str, Any]) -> None:
+        self._begun -= 1
+        self.gradient_steps += 1
+        self.taken.append(metrics)
+        if said := metrics.pop("said", ""):
+            self.driver.say(said)
+
+    def _forget(self) -> None:
+        self._calls.clear()
+        self._begun = 0
 
     def waiting(self) -> list[ObjectRef]:
         """What has to come before `pump` can do more."""
-        return [*(self._stepping[0] if self._stepping else ()), *self.source.waiting()]
+        return [*(self._calls[0] if self._calls else ()), *self.source.waiting()]
 
     def restart_stuck(self) -> None:
         """Nothing has come for too long: restart what is waited for.
@@ -122,19 +139,16 @@ class LearnerGroup:
         Raises GroupLostError where that is the group.
         """
         self.source.restart_stuck()
-        if self._stepping:
-            self._stepping.clear()
+        if self.stepping:
+            self._forget()
             raise GroupLostError("no step was finished for scale.patience seconds")
 
     def publish(self) -> None:
         """Have the newest weights published."""
         self.store.fence.remote(self.part, self.generation)  # it may have been restarted
-        try:
-            self.published = call(self.ranks[0], "publish")
-        except RayActorError as error:  # the store's, told by a rank of this process
-            self.publications.failed(error)
-        else:
-            self.publications.begun(self.published, self.gradient_steps)
+        version, weights = call(self.ranks[0], "weights", num_returns=2)
+        self.published = self.store.publish.remote(self.part, version, [weights])
+        self.publications.begun(version, self.published, self.gradient_steps)
 
     def keep_published(self) -> None:
         """Publish where it is time to, and again where it failed. Does not wait."""
@@ -217,13 +231,14 @@ class ActorGroup(LearnerGroup):
         self.ranks = []
 
 
-def call(rank: Any, method: str, *given: Any) -> ObjectRef:
-    """Begin a method of a rank. One of this process has done it when this returns, and raises."""
+def call(rank: Any, method: str, *given: Any, num_returns: int = 1) -> Any:
+    """Begin a method of a rank; its reference, or a list of them. This process owns what the method
+    gives. A rank of this process has done it when this returns, and raises."""
     if isinstance(rank, ActorHandle):
-        ref: ObjectRef = getattr(rank, method).remote(*given)
-        return ref
+        return getattr(rank, method).options(num_returns=num_returns).remote(*given)
     arguments = [ray.get(x) if isinstance(x, ObjectRef) else x for x in given]
-    return ray.put(getattr(rank, method)(*arguments))
+    result = getattr(rank, method)(*arguments)
+    return ray.put(result) if num_returns == 1 else [ray.put(each) for each in result]
 
 
 def results(refs: Sequence[ObjectRef], stopping: Callable[[], bool] = lambda: False) -> list[Any]:

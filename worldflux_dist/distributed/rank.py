@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import socket
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,7 @@ from worldflux_dist.config import Config
 from worldflux_dist.data import Batch
 from worldflux_dist.distributed.compiling import Auto
 from worldflux_dist.distributed.shard import shard_name
-from worldflux_dist.distributed.weights import COMPILE_S, WEIGHTS
+from worldflux_dist.distributed.weights import COMPILE_S, WEIGHTS, Version
 from worldflux_dist.learner import Learner
 from worldflux_dist.spaces import Spaces
 
@@ -55,8 +57,29 @@ class Rank:
         self._waited = 0.0  # seconds without a batch since the last step
         auto = learner.config.compile == "auto"
         self._auto = Auto(learner, steps, self._tell_compiling) if auto else None
+        one_arena()
+        self._steps = ThreadPoolExecutor(1)  # takes all gradient steps, one after the other
+        self._begun: Future[dict[str, Any]] | None = None
         if learner.config.compiles_first:
             self._tell_compiling()
+
+    def begin(
+        self, shard: int, given: tuple[Batch, np.ndarray] | Imagined
+    ) -> dict[str, Any] | None:
+        """Begin a step once the one before it is done; gives that one's metrics, if there is one.
+
+        The next batch is in this process by then: what lies between two calls of an actor, some
+        milliseconds, is no time without work. All but `weights` is called between rounds, when no
+        step is under way.
+        """
+        begun = self._begun
+        self._begun = self._steps.submit(self.step, shard, given)
+        return begun.result() if begun else None
+
+    def finish(self) -> dict[str, Any] | None:
+        """The metrics of the step that `begin` has begun last, once it is done."""
+        begun, self._begun = self._begun, None
+        return begun.result() if begun else None
 
     def step(self, shard: int, given: tuple[Batch, np.ndarray] | Imagined) -> dict[str, Any]:
         """One gradient step; metrics, with the seconds that it took, those without a batch before
@@ -75,15 +98,15 @@ class Rank:
         said = self._auto.look(batch, end - start) if self._auto else ""
         return metrics | ({"said": said} if said else {})
 
-    def publish(self) -> None:
-        """Send the inference weights to the store; their version is the gradient steps.
+    def weights(self) -> tuple[Version, dict[str, np.ndarray]]:
+        """The inference weights, to be published; apart from them their version, whose second part
+        is the gradient steps."""
+        return self._steps.submit(self._weights).result()
 
-        Raises RayError where it did not get them.
-        """
+    def _weights(self) -> tuple[Version, dict[str, np.ndarray]]:
         with self._busy():
             version = (self.generation, self.learner.gradient_steps)
-            state = self.learner.agent.inference_state(self.learner.part)
-            ray.get(self.store.publish.remote(self.learner.part, version, state))
+            return version, self.learner.agent.inference_state(self.learner.part)
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
@@ -104,6 +127,14 @@ class Rank:
 
         callback.on_compile_start(lambda _: note(True))
         callback.on_compile_end(lambda _: note(False))
+
+
+def one_arena() -> None:
+    """Ask glibc, where it is the allocator, for one heap for all threads that are still to start:
+    of any other heap it gives freed memory back to the system (see nn.memory)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-8, 1)  # M_ARENA_MAX
 
 
 def interface_of(address: str) -> str:

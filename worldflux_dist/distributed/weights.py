@@ -2,8 +2,9 @@
 
 Weights come in parts: `agent` where one group of learners trains all of it, else `world_model` and
 `behavior`. A version is (generation of the learners, gradient steps) and only grows. A publication
-is one object in Ray's store, read by all without a copy on the same node; this store owns it, so
-that weights outlive the learner that made them. Pulling means that a late or restarted reader needs
+is one object in Ray's store, written once, by the learner, and read by all without a copy on the
+same node. The driver owns it, who called for it, so that weights outlive the learner that made
+them. Through here go references only. Pulling means that a late or restarted reader needs
 no membership, and that readers go on with what they have while the store itself is restarted. The
 store's process does not load torch.
 """
@@ -18,10 +19,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import ray
 from ray import ObjectRef
-from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayError
 
 from worldflux_dist.distributed.ending import sentence
 from worldflux_dist.distributed.supervision import raise_if_gone
@@ -65,8 +65,8 @@ class WeightStore:
         """From now on, refuse what learners of an earlier generation publish."""
         self._fences[part] = max(generation, self._fences.get(part, 0))
 
-    def publish(self, part: str, version: Version, weights: dict[str, np.ndarray]) -> None:
-        """Take in weights; a version that is not newer than the one held changes nothing.
+    def publish(self, part: str, version: Version, weights: list[ObjectRef]) -> None:
+        """Take in a publication; a version that is not newer than the one held changes nothing.
 
         Raises StaleGenerationError for learners that have been replaced.
         """
@@ -76,9 +76,7 @@ class WeightStore:
                 f"{self._fences[part]} had replaced them"
             )
         if part not in self._held or self._held[part][0] < version:
-            # Put again, although it came through the object store: the learner owns that one, and
-            # since 2.56 Ray's put takes no other owner.
-            self._held[part] = version, [ray.put(weights)]
+            self._held[part] = version, weights
             self._news.set()
             self._news = asyncio.Event()
 
@@ -186,24 +184,26 @@ class Publications:
     def forget(self) -> None:
         """Those who were asked are gone."""
         self.steps, self._retry_at, self._failing = -1, math.inf, False
-        self._under_way: list[ObjectRef] = []
+        self._under_way: list[tuple[ObjectRef, ObjectRef]] = []
 
-    def begun(self, ref: ObjectRef, steps: int) -> None:
+    def begun(self, made: ObjectRef, published: ObjectRef, steps: int) -> None:
+        """One was asked for: it is `made` by a learner, and then `published`."""
         self.steps, self._retry_at = steps, math.inf
-        self._under_way.append(ref)
+        self._under_way.append((made, published))
 
     def look(self) -> str:
         """Take in those that have ended; why one failed, where those before it had not."""
         why = ""
-        while self._under_way and ray.wait(self._under_way[:1], timeout=0)[0]:
-            error = error_of(self._under_way.pop(0))
+        while self._under_way and ray.wait([self._under_way[0][1]], timeout=0)[0]:
+            made, published = self._under_way.pop(0)
+            error = error_of(published)
             if error is None:
                 self._failing, self._retry_at = False, math.inf
-            elif isinstance(error, RayTaskError):  # else the rank is dead, as its steps will show
-                why = self.failed(error) or why
+            elif error_of(made) is None:  # else the rank is dead, as its steps will show
+                why = self._failed(error) or why
         return why
 
-    def failed(self, error: Exception) -> str:
+    def _failed(self, error: Exception) -> str:
         """One failed; why, where the one before it had not."""
         known, self._failing = self._failing, True
         self.failures += 1

@@ -22,6 +22,7 @@ from worldflux_dist.behaviors.base import Imagined
 from worldflux_dist.data import Batch
 from worldflux_dist.distributed.group import LearnerGroup
 from worldflux_dist.distributed.rank import Rank, trains_on_rows
+from worldflux_dist.distributed.weights import Version
 from worldflux_dist.learner import Learner
 
 STATE = "worldflux"  # our part of a learner's state
@@ -45,13 +46,19 @@ class WorldFluxLearner(TorchLearner):
         """From now on, publish to `store` and tell `shards` how surprising their windows were."""
         self.rank = Rank(self.learner, store, shards, generation)
 
-    def step(self, shard: int, given: tuple[Batch, np.ndarray] | Imagined) -> dict[str, float]:
-        """One gradient step on a batch from `shard`; metrics."""
-        return self.rank.step(shard, given)
+    def begin(
+        self, shard: int, given: tuple[Batch, np.ndarray] | Imagined
+    ) -> dict[str, Any] | None:
+        """As Rank's."""
+        return self.rank.begin(shard, given)
 
-    def publish(self) -> None:
-        """Send the inference weights to the store."""
-        self.rank.publish()
+    def finish(self) -> dict[str, Any] | None:
+        """As Rank's."""
+        return self.rank.finish()
+
+    def weights(self) -> tuple[Version, dict[str, np.ndarray]]:
+        """As Rank's."""
+        return self.rank.weights()
 
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         learner = self.learner
