@@ -12,9 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import torch._inductor.runtime.cache_dir_utils as cache_dir_utils
 from small import FAMILY, family_batch, make_small, perturbed, same_sums
 
-from worldflux_dist.compiled import Pieces
+from worldflux_dist.compiled import Pieces, cache_folder
 from worldflux_dist.distributed import compiling
 from worldflux_dist.distributed.compiling import Auto
 from worldflux_dist.learner import Learner, LearnerConfig
@@ -47,6 +48,21 @@ def until_news(auto: Auto, learner: Learner) -> str:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiling: None) -> Path:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+def test_the_cache_is_the_users_although_torch_names_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch sets the variable where it is not, and later processes inherit that."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    own = tmp_path / "worldflux_dist" / "compiled"
+    assert cache_folder() == own
+    torch_names = cache_dir_utils.cache_dir()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == torch_names != str(own)
+    assert cache_folder() == own
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "named"))
+    assert cache_folder() == tmp_path / "named"
 
 
 @pytest.mark.slow

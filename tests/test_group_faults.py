@@ -23,10 +23,10 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 from small import random_batch
 from toy_run import PATIENCE_S
 
-from worldflux_dist.distributed.feed import Fed, Shards
+from worldflux_dist.distributed.feed import Fed, Shards, done_of
 from worldflux_dist.distributed.group import ActorGroup, GroupLostError, call
 from worldflux_dist.distributed.learners import Learners
-from worldflux_dist.distributed.rank import LearnerActor
+from worldflux_dist.distributed.rank import BESIDE, LearnerActor
 from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.saving import Saver
 from worldflux_dist.distributed.shard import shard_name
@@ -43,6 +43,16 @@ from worldflux_dist.replay.limiter import Limiter
 pytestmark = pytest.mark.ray
 
 
+class HeldUp(LearnerActor):
+    """Writes into a folder only once there is no file `hold` in it."""
+
+    @ray.method(concurrency_group="saving")
+    def write(self, noted: None, folder: Path) -> None:
+        while (folder / "hold").exists():
+            time.sleep(0.01)
+        super().write(noted, folder)
+
+
 @pytest.fixture(scope="module")
 def group(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActorGroup]:
     """Two ranks that have met, and a store to publish to."""
@@ -52,6 +62,7 @@ def group(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     store = actor(WeightStore).options(name=WEIGHTS, num_cpus=0).remote()
     spaces = make_envs(settings.env, 0, num_envs=1).spaces
     found = ActorGroup(settings, spaces, "agent", [{"num_cpus": 1}] * 2)
+    found.kind = HeldUp
     found.start(None, 0)
     found.meet()
     yield found
@@ -85,7 +96,9 @@ class Given:
 def train(group: ActorGroup, batches: list[list[Any]]) -> list[dict[str, float]]:
     group.source = Given(batches)
     group.begin(len(batches))
+    deadline = time.time() + PATIENCE_S
     while not group.done:
+        assert time.time() < deadline
         group.pump()
         if waiting := group.waiting():
             ray.wait(waiting, num_returns=1, timeout=1.0)
@@ -94,14 +107,20 @@ def train(group: ActorGroup, batches: list[list[Any]]) -> list[dict[str, float]]
 
 def test_a_group_goes_on_as_if_nothing_had_happened(group: ActorGroup, tmp_path: Path) -> None:
     """Weights, optimizers and random state of every rank come back: the same batches then give the
-    same losses, to the last bit."""
+    same losses, to the last bit. What is saved is of the moment, and steps go on while it is
+    written."""
     batches = [
         [ray.put(random_batch(group.spaces, 16, 6, 2 * step + rank)) for rank in range(2)]
         for step in range(10)
     ]
     train(group, batches[:5])
-    ray.get(group.save(tmp_path))
+    (tmp_path / "hold").touch()
+    writing = group.save(tmp_path)
     want = train(group, batches[5:])
+    publish(group)
+    assert not done_of(writing)
+    (tmp_path / "hold").unlink()
+    ray.get(writing)
     pids = [process_of(rank).pid for rank in group.ranks]
     os.kill(pids[1], 9)
     with pytest.raises(GroupLostError):
@@ -141,7 +160,7 @@ def test_learners_that_were_replaced_cannot_publish(group: ActorGroup) -> None:
 
 
 def _stale(group: ActorGroup) -> Any:
-    make: Any = ray.remote(LearnerActor)
+    make: Any = ray.remote(concurrency_groups=BESIDE)(LearnerActor)
     where = {"num_cpus": 0}
     return make.options(**where).remote(group.config, group.spaces, "agent", 0, 0)
 

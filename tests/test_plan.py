@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,11 +113,12 @@ def test_a_cluster_is_refused_where_a_process_fits_no_node() -> None:
 @pytest.mark.parametrize(
     ("cores", "allowed", "settings", "threads"),
     [
-        (2, "", "train.train_ratio=64", 2),  # runners hardly work
-        (2, "1", "train.train_ratio=64", 1),
+        (2, "", "train.train_ratio=64", 1),
+        (4, "", "train.train_ratio=64", 3),  # runners hardly work
+        (4, "1", "train.train_ratio=64", 1),
         (2, "", "train.train_ratio=1", 1),
         (8, "", "train.train_ratio=2", 5),  # two runners and two shards all the time
-        (8, "", "scale.num_learners=2", 4),
+        (8, "", "scale.num_learners=2", 3),
         (1, "", "train.train_ratio=64", 1),
         (64, "", "train.train_ratio=64", 8),
         (8, "", "learner.threads=3", 3),
@@ -166,8 +169,43 @@ def test_gpus_are_shared_sensibly(
         overrides += [f"imagination.num_imaginers={imaginers}"]
     found = cluster.shares(config.load([], overrides), {"GPU": gpus})
     roles = ("learner", "policy", "imaginer")
-    assert tuple(found.get(name, {"GPU": 0})["GPU"] for name in roles) == expected
+    shares = [found.get(name, {"GPU": 0})["GPU"] for name in roles]
+    assert shares == pytest.approx([0.9 * share for share in expected])
+    # The rest, a tenth of each, is for evaluation.
+    assert found["evaluator"]["GPU"] == (0.1 if gpus else 0)
     assert np.dot(expected, (learners, policies, imaginers)) <= gpus
+
+
+def test_memory_on_gpus_is_counted_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With nvidia-smi's answers, as of a machine with such GPUs."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    told = tmp_path / "nvidia-smi"
+    told.write_text('#!/bin/sh\ncase "$*" in *"-i 1") echo 900;; *) echo 9000; echo 900;; esac\n')
+    told.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    settings = ["learner.device=auto", "model=dreamerv3:size12m", "replay.batch_size=4"]
+    plan = make_plan(*settings)
+    learner, evaluator = role(plan, "learner"), role(plan, "evaluator")
+    # Weights, gradients, two moments and copies to save, and a context beside activations.
+    weights = evaluator.on_gpu - roles.CUDA_BYTES
+    assert weights > 4 * 10e6
+    assert learner.on_gpu > roles.CUDA_BYTES + 7 * weights
+    assert role(plan, "runner").on_gpu == 0
+    assert plan.gpu_bytes == (9000 * roles.MB, 900 * roles.MB)
+    plan.check()
+    assert any("9,900 MB of GPU memory" in line for line in plan.lines())
+    with pytest.raises(
+        config.ConfigError, match=r"of GPU memory \(learner alone .* are free: raise"
+    ):
+        make_plan(*settings, "replay.batch_size=64").check()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with pytest.raises(config.ConfigError, match="900 MB are free"):
+        make_plan(*settings).check()
+    told.write_text("#!/bin/sh\nexit 9\n")
+    assert make_plan(*settings).gpu_bytes == ()
+    assert make_plan(*settings, nodes=[NODE | {"GPU": 1.0}]).gpu_bytes == ()
 
 
 def test_ranks_that_would_share_a_gpu_are_refused() -> None:

@@ -116,16 +116,22 @@ def test_a_new_process_goes_on(ray_local: None, tmp_path: Path) -> None:
         algo.stop()
 
 
+def _step(algo: Any, given: Any) -> dict[str, Any]:
+    learner = algo.learner_group._learner
+    assert learner.begin(0, given) is None
+    return learner.finish()
+
+
 def test_a_restored_learner_takes_the_same_step(built: Any, tmp_path: Path) -> None:
     algo = built(small())
     algo.train()
     algo.limiter.inserted(1000)  # what is owed, however much it is, is not forgiven
     path = algo.save_to_path(tmp_path / "saved")
     given = [ray.get(shard.sample.remote(4))[1] for shard in algo.replay.shards[:1]]
-    losses = [algo.learner_group._learner.step(0, given[0]) for _ in range(2)]
+    losses = [_step(algo, given[0]) for _ in range(2)]
     again = built(small())
     again.restore_from_path(path)
-    found = [again.learner_group._learner.step(0, given[0]) for _ in range(2)]
+    found = [_step(again, given[0]) for _ in range(2)]
     # The same weights and random numbers, and then the same moments and step of the warm-up.
     assert [each["loss"] for each in found] == [each["loss"] for each in losses]
     assert again.limiter.state_dict() == algo.limiter.state_dict()

@@ -65,10 +65,10 @@ class SlowShard(ReplayShardActor):
 class SlowLearner(LearnerActor):
     """Takes 50 ms longer for a step."""
 
-    def step(self, shard: int, given: Any) -> dict[str, float]:
+    def step(self, *given: Any) -> dict[str, Any]:
         with self._busy():
             time.sleep(0.05)
-        return super().step(shard, given)
+        return super().step(*given)
 
 
 COMPILE_S = 15.0  # more than twice the patience, so that both would lose it
@@ -101,9 +101,9 @@ class CompilingLearner(LearnerActor):
 class PatientLearner(LearnerActor):
     """Takes three seconds longer for a step."""
 
-    def step(self, shard: int, given: Any) -> dict[str, float]:
+    def step(self, *given: Any) -> dict[str, Any]:
         time.sleep(3)
-        return super().step(shard, given)
+        return super().step(*given)
 
 
 SILENT = "learners, or what feeds them, gave no answer"

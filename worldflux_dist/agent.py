@@ -27,7 +27,7 @@ from worldflux_dist.behaviors.base import Behavior, BehaviorLoss, Imagined
 from worldflux_dist.behaviors.planner import Planner, PlannerConfig
 from worldflux_dist.data import Batch
 from worldflux_dist.models.base import LossOutput, Rollout, State, create_from_spaces
-from worldflux_dist.nn.memory import Allowance, read_only
+from worldflux_dist.nn.memory import Allowance, arrays, copies, read_only
 from worldflux_dist.settings import STRICT, Text, parse
 from worldflux_dist.spaces import Spaces
 
@@ -283,14 +283,17 @@ class Agent(nn.Module):
 
     # --------------------------------------------------------------------------------- saving
 
-    def inference_state(self, part: str = "agent") -> dict[str, np.ndarray]:
+    def inference_copies(self, part: str = "agent") -> dict[str, Tensor]:
         """Copies of the parameters of a part that acting needs: what runners are sent.
 
         A world model that is published alone goes to imaginers, too, who roll it forward.
         """
         wanted = self._needed(rolling=part == "world_model")
-        state = {n: x for n, x in self.part_state(part).items() if n.startswith(wanted)}
-        return {name: value.cpu().numpy().copy() for name, value in state.items()}
+        return copies({n: x for n, x in self.part_state(part).items() if n.startswith(wanted)})
+
+    def inference_state(self, part: str = "agent") -> dict[str, np.ndarray]:
+        """`inference_copies` as arrays."""
+        return arrays(self.inference_copies(part))
 
     def _needed(self, rolling: bool = False) -> tuple[str, ...]:
         """Prefixes of what acting, and with `rolling` also imagining, needs."""
@@ -325,7 +328,7 @@ class Agent(nn.Module):
 
     def part_arrays(self, part: str = "agent") -> dict[str, np.ndarray]:
         """Copies of all parameters and buffers of a part, as `load_arrays` takes them."""
-        return {name: x.cpu().numpy().copy() for name, x in self.part_state(part).items()}
+        return arrays(copies(self.part_state(part)))
 
     def load_files(self, folder: UPath, part: str = "agent") -> None:
         """Take over a part's weights from where `save` wrote them. Raises CheckpointError if they
@@ -347,11 +350,13 @@ class Agent(nn.Module):
         """Write world_model.safetensors and behavior.safetensors, or that of one part, and, but for
         the behavior alone, agent.json."""
         folder = storage.as_path(folder) if isinstance(folder, str) else folder
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in PARTS if part == "agent" else (part,):
-            storage.save_arrays(folder / f"{name}.safetensors", self.part_arrays(name))
-        if part != "behavior":
-            storage.write_json(folder / "agent.json", self.recipe)
+        storage.save_files(folder, self.files(part))
+
+    def files(self, part: str = "agent") -> dict[str, Any]:
+        """What `save` writes, by file: copies of the weights, and JSON."""
+        names = PARTS if part == "agent" else (part,)
+        files: dict[str, Any] = {f"{n}.safetensors": copies(self.part_state(n)) for n in names}
+        return files | ({} if part == "behavior" else {"agent.json": self.recipe})
 
     @classmethod
     def load(cls, path: UPath | str) -> Agent:

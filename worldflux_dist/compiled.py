@@ -29,7 +29,11 @@ OPTIONS: Any = {"fallback_random": True, "cpp_wrapper": True}
 
 def cache_folder() -> Path:
     """Where compiled code stays between runs: TORCHINDUCTOR_CACHE_DIR, or the user's own cache."""
-    if named := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # takes seconds
+
+    # Torch itself sets the variable, to a folder that is gone after a restart of the machine.
+    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    if named and named != default_cache_dir():
         return Path(named)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "worldflux_dist" / "compiled"

@@ -15,18 +15,16 @@ import re
 import shutil
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from annotated_types import Ge, Le
-from pydantic import TypeAdapter, with_config
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from typing_extensions import TypedDict
 
-from worldflux_dist import storage
+from worldflux_dist import moments, storage
 from worldflux_dist.agent import Agent, LossOf, StageOutput
 from worldflux_dist.behaviors.actor_critic import ActorCritic
 from worldflux_dist.behaviors.base import Imagined
@@ -35,7 +33,7 @@ from worldflux_dist.compiled import Pieces, explained
 from worldflux_dist.data import Batch
 from worldflux_dist.nn.memory import keep_freed_memory, read_only
 from worldflux_dist.nn.optim import grad_norm, learning_rate
-from worldflux_dist.settings import STRICT, Count, Settings, Text, Whole, free
+from worldflux_dist.settings import Count, Settings, Text, free
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -57,8 +55,8 @@ class LearnerConfig(Settings):
     has torch.compile make the pieces of the family and the behavior before the first step, on a GPU
     each stage as a whole, there also by torch's modes "reduce-overhead" and "max-autotune"; "auto"
     does so on a CPU beside the steps of a long run (distributed/compiling.py).
-    `pin_memory` makes copies to a GPU faster. What a machine does not have is left out with a
-    warning.
+    `pin_memory` copies batches to a GPU by way of memory from which it can fetch them itself. What
+    a machine does not have is left out with a warning.
     """
 
     section: ClassVar[str] = "learner"
@@ -68,16 +66,42 @@ class LearnerConfig(Settings):
     threads: Annotated[int, Ge(0), Le(4096)] | Literal["auto"] = free("auto")
     accumulate: Count = 1
     compile: bool | Literal["auto", "default", "reduce-overhead", "max-autotune"] = free("auto")
-    pin_memory: bool = free(False)
+    pin_memory: bool = free(True)
 
     @property
     def compiles_first(self) -> bool:
         """Whether torch.compile is at work before the first step, not beside later ones."""
         return self.compile not in (False, "auto")
 
+    @property
+    def beside(self) -> str:
+        """Where processes beside the learners compute: on the GPU that Ray gave them, if any."""
+        return "cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu"
+
     def check(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", self.device):
             raise ValueError(f"learner.device is {self.device!r}: use auto, cpu, cuda or cuda:N")
+
+
+class Ready(NamedTuple):
+    """A batch of `arrays` as `tensors` on the device, or on their way there until `event`."""
+
+    arrays: Batch | Imagined
+    tensors: Any
+    event: torch.cuda.Event | None = None
+
+    def arrived(self, device: torch.device) -> Any:
+        """The tensors, for the current stream of the device."""
+        if self.event is None:
+            return self.tensors
+        stream = torch.cuda.current_stream(device)
+        stream.wait_event(self.event)
+
+        def belongs(tensor: Tensor) -> Tensor:
+            tensor.record_stream(stream)
+            return tensor
+
+        return self.tensors.map(belongs)
 
 
 class Stage(nn.Module):
@@ -132,6 +156,7 @@ class Learner:
                 loss = torch.compile(loss, fullgraph=True, mode=mode)
             self.stages[name] = Stage(optimizer, loss)
         self.pieces = Pieces(*self.agents) if compiles and not gpu else None
+        self._copying = torch.cuda.Stream(self.device) if gpu else None
         self._shared: dict[str, DistributedDataParallel] = {}
         self.gradient_steps = self.rank = 0
         self.row_losses = np.zeros(0, np.float32)
@@ -167,15 +192,29 @@ class Learner:
                 stage, init_sync=False, gradient_as_bucket_view=True
             )
 
-    def step(self, batch: Batch | Imagined) -> dict[str, float]:
-        """One gradient step on a (B, T) batch of arrays; gives the losses and metrics, in a group
-        their means over the ranks.
+    def ahead(self, batch: Batch | Imagined) -> Ready:
+        """A batch of arrays on the device, for `step`. A GPU copies it on a stream of its own: it
+        may be done by another thread, beside the step before."""
+        if self._copying is None:
+            return Ready(batch, batch.map(read_only))  # no copy: losses read and do not change it
+        with torch.cuda.stream(self._copying):
+            return Ready(batch, batch.map(self._copied), self._copying.record_event())
+
+    def _copied(self, value: np.ndarray) -> Tensor:
+        tensor = read_only(value)
+        tensor = tensor.pin_memory() if self.config.pin_memory else tensor
+        return tensor.to(self.device, non_blocking=True)
+
+    def step(self, batch: Batch | Imagined | Ready) -> dict[str, float]:
+        """One gradient step on a (B, T) batch of arrays, or on what `ahead` made of it; gives the
+        losses and metrics, in a group their means over the ranks.
 
         A policy that learns apart has a stage of its own, after all else has stepped. Raises
         NonFiniteLossError, on every rank, before the weights of its stage are changed.
         """
+        ready = batch if isinstance(batch, Ready) else self.ahead(batch)
         with self.pieces.applied() if self.pieces else contextlib.nullcontext(), explained():
-            return self._step(self._parts(batch.map(self._tensor)))
+            return self._step(self._parts(ready.arrived(self.device)))
 
     def _step(self, given: list[Any]) -> dict[str, float]:
         if self._coarse:
@@ -228,12 +267,6 @@ class Learner:
         parts = [slice(i, i + rows // num) for i in range(0, rows, rows // num)]
         return [batch.rows(part) for part in parts]
 
-    def _tensor(self, value: np.ndarray) -> Tensor:
-        tensor = read_only(value)  # no copy: losses read a batch and do not change it
-        if self.config.pin_memory:
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
-
     def _autocast(self) -> Any:
         if self.config.precision == "float32":
             return contextlib.nullcontext()
@@ -256,17 +289,28 @@ class Learner:
 
         Raises NonFiniteLossError instead where a weight is broken: what is saved is good.
         """
-        for name, value in self.agent.named_parameters():
-            if not value.isfinite().all():
-                raise NonFiniteLossError(
-                    f"the weights {name} are not finite after gradient step {self.gradient_steps}: "
-                    "lower the learning rate; the last checkpoint is kept"
-                )
-        folder.mkdir(parents=True, exist_ok=True)
+        self.write(self.files(), folder)
+
+    def files(self) -> dict[str, Any]:
+        """What `save` writes, by file: copies of tensors, and JSON. `write` may take its time."""
+        random = {n: torch.from_numpy(x) for n, x in self.random_state().items()}
+        files: dict[str, Any] = {self._random_file: random}
         if self.rank == 0:
-            self.agent.save(folder, self.part)
-            self._save_optimizers(folder)
-        storage.save_arrays(self._random_path(folder), self.random_state())
+            files |= self.agent.files(self.part)
+            files |= moments.files(self.optimizers, self.part, self.gradient_steps)
+        return files
+
+    def write(self, files: dict[str, Any], folder: UPath) -> None:
+        """Write what `files` gave, maybe beside later steps. Raises as `save`."""
+        for content in (x for name, x in files.items() if name.endswith(".safetensors")):
+            for name, value in content.items():
+                if value.is_floating_point() and not value.isfinite().all():
+                    raise NonFiniteLossError(
+                        f"the weights {name} are not finite at a checkpoint after gradient step "
+                        f"{self.gradient_steps}: lower the learning rate; the last checkpoint is "
+                        "kept"
+                    )
+        storage.save_files(folder, files)
 
     def load(self, folder: UPath, gradient_steps: int | None = None) -> None:
         """Continue from what `save` wrote, counting on from `gradient_steps` where it is given.
@@ -274,10 +318,10 @@ class Learner:
         In a group, before `join`; a rank the group did not have then keeps its random state.
         """
         self.agent.load_files(folder, self.part)
-        steps = self._load_optimizers(folder)
+        steps = moments.load(self.optimizers, self.part, folder)
         self.gradient_steps = steps if gradient_steps is None else gradient_steps
-        if self._random_path(folder).exists():
-            self.set_random_state(storage.load_arrays(self._random_path(folder)))
+        if (folder / self._random_file).exists():
+            self.set_random_state(storage.load_arrays(folder / self._random_file))
 
     def random_state(self) -> dict[str, np.ndarray]:
         """Of torch's generators, as bytes."""
@@ -292,78 +336,14 @@ class Learner:
         if self.device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(torch.from_numpy(state["cuda"].copy()), self.device)
 
-    def _random_path(self, folder: UPath) -> UPath:
-        return folder / f"rng-{self.part}-{self.rank}.safetensors"
-
-    def _save_optimizers(self, folder: UPath) -> None:
-        tensors, groups = {}, {}
-        for name, optimizer in self.optimizers.items():
-            saved = optimizer.state_dict()
-            for index, entry in saved["state"].items():
-                for key, value in entry.items():
-                    tensors[f"{name}/{index}/{key}"] = value.cpu().numpy()
-            groups[name] = saved["param_groups"]
-        storage.save_arrays(folder / f"learner-{self.part}.safetensors", tensors)
-        counts = {"gradient_steps": self.gradient_steps, "param_groups": groups}
-        storage.write_json(folder / f"learner-{self.part}.json", counts)
-
-    def _load_optimizers(self, folder: UPath) -> int:
-        """Moments and counts as they were saved; rates and the like are those of the config."""
-        where = folder / f"learner-{self.part}.json"
-        arrays = storage.load_arrays(folder / f"learner-{self.part}.safetensors")
-        saved: Any = storage.read_form(where, _SAVED)
-        for name, optimizer in self.optimizers.items():
-            groups, before = optimizer.state_dict()["param_groups"], saved["param_groups"].get(name)
-            if [g["params"] for g in groups] != [g["params"] for g in before or []]:
-                raise storage.CheckpointError(
-                    f"{where}: param_groups.{name} is not of this learner's parameters"
-                )
-            for group, old in zip(groups, before, strict=True):
-                group |= {"steps": old.get("steps", 0)} if "steps" in group else {}
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            state = _moments(name, params, arrays, folder)
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
-        return int(saved["gradient_steps"])
-
-
-class _Group(TypedDict):
-    params: list[Whole]
-    steps: NotRequired[Whole]
-
-
-@with_config(STRICT)
-class _Saved(TypedDict):
-    gradient_steps: Whole
-    param_groups: dict[str, list[_Group]]
-
-
-_SAVED: TypeAdapter[Any] = TypeAdapter(_Saved)
-
-
-def _moments(
-    name: str, params: list[Tensor], arrays: dict[str, np.ndarray], folder: UPath
-) -> dict[int, dict[str, Tensor]]:
-    """What optimizer `name` remembers of each parameter, from `arrays` that were read."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for path, value in arrays.items():
-        match = re.fullmatch(rf"{name}/(\d{{1,9}})/(\w+)", path, re.ASCII)
-        if match is None:
-            continue
-        index = int(match[1])
-        if index >= len(params) or value.shape not in ((), params[index].shape):
-            raise storage.CheckpointError(
-                f"{folder} is malformed: {path} of shape {value.shape} is of no parameter"
-            )
-        state.setdefault(index, {})[match[2]] = torch.from_numpy(value.copy())
-    return state
+    @property
+    def _random_file(self) -> str:
+        return f"rng-{self.part}-{self.rank}.safetensors"
 
 
 def _possible(config: LearnerConfig, device: torch.device) -> LearnerConfig:
     """The config without what the device does not have; says so in a line for each."""
     cuda = device.type == "cuda"
-    if config.pin_memory and not cuda:
-        logger.warning("learner.pin_memory is left out: there is no GPU to copy to")
-        config = replace(config, pin_memory=False)
     if config.precision == "bfloat16" and cuda and not torch.cuda.is_bf16_supported(False):
         logger.warning("learner.precision is float32: this GPU does not compute in bfloat16")
         config = replace(config, precision="float32")

@@ -16,7 +16,7 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -227,6 +227,16 @@ def save_arrays(path: UPath, arrays: dict[str, np.ndarray]) -> None:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def save_files(folder: UPath, files: Mapping[str, Any]) -> None:
+    """Write into a folder, by name: JSON, and named tensors as safetensors. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        if name.endswith(".json"):
+            write_json(folder / name, content)
+        else:
+            save_arrays(folder / name, {key: x.cpu().numpy() for key, x in content.items()})
 
 
 def load_arrays(path: UPath) -> dict[str, np.ndarray]:

@@ -34,13 +34,13 @@ from worldflux_dist.distributed.feed import Shards
 from worldflux_dist.distributed.flow import Flow
 from worldflux_dist.distributed.group import LearnerGroup
 from worldflux_dist.distributed.learners import Learners
-from worldflux_dist.distributed.rank import Rank
+from worldflux_dist.distributed.rank import BESIDE, Rank
 from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.shard import ReplayShardActor, ShardPlace, shard_name
 from worldflux_dist.distributed.supervision import Driver
 from worldflux_dist.distributed.weights import WEIGHTS, WeightStore
 from worldflux_dist.envs import EnvConfig
-from worldflux_dist.learner import LearnerConfig
+from worldflux_dist.learner import LearnerConfig, Ready
 from worldflux_dist.replay import ReplayConfig
 from worldflux_dist.replay.limiter import Limiter
 
@@ -80,9 +80,12 @@ class Sleeping:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
-    def step(self, batch: Batch) -> dict[str, float]:
+    def ahead(self, batch: Batch) -> Ready:
+        return Ready(batch, batch)
+
+    def step(self, ready: Ready) -> dict[str, float]:
         end = time.monotonic() + self.seconds
-        batch.map(np.copy)
+        ready.arrays.map(np.copy)
         time.sleep(max(0.0, end - time.monotonic()))
         return {}
 
@@ -162,7 +165,7 @@ def rate_of(found: list[tuple[float, RunnerReport]], num_runners: int) -> float:
 def stall(step_seconds: float, seconds: float) -> None:
     """Share of a learner's time that it waits, within the rounds and at their beginnings."""
     config = slow_config("image", num_runners=1, num_envs=8)
-    rank = actor(SleepingRank, **ONCE).remote(step_seconds)
+    rank = actor(SleepingRank, **ONCE, concurrency_groups=BESIDE).remote(step_seconds)
     with system(config, [rank]) as collector:
         collect(collector, 0.1)  # until the runner has started
         supply = rate_of(collect(collector, 5 * 64 * VECTOR_STEP_S), 1)

@@ -25,7 +25,7 @@ from peers.rllib_weights import RllibRunners
 from setting.local_ray import MB, copy_seconds, local_ray, machine, percentiles, put_seconds
 from worldflux_dist.config import Config
 from worldflux_dist.distributed.group import LearnerGroup
-from worldflux_dist.distributed.rank import LearnerActor
+from worldflux_dist.distributed.rank import BESIDE, LearnerActor
 from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.weights import WEIGHTS, WeightReader, WeightStore
 from worldflux_dist.nn.memory import keep_freed_memory
@@ -72,7 +72,9 @@ def ours(num_readers: int, num: int) -> dict[str, list[list[float]]]:
     config = Config(model="dreamerv3:size12m")
     store = actor(WeightStore, **ONCE).options(name=WEIGHTS).remote()
     spaces_ = Spaces(OBSERVATION, ACTION)
-    learner = actor(TimedLearner, **ONCE).remote(config, spaces_, "agent", 0, 1)
+    learner = actor(TimedLearner, **ONCE, concurrency_groups=BESIDE).remote(
+        config, spaces_, "agent", 0, 1
+    )
     nbytes: int = ray.get(learner.nbytes.remote())
     limit = put_seconds(nbytes), copy_seconds(nbytes)
     print(

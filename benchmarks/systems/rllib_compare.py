@@ -46,6 +46,7 @@ from peers.work import WIDTHS
 from setting.local_ray import MB, ONCE, local_ray, machine
 from worldflux_dist.distributed.roles import actor
 from worldflux_dist.replay.limiter import Limiter
+from worldflux_dist.rllib.learner import WorldFluxLearner
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # RLlib makes environments while it is imported
@@ -192,7 +193,12 @@ class Ours(Side):
     def _one_update(self) -> Callable[[], object]:
         _, sampled = self.algo.replay.shards[0].sample.remote(self.task.rows)
         group, batch = self.algo.learner_group, ray.get(sampled)
-        return lambda: group.foreach_learner(lambda learner: learner.step(0, batch))
+
+        def update(learner: WorldFluxLearner) -> None:
+            learner.begin(0, batch)
+            learner.finish()
+
+        return lambda: group.foreach_learner(update)
 
 
 class Rllib(Side):

@@ -25,7 +25,8 @@ import torch
 from ray._private import ray_constants, worker
 
 from worldflux_dist.config import Config, ConfigError
-from worldflux_dist.distributed.roles import MB, ROLES, Node, Sizes
+from worldflux_dist.distributed.gpus import gpu_memory, shares
+from worldflux_dist.distributed.roles import CUDA_BYTES, MB, ROLES, Node, Sizes
 from worldflux_dist.distributed.threads import settled
 from worldflux_dist.replay.buffer import ReplayConfig
 from worldflux_dist.spaces import Spaces
@@ -49,6 +50,7 @@ class Need:
     nbytes: int
     note: str
     share: Mapping[str, float] = field(default_factory=dict)
+    on_gpu: int = 0  # bytes of each on its GPU, which Ray does not count
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -74,10 +76,16 @@ class Plan:
     cores: float
     gpus: float = 0
     nodes: tuple[Node, ...] = ()
+    gpu_bytes: tuple[int, ...] = ()  # what is free on each GPU, where that is known
 
     @property
     def nbytes(self) -> int:
         return sum(role.nbytes for role in self.roles) + self.object_store
+
+    @property
+    def on_gpu(self) -> int:
+        """Bytes of all processes on GPUs."""
+        return sum(role.processes * role.on_gpu for role in self.roles)
 
     @property
     def processes(self) -> int:
@@ -94,14 +102,20 @@ class Plan:
             (
                 *(role.name, role.processes, role.threads),
                 *(role.processes * role.share[kind] for kind in ("CPU", "GPU")),
-                *(role.nbytes, role.note),
+                *(role.nbytes, role.note + _on_gpu(role.on_gpu)),
             )
             for role in self.roles
         ]
         rows += [
             ("object store", "", "", 0, 0, self.object_store, "batches and weights in flight"),
-            ("asked", self.processes, "", self.asked("CPU"), self.asked("GPU"), self.nbytes, ""),
-            ("there is", "", "", self.cores, self.gpus, self.available, where),
+            (
+                *("asked", self.processes, "", self.asked("CPU"), self.asked("GPU")),
+                *(self.nbytes, _on_gpu(self.on_gpu, "")),
+            ),
+            (
+                *("there is", "", "", self.cores, self.gpus, self.available),
+                where + _on_gpu(sum(self.gpu_bytes)),
+            ),
         ]
         form = "{:<13}{:>9}{:>13}{:>7.4g}{:>7.3g}{:>11,.0f} MB   {}"
         table = ["role         processes threads each   CPUs   GPUs        memory   what"]
@@ -126,8 +140,21 @@ class Plan:
                 f"this run asks for {self.asked('GPU'):g} GPUs and there are {self.gpus:g}: add "
                 "some or set learner.device=cpu"
             )
+        self._check_gpu_memory()
         if self.nodes:
             self._check_nodes()
+
+    def _check_gpu_memory(self) -> None:
+        largest = max(self.roles, key=lambda role: role.on_gpu)
+        if self.gpu_bytes and (
+            self.on_gpu > sum(self.gpu_bytes) or largest.on_gpu > max(self.gpu_bytes)
+        ):
+            raise ConfigError(
+                f"this run needs{_on_gpu(self.on_gpu, '')} ({largest.name} alone "
+                f"{largest.on_gpu / MB:,.0f} MB) and {sum(self.gpu_bytes) / MB:,.0f} MB are free: "
+                "raise learner.accumulate, lower replay.batch_size or take a smaller model, or set "
+                "learner.device=cpu"
+            )
 
     def _check_nodes(self) -> None:
         if self.asked("CPU") > self.cores:
@@ -151,51 +178,16 @@ class Plan:
             )
 
 
+def _on_gpu(nbytes: int, comma: str = ",") -> str:
+    return f"{comma} {nbytes / MB:,.0f} MB of GPU memory" if nbytes else ""
+
+
 def spell(bundle: Mapping[str, float]) -> str:
     """Resources in words, such as 1 CPU, 0.5 GPU, 900 MB."""
     return ", ".join(
         f"{amount / MB:,.0f} MB" if kind == "memory" else f"{amount:g} {kind}"
         for kind, amount in bundle.items()
     )
-
-
-def shares(config: Config, resources: Node) -> dict[str, dict[str, float]]:
-    """CPUs and GPUs that one process of each role gets, of all that `resources` holds.
-
-    A CPU for each torch thread; roles that mostly wait get a part of one. Raises ConfigError where
-    the ranks of a group could not have a GPU each.
-    """
-    there = {name: role for name, role in ROLES.items() if role.count(config)}
-    rank, model = _gpu_shares(config, int(resources.get("GPU", 0)))
-    gpu = {"rank": rank, "model": model, "": 0}
-    return {n: {"CPU": role.share(config), "GPU": gpu[role.gpu]} for n, role in there.items()}
-
-
-def _gpu_shares(config: Config, gpus: int) -> tuple[float, float]:
-    """What a rank of a learner group, and what any other process with a model, gets of a GPU."""
-    groups = [role.count(config) for role in ROLES.values() if role.gpu == "rank"]
-    others = sum(role.count(config) for role in ROLES.values() if role.gpu == "model")
-    ranks, device = sum(groups), config.learner.device
-    if device == "cpu" or (gpus == 0 and device == "auto"):
-        return 0, 0
-    if gpus == 0 or gpus >= ranks + others:  # asked for where there is none: refused by the check
-        return 1, 1
-    if gpus > ranks:
-        return 1, _part(1, others, gpus - ranks)
-    if max(groups) == 1:
-        share = _part(1, ranks + others, gpus)
-        return share, share
-    if gpus == ranks:  # more than half: two ranks never meet on one GPU, which NCCL refuses
-        return (0.6, _part(0.4, others, gpus)) if others else (1, 1)
-    raise ConfigError(
-        f"{ranks} ranks of learners need a GPU each and there are {gpus}: lower "
-        "scale.num_learners or imagination.num_policy_learners, or set learner.device=cpu"
-    )
-
-
-def _part(whole: float, processes: int, gpus: int) -> float:
-    """An equal part of `whole` GPUs such that all processes fit, in Ray's steps of 0.0001."""
-    return math.floor(1e4 * whole / math.ceil(processes / gpus)) / 1e4
 
 
 def make_plan(config: Config, spaces: Spaces, nodes: tuple[Node, ...] = ()) -> Plan:
@@ -224,6 +216,7 @@ def make_plan(config: Config, spaces: Spaces, nodes: tuple[Node, ...] = ()) -> P
         cores=has["CPU"],
         gpus=has["GPU"],
         nodes=nodes,
+        gpu_bytes=() if nodes or sizes.here else gpu_memory(),
     )
 
 
@@ -231,7 +224,8 @@ def _need(name: str, sizes: Sizes, share: dict[str, float]) -> Need:
     role, config = ROLES[name], sizes.config
     num = role.count(config)
     nbytes = num * role.nbytes(sizes) + role.shared(sizes)
-    return Need(name, num, role.threads(config), nbytes, role.note(sizes), share)
+    on_gpu = CUDA_BYTES + role.on_gpu(sizes) if share["GPU"] else 0
+    return Need(name, num, role.threads(config), nbytes, role.note(sizes), share, on_gpu)
 
 
 def _object_store(sizes: Sizes) -> int:

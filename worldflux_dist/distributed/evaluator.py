@@ -179,7 +179,7 @@ def _agent(
     keep_freed_memory()
     torch.set_num_threads(config.scale.runner_threads)
     torch.manual_seed(seed)
-    agent = config.make_agent(spaces)
+    agent = config.make_agent(spaces).to(config.learner.beside)
     for part in arrays:
         agent.load_arrays(part)
     return agent

@@ -21,7 +21,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError
 
 from worldflux_dist.config import Config
 from worldflux_dist.distributed.feed import Source, done_of
-from worldflux_dist.distributed.rank import LearnerActor
+from worldflux_dist.distributed.rank import BESIDE, LearnerActor
 from worldflux_dist.distributed.supervision import Driver
 from worldflux_dist.distributed.weights import WEIGHTS, Publications, error_of
 from worldflux_dist.spaces import Spaces
@@ -185,7 +185,8 @@ class ActorGroup(LearnerGroup):
         self.renew()
         self.gradient_steps = gradient_steps
         self.store.fence.remote(self.part, self.generation)
-        make: Any = ray.remote(self.kind)
+        remote: Any = ray.remote
+        make = remote(concurrency_groups=BESIDE)(self.kind)
         self.ranks = [
             make.options(**options).remote(
                 self.config, self.spaces, self.part, rank, self.generation
@@ -220,8 +221,8 @@ class ActorGroup(LearnerGroup):
         return self.ranks[0].agent_arrays.remote()
 
     def save(self, folder: UPath) -> list[ObjectRef]:
-        """Have every rank write its files; does not wait."""
-        return [rank.save.remote(folder) for rank in self.ranks]
+        """Have every rank write its files, as they are now; does not wait, nor do the steps."""
+        return [rank.write.remote(rank.note.remote(), folder) for rank in self.ranks]
 
     def kill(self) -> None:
         """End all ranks, also those that wait for a dead one."""

@@ -60,9 +60,7 @@ class ModelActor:
         torch.set_num_threads(config.scale.runner_threads)
         torch.manual_seed(life_seed(config.seed, FIRST_SEED + number, env_steps))
         keep_freed_memory()
-        self.agent = config.make_agent(spaces)
-        if config.learner.device != "cpu" and torch.cuda.is_available():
-            self.agent = self.agent.cuda()
+        self.agent = config.make_agent(spaces).to(config.learner.beside)
         self.weights, self._poll_by = WeightReader(store), poll_by(config.scale.max_staleness)
         self._thread = ThreadPoolExecutor(1)
         self._waiting: list[tuple[Any, np.ndarray, Any, asyncio.Future[Answer]]] = []

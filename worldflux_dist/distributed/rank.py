@@ -8,16 +8,18 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import psutil
 import ray
 import torch
+from torch import Tensor
 from torch.distributed import FileStore, Store, TCPStore
 
 from worldflux_dist.behaviors.base import Imagined
@@ -26,7 +28,8 @@ from worldflux_dist.data import Batch
 from worldflux_dist.distributed.compiling import Auto
 from worldflux_dist.distributed.shard import shard_name
 from worldflux_dist.distributed.weights import COMPILE_S, WEIGHTS, Version
-from worldflux_dist.learner import Learner
+from worldflux_dist.learner import Learner, Ready
+from worldflux_dist.nn.memory import arrays
 from worldflux_dist.spaces import Spaces
 
 if TYPE_CHECKING:
@@ -34,6 +37,13 @@ if TYPE_CHECKING:
 
 
 Meeting = tuple[str, int]  # a host and its port, or a file and 0
+T = TypeVar("T")
+BESIDE = {"publishing": 1, "saving": 1}  # threads of a rank's process, beside that of Ray's calls
+
+
+def _thread(name: str) -> Any:
+    """Has Ray run a method in a thread of BESIDE."""
+    return ray.method(concurrency_group=name)
 
 
 class Rank:
@@ -72,8 +82,9 @@ class Rank:
         milliseconds, is no time without work. All but `weights` is called between rounds, when no
         step is under way.
         """
-        begun = self._begun
-        self._begun = self._steps.submit(self.step, shard, given)
+        batch, ids = given if isinstance(given, tuple) else (given, None)
+        ready = self.learner.ahead(batch)  # copied beside the step that is under way
+        begun, self._begun = self._begun, self._steps.submit(self.step, shard, ready, ids)
         return begun.result() if begun else None
 
     def finish(self) -> dict[str, Any] | None:
@@ -81,13 +92,13 @@ class Rank:
         begun, self._begun = self._begun, None
         return begun.result() if begun else None
 
-    def step(self, shard: int, given: tuple[Batch, np.ndarray] | Imagined) -> dict[str, Any]:
-        """One gradient step; metrics, with the seconds that it took, those without a batch before
-        it, and those since the last step in all. "said" is a sentence for the user."""
+    def step(self, shard: int, ready: Ready, ids: np.ndarray | None) -> dict[str, Any]:
+        """One gradient step, on windows `ids` of a shard or on what was imagined; metrics, with the
+        seconds that it took, those without a batch before it, and those since the last step in all.
+        "said" is a sentence for the user."""
         start = time.monotonic()
         with self._busy():
-            batch, ids = given if isinstance(given, tuple) else (given, None)
-            metrics = self.learner.step(batch)
+            metrics = self.learner.step(ready)
             if self.learner.rows and ids is not None:
                 self._shards[shard].prioritize.remote(ids, self.learner.row_losses)
         end = self._idle_since
@@ -95,18 +106,28 @@ class Rank:
         metrics["time/learner_wait"] = self._waited
         metrics["time/learner_wall"] = end - self._stepped
         self._waited, self._stepped = 0.0, end
-        said = self._auto.look(batch, end - start) if self._auto else ""
+        said = self._auto.look(ready.arrays, end - start) if self._auto else ""
         return metrics | ({"said": said} if said else {})
 
+    @_thread("publishing")
     def weights(self) -> tuple[Version, dict[str, np.ndarray]]:
         """The inference weights, to be published; apart from them their version, whose second part
-        is the gradient steps."""
-        return self._steps.submit(self._weights).result()
+        is the gradient steps. The next step waits only for the copies to be made."""
+        version, state = self._between_steps(self._weights).result()
+        return version, arrays(state)
 
-    def _weights(self) -> tuple[Version, dict[str, np.ndarray]]:
-        with self._busy():
-            version = (self.generation, self.learner.gradient_steps)
-            return version, self.learner.agent.inference_state(self.learner.part)
+    def _weights(self) -> tuple[Version, dict[str, Tensor]]:
+        version = (self.generation, self.learner.gradient_steps)
+        return version, self.learner.agent.inference_copies(self.learner.part)
+
+    def _between_steps(self, work: Callable[[], T]) -> Future[T]:
+        """Have the thread of the steps do something after those that were begun."""
+
+        def busy() -> T:
+            with self._busy():
+                return work()
+
+        return self._steps.submit(busy)
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
@@ -214,9 +235,14 @@ class LearnerActor(Rank):
 
     def agent_arrays(self) -> dict[str, np.ndarray]:
         """All weights of the group's part, for evaluation elsewhere."""
-        with self._busy():
-            return self.learner.agent.part_arrays(self.learner.part)
+        agent, part = self.learner.agent, self.learner.part
+        return self._between_steps(partial(agent.part_arrays, part)).result()
 
-    def save(self, folder: UPath) -> None:
-        with self._busy():
-            self.learner.save(folder)
+    def note(self) -> None:
+        """Begin a checkpoint: what `write` writes is of this moment, before the next step."""
+        self._noted = [self._between_steps(self.learner.files)]
+
+    @_thread("saving")
+    def write(self, noted: None, folder: UPath) -> None:
+        """Write what was noted. Raises NonFiniteLossError where a weight is broken."""
+        self.learner.write(self._noted.pop().result(), folder)

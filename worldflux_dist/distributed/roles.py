@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Node = Mapping[str, float]  # its resources as Ray names them: CPU, GPU, memory in bytes
 MB = 1024**2
 PROCESS_BYTES = 400 * MB  # a Python process with torch and Ray loaded, measured
+CUDA_BYTES = 600 * MB  # of a GPU, for a process that uses it: CUDA's context and libraries
 FOREVER = {"max_restarts": -1, "max_task_retries": 0}  # a call that failed is made again, elsewhere
 
 
@@ -91,10 +92,20 @@ class Sizes:
         return 3 * self.loss.state + (horizon + 1) * self.loss.visible + 4 * self.imagined // num
 
     def learner(self, activations: int) -> int:
-        """Bytes of a rank that keeps so many of its activations; twice where another process takes
-        a step of its own to compile it (compiling.py)."""
-        own = PROCESS_BYTES + 4 * self.weights + activations * self.here
+        """Bytes of a rank that keeps so many of its activations, with its weights, gradients and
+        moments and with copies to save; twice where another process takes a step of its own to
+        compile it (compiling.py)."""
+        own = PROCESS_BYTES + 7 * self.weights + activations * self.here
         return own * (1 + (self.here and self.config.learner.compile == "auto"))
+
+    def learner_on_gpu(self, activations: int) -> int:
+        """What of it is on its GPU, if it has one."""
+        return 7 * self.weights + activations
+
+    @cached_property
+    def loss_and_dreams(self) -> int:
+        """Bytes of activations that a learner of the world model keeps."""
+        return self.loss.kept + self.dreaming
 
     @property
     def acting(self) -> int:
@@ -125,8 +136,9 @@ class Role:
     """One kind of process.
 
     `count` is 0 where a run has none; `cpus` None is one for each torch thread. A "rank" of
-    learners may need a whole GPU, other processes with a "model" share one. `nbytes` is the memory
-    of each, `shared` what all hold together. Those placed `together` come back together when a node
+    learners may need a whole GPU, other processes with a "model" share one, and "spare" ones get a
+    tenth. `nbytes` is the memory of each, `on_gpu` that on its GPU, `shared` what all hold
+    together. Those placed `together` come back together when a node
     dies. `death` and `cause` are for messages; more than `deaths` in a row end the run. `busy` is
     its name among the metrics of busy roles, and `more` what to raise when it is the busiest.
     """
@@ -137,7 +149,8 @@ class Role:
     nbytes: Callable[[Sizes], int]
     note: Callable[[Sizes], str]
     cpus: float | None = None
-    gpu: Literal["", "rank", "model"] = ""
+    gpu: Literal["", "rank", "model", "spare"] = ""
+    on_gpu: Callable[[Sizes], int] = lambda sizes: sizes.weights
     shared: Callable[[Sizes], int] = lambda sizes: 0
     together: str = ""
     death: str = ""
@@ -181,7 +194,8 @@ ROLES = {
         count=lambda c: c.scale.num_learners,
         threads=_of_learner,
         gpu="rank",
-        nbytes=lambda s: s.learner(s.loss.kept + s.dreaming),
+        nbytes=lambda s: s.learner(s.loss_and_dreams),
+        on_gpu=lambda s: s.learner_on_gpu(s.loss_and_dreams),
         note=lambda s: f"{s.config.model}, {s.weights / 4e6:.2f} M parameters",
         together="PACK",
         cause="a learner that crashes",
@@ -194,6 +208,7 @@ ROLES = {
         threads=_of_runner,
         gpu="model",
         nbytes=lambda s: s.acting + 2 * s.imagined * s.here,
+        on_gpu=lambda s: s.weights + 2 * s.imagined,
         note=lambda s: f"imagined batches of {s.sent / MB:,.1f} MB",
         death="an imaginer's process",
         cause="an imaginer that crashes",
@@ -207,6 +222,7 @@ ROLES = {
         gpu="rank",
         # Three networks of three layers each keep about what a batch of features holds.
         nbytes=lambda s: s.learner(4 * s.imagined),
+        on_gpu=lambda s: s.learner_on_gpu(4 * s.imagined),
         note=lambda s: "learners of what is imagined",
         together="PACK",
         busy="policy",
@@ -234,6 +250,7 @@ ROLES = {
         count=lambda c: 1,
         threads=_of_runner,
         cpus=0.4,
+        gpu="spare",
         nbytes=lambda s: s.acting,
         note=lambda s: "only now and then",
     ),

@@ -17,8 +17,9 @@ def settled(config: Config, nodes: tuple[Node, ...] = ()) -> Config:
     """`config` with learner.threads as a number: what the other processes leave of the cores.
 
     Processes of this machine share its cores, and runners work only as far as the learner lets
-    them: an environment step costs about as much as two replayed ones (benchmarks/LOG.md). On a
-    cluster CPUs are reserved, and the number is the largest with which all processes fit.
+    them: an environment step costs about as much as two replayed ones (benchmarks/LOG.md). A core
+    is left to them in any case: threads that wait for one that has no core are slower than fewer.
+    On a cluster CPUs are reserved, and the number is the largest with which all processes fit.
     """
     if config.learner.threads != "auto":
         return config
@@ -43,7 +44,7 @@ def _left_here(config: Config) -> int:
     count = {name: role.count(config) for name, role in ROLES.items()}
     collecting = cores / (1 + config.train.train_ratio / 2)
     others = min(collecting, count["runner"] + count["shard"] / 2) + count["imaginer"]
-    left = round((cores - others) / (count["learner"] + count["policy"]))
+    left = int((cores - max(1, others)) / (count["learner"] + count["policy"]))
     allowed = os.environ.get("OMP_NUM_THREADS", "")
     return max(1, min(left, int(allowed) if allowed.isdigit() else left))
 

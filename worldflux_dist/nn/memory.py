@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
@@ -23,11 +25,22 @@ def keep_freed_memory() -> None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: and the heap is never trimmed
 
 
-def read_only(value: np.ndarray) -> torch.Tensor:
+def read_only(value: np.ndarray) -> Tensor:
     """A tensor in the memory of an array, which may be shared with other processes: to be read."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return torch.from_numpy(np.asarray(value))
+
+
+def copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of named tensors where they are, for `arrays` at a later time, beside whatever goes
+    on to change them."""
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+def arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Named tensors as arrays: in the same memory, or copies from a GPU."""
+    return {name: value.cpu().numpy() for name, value in tensors.items()}
 
 
 class Allowance(TorchFunctionMode):
