@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from worldflux_dist.distributed.rank import Rank
-from worldflux_dist.learner import LearnerConfig
+from worldflux_dist.learner import LearnerConfig, Ready
 
 PATIENCE_S = 120.0
 
@@ -25,7 +25,11 @@ class Held:
         self.gradient_steps = 0
         self.agent = self
 
-    def step(self, batch: Any) -> dict[str, float]:
+    def ahead(self, batch: Any) -> Ready:
+        return Ready(batch, batch)
+
+    def step(self, ready: Ready) -> dict[str, float]:
+        batch: Any = ready.arrays
         self.begun[batch].set()
         assert self.release[batch].wait(PATIENCE_S)
         if batch == 2:
@@ -33,7 +37,7 @@ class Held:
         self.gradient_steps += 1
         return {"number": float(batch)}
 
-    def inference_state(self, part: str) -> dict[str, Any]:
+    def inference_copies(self, part: str) -> dict[str, Any]:
         return {}
 
 
