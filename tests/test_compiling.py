@@ -66,11 +66,18 @@ def test_the_cache_is_the_users_although_torch_names_another(
 
 
 @pytest.mark.slow
-def test_pieces_are_compiled_beside_training_and_taken_up(cache: Path) -> None:
+def test_pieces_are_compiled_beside_training_and_taken_up(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once: a later run takes them up at once, without another process."""
     learner, plain, told = a_learner(), a_learner(), []
     said = until_news(Auto(learner, 1000, lambda: told.append(1)), learner)
     assert said.startswith("the learner's steps are compiled from here on")
     assert told and learner.pieces is not None and any(cache.iterdir())
+    monkeypatch.setattr(compiling, "Ahead", None)
+    later = a_learner()
+    assert "an earlier run has compiled them" in until_news(Auto(later, 1000, lambda: None), later)
+    assert later.pieces is not None
     plain.agent.load_state_dict(learner.agent.state_dict())
     batch, losses = family_batch(learner.agent), []
     for each in (learner, plain):
@@ -108,12 +115,14 @@ def test_short_runs_are_not_compiled(
     """Nor those of which nobody knows how long they are, until they are long."""
     monkeypatch.delenv("TORCH_COMPILE_DISABLE")
     monkeypatch.setattr(subprocess, "Popen", None)  # what would be called
-    learner, batch = a_learner(), None
+    learner = a_learner()
+    batch = family_batch(learner.agent)
     auto = Auto(learner, steps, lambda: None)
     assert not any(auto.look(batch, seconds) for _ in range(taken))
     monkeypatch.setattr(compiling, "COLD_S", 0.0)
+    monkeypatch.setattr(compiling, "WARM_S", 0.0)
     with pytest.raises(TypeError, match="not callable"):
-        auto.look(family_batch(learner.agent), seconds)
+        auto.look(batch, seconds)
 
 
 def test_nothing_is_compiled_where_torch_is_told_so_or_a_gpu_computes() -> None:
@@ -126,9 +135,9 @@ BESIDE = """
 import sys, time
 sys.path[:0] = {paths!r}
 from test_compiling import a_learner, family_batch
-from worldflux_dist.distributed.compiling import Ahead
+from worldflux_dist.distributed.compiling import Ahead, order_of
 learner = a_learner()
-ahead = Ahead(learner, family_batch(learner.agent))
+ahead = Ahead(order_of(learner, family_batch(learner.agent)))
 print("begun", flush=True)
 time.sleep(600)
 """

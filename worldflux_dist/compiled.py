@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
@@ -56,6 +57,8 @@ def prepare() -> None:
     import torch._inductor.config as config  # takes seconds
 
     config.compile_threads = 1  # no processes that outlive this one
+    # It lays out in memory what it makes as it likes, and then warns of it.
+    warnings.filterwarnings("ignore", "torch.searchsorted.*non-contiguous")
 
 
 class Pieces:

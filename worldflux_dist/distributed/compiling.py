@@ -7,6 +7,7 @@ there. What must stay true: a run whose pieces cannot be compiled goes on as it 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import math
 import os
 import pickle
@@ -17,17 +18,39 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+import worldflux_dist
 from worldflux_dist.agent import Agent
 from worldflux_dist.compiled import Pieces, cache_folder, prepare
 from worldflux_dist.learner import Learner, LearnerConfig
 from worldflux_dist.spaces import Spaces
 
 COLD_S = 100.0  # of steps: compiling their pieces takes about as long, and saves a third of them
+WARM_S = 20.0  # of steps: reading the pieces from the cache takes the half of it
+Order = tuple[dict[str, Any], dict[str, Any], str, bool, Any]
+
+
+def order_of(learner: Learner, batch: Any) -> Order:
+    """What decides which code is compiled for a learner: how its agent is made, its options, what
+    it trains, and the shapes and types of its batches."""
+    made = {n: x for n, x in learner.agent.recipe.items() if n != "packages"}
+    options = asdict(learner.config) | {"compile": True, "threads": torch.get_num_threads()}
+    forms = batch.map(lambda array: (array.shape, array.dtype.str))
+    return made, options, learner.part, learner.rows, forms
+
+
+def mark_of(order: Order) -> Path:
+    """The file that says that the cache holds what was ordered, of the code as it is now."""
+    said = (order, torch.__version__, torch.backends.cpu.get_cpu_capability())
+    digest = hashlib.sha256(repr(said).encode())
+    for source in sorted(Path(worldflux_dist.__file__).parent.rglob("*.py")):
+        digest.update(source.read_bytes())
+    return cache_folder() / f"{digest.hexdigest()[:32]}.done"
 
 
 class Ahead:
@@ -36,8 +59,8 @@ class Ahead:
     It ends with the process that started it, and leaves the cores to it when they are busy.
     """
 
-    def __init__(self, learner: Learner, batch: Any) -> None:
-        agent, self._began = learner.agent, time.monotonic()
+    def __init__(self, order: Order) -> None:
+        self._began = time.monotonic()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-m", "worldflux_dist.distributed.compiling"],
@@ -46,12 +69,8 @@ class Ahead:
             stderr=self._errors,
             env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache_folder())},
         )
-        made = {n: x for n, x in agent.recipe.items() if n != "packages"}
-        options = asdict(learner.config) | {"compile": True, "threads": torch.get_num_threads()}
-        forms = batch.map(lambda array: (array.shape, array.dtype.str))
         assert self._process.stdin is not None
         # Pickled by us for us, and small: nobody waits. The pipe is open while this process lives.
-        order = (made, options, learner.part, learner.rows, forms)
         self._process.stdin.write(pickle.dumps(order))
         self._process.stdin.flush()
 
@@ -82,6 +101,7 @@ class Auto:
         self._learner, self._steps, self._before = learner, steps, before
         self._taken, self._spent = -1, 0.0  # the first step is slower than all others
         self._ahead: Ahead | None = None
+        self._mark: Path | None = None
         off = os.environ.get("TORCH_COMPILE_DISABLE", "0") == "1"  # torch's own switch
         self._over = off or learner.device.type != "cpu"
 
@@ -93,10 +113,7 @@ class Auto:
         if self._ahead is None:
             self._taken += 1
             self._spent += seconds if self._taken else 0.0
-            if self._worth(COLD_S):
-                self._ahead, self._threads = Ahead(self._learner, batch), torch.get_num_threads()
-                torch.set_num_threads(max(1, self._threads - 1))
-            return ""
+            return self._begin(batch) if self._worth(WARM_S) else ""
         try:
             took = self._ahead.seconds()
         except RuntimeError as error:
@@ -105,9 +122,24 @@ class Auto:
         if took is None:
             return ""
         self._finish()
+        return self._take_up(f"another process took {took:.0f} s")
+
+    def _begin(self, batch: Any) -> str:
+        """Take up what an earlier run has compiled, or have it compiled where there is time."""
+        order = order_of(self._learner, batch)
+        self._mark = self._mark or mark_of(order)
+        if self._mark.exists():
+            self._over = True
+            return self._take_up("an earlier run has compiled them")
+        if self._worth(COLD_S):
+            self._ahead, self._threads = Ahead(order), torch.get_num_threads()
+            torch.set_num_threads(max(1, self._threads - 1))
+        return ""
+
+    def _take_up(self, how: str) -> str:
         self._before()
         self._learner.pieces = Pieces(*self._learner.agents)
-        return f"the learner's steps are compiled from here on; another process took {took:.0f} s"
+        return f"the learner's steps are compiled from here on; {how}"
 
     def _finish(self) -> None:
         self._over = True
@@ -126,7 +158,8 @@ class Auto:
 def _fill() -> None:
     """What the process of `Ahead` does."""
     os.nice(5)
-    made, options, part, rows, forms = pickle.load(sys.stdin.buffer)
+    order = pickle.load(sys.stdin.buffer)
+    mark, (made, options, part, rows, forms) = mark_of(order), order
     alone = threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(1)), daemon=True)
     alone.start()
     prepare()
@@ -136,6 +169,7 @@ def _fill() -> None:
         agent = Agent(spaces=Spaces.from_json(made.pop("spaces")), **made)
         batch = forms.map(lambda form: rng.random(form[0]).astype(form[1]))
         Learner(agent, LearnerConfig(**options), part, rows).step(batch)
+    mark.touch()
     os._exit(0)
 
 
