@@ -41,7 +41,7 @@ def test_a_batch_is_trained_on_where_it_lies_and_stays_as_it_is(family: str) -> 
     learner = Learner(agent, LearnerConfig(device="cpu"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tensors_of = batch.map(learner._tensor).columns()
+        tensors_of = learner.ahead(batch).tensors.columns()
         learner.step(batch)
     for name, value in batch.columns().items():
         assert np.shares_memory(tensors_of[name].numpy(), value)

@@ -22,7 +22,7 @@ import gymnasium
 import numpy as np
 import pytest
 
-from worldflux_dist import checkpoint, storage
+from worldflux_dist import checkpoint, moments, storage
 from worldflux_dist.agent import Agent
 from worldflux_dist.config import Config, from_dict, to_dict
 from worldflux_dist.distributed.run import RunDirectory, saved_config, storage_of
@@ -177,7 +177,7 @@ def test_what_a_learner_goes_on_with(learned: Path, tmp_path: Path) -> None:
     for path, new, value in mutations(saved):
         if len(path) < 5:
             (folder / "learner-agent.json").write_text(json.dumps(value))
-            reading((path, new), lambda: learner._load_optimizers(folder))
+            reading((path, new), lambda: moments.load(learner.optimizers, "agent", folder))
     assert not reading.bad, reading.bad[:20]
 
 

@@ -281,8 +281,6 @@ class Agent(nn.Module):
         """Roll the policy in the model from a first look at a batch of observations."""
         return self.world_model.rollout(self.world_model.encode(obs), self.behavior.act, horizon)
 
-    # --------------------------------------------------------------------------------- saving
-
     def inference_copies(self, part: str = "agent") -> dict[str, Tensor]:
         """Copies of the parameters of a part that acting needs: what runners are sent.
 
@@ -291,8 +289,7 @@ class Agent(nn.Module):
         wanted = self._needed(rolling=part == "world_model")
         return copies({n: x for n, x in self.part_state(part).items() if n.startswith(wanted)})
 
-    def inference_state(self, part: str = "agent") -> dict[str, np.ndarray]:
-        """`inference_copies` as arrays."""
+    def inference_state(self, part: str = "agent") -> dict[str, np.ndarray]:  # as arrays
         return arrays(self.inference_copies(part))
 
     def _needed(self, rolling: bool = False) -> tuple[str, ...]:
@@ -331,8 +328,7 @@ class Agent(nn.Module):
         return arrays(copies(self.part_state(part)))
 
     def load_files(self, folder: UPath, part: str = "agent") -> None:
-        """Take over a part's weights from where `save` wrote them. Raises CheckpointError if they
-        differ."""
+        """Take over a part's weights from the files of `save`. CheckpointError if they differ."""
         for name in PARTS if part == "agent" else (part,):
             path = folder / f"{name}.safetensors"
             arrays = storage.load_arrays(path)
@@ -347,16 +343,16 @@ class Agent(nn.Module):
             self.load_arrays(arrays)
 
     def save(self, folder: UPath | str, part: str = "agent") -> None:
-        """Write world_model.safetensors and behavior.safetensors, or that of one part, and, but for
-        the behavior alone, agent.json."""
+        """Write the `files` of all or of one part."""
         folder = storage.as_path(folder) if isinstance(folder, str) else folder
         storage.save_files(folder, self.files(part))
 
     def files(self, part: str = "agent") -> dict[str, Any]:
-        """What `save` writes, by file: copies of the weights, and JSON."""
-        names = PARTS if part == "agent" else (part,)
-        files: dict[str, Any] = {f"{n}.safetensors": copies(self.part_state(n)) for n in names}
-        return files | ({} if part == "behavior" else {"agent.json": self.recipe})
+        """What `save` writes, by file: copies of weights and, but for the behavior alone, JSON."""
+        files: dict[str, Any] = {} if part == "behavior" else {"agent.json": self.recipe}
+        for name in PARTS if part == "agent" else (part,):
+            files[f"{name}.safetensors"] = copies(self.part_state(name))
+        return files
 
     @classmethod
     def load(cls, path: UPath | str) -> Agent:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from worldflux_dist import moments, storage
-from worldflux_dist.agent import Agent, LossOf, StageOutput
+from worldflux_dist.agent import PARTS, Agent, LossOf, StageOutput
 from worldflux_dist.behaviors.actor_critic import ActorCritic
 from worldflux_dist.behaviors.base import Imagined
 from worldflux_dist.coarse import Coarse
@@ -302,14 +302,13 @@ class Learner:
 
     def write(self, files: dict[str, Any], folder: UPath) -> None:
         """Write what `files` gave, maybe beside later steps. Raises as `save`."""
-        for content in (x for name, x in files.items() if name.endswith(".safetensors")):
-            for name, value in content.items():
-                if value.is_floating_point() and not value.isfinite().all():
-                    raise NonFiniteLossError(
-                        f"the weights {name} are not finite at a checkpoint after gradient step "
-                        f"{self.gradient_steps}: lower the learning rate; the last checkpoint is "
-                        "kept"
-                    )
+        copied = {n: x for file in PARTS for n, x in files.get(f"{file}.safetensors", {}).items()}
+        for name, _ in self.agent.named_parameters():
+            if name in copied and not copied[name].isfinite().all():
+                raise NonFiniteLossError(
+                    f"the weights {name} are not finite after gradient step {self.gradient_steps}: "
+                    "lower the learning rate; the last checkpoint is kept"
+                )
         storage.save_files(folder, files)
 
     def load(self, folder: UPath, gradient_steps: int | None = None) -> None:
