@@ -48,6 +48,7 @@ ENDLESS = (
     "replay.capacity=1_000_000",
     "replay.flush_every=0.2",
     "learner.device=cpu",
+    "learner.threads=1",
 )
 BATCH_STEPS = 16 * 6
 TWO_IN_ACTORS = (

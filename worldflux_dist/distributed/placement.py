@@ -54,7 +54,7 @@ def place(
     RuntimeError, with nothing kept, where there is still no room, or when told to stop.
     """
     placement = Placement()
-    for role in plan.roles:
+    for role in sorted(plan.roles, key=lambda role: -role.share["CPU"]):  # while there is room
         groups = _groups(role) if plan.nodes else []
         placement.groups += groups
         options = {"num_cpus": role.share["CPU"], "num_gpus": role.share["GPU"]}
