@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -120,6 +121,17 @@ def test_room_that_is_there_is_never_missed(cluster: Cluster) -> None:
     with closing(place(plan)) as placement:
         assert len(placement.groups) == 7
         assert not any(_waiting(placement.groups) for _ in range(50))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_small_processes_leave_room_for_large_ones(cluster: Cluster) -> None:
+    """A learner as large as a node, beside runners that Ray would spread over all of them."""
+    plan = make_plan(3, join_cluster())
+    runner, shard, _ = plan.roles
+    learner = Need("learner", 1, 3, 200 * MB, "", {"CPU": 3, "GPU": 0})
+    with closing(place(replace(plan, roles=(runner, shard, learner)), timeout_s=10)) as placement:
+        assert len(placement.groups) == 5
 
 
 def test_on_one_machine_nothing_is_reserved() -> None:

@@ -37,7 +37,7 @@ class Held:
         self.gradient_steps += 1
         return {"number": float(batch)}
 
-    def inference_copies(self, part: str) -> dict[str, Any]:
+    def inference_state(self, part: str) -> dict[str, Any]:
         return {}
 
 

@@ -281,16 +281,15 @@ class Agent(nn.Module):
         """Roll the policy in the model from a first look at a batch of observations."""
         return self.world_model.rollout(self.world_model.encode(obs), self.behavior.act, horizon)
 
-    def inference_copies(self, part: str = "agent") -> dict[str, Tensor]:
+    # --------------------------------------------------------------------------------- saving
+
+    def inference_state(self, part: str = "agent") -> dict[str, Tensor]:
         """Copies of the parameters of a part that acting needs: what runners are sent.
 
         A world model that is published alone goes to imaginers, too, who roll it forward.
         """
         wanted = self._needed(rolling=part == "world_model")
         return copies({n: x for n, x in self.part_state(part).items() if n.startswith(wanted)})
-
-    def inference_state(self, part: str = "agent") -> dict[str, np.ndarray]:  # as arrays
-        return arrays(self.inference_copies(part))
 
     def _needed(self, rolling: bool = False) -> tuple[str, ...]:
         """Prefixes of what acting, and with `rolling` also imagining, needs."""

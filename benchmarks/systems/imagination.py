@@ -45,6 +45,7 @@ from worldflux_dist.distributed.roles import actor
 from worldflux_dist.distributed.weights import WEIGHTS, WeightStore
 from worldflux_dist.envs import EnvConfig, make_envs
 from worldflux_dist.envs.base import random_act
+from worldflux_dist.nn.memory import arrays
 from worldflux_dist.runner import EnvRunner
 from worldflux_dist.serve import replicas
 from worldflux_dist.serve.client import AsyncClient
@@ -239,7 +240,7 @@ def throughput(
 ) -> None:
     where = replicas.start(str(run), replicas.Serving(str(run), host="127.0.0.1", port=0), 2)
     store = actor(WeightStore, num_cpus=0).options(name=WEIGHTS).remote()
-    sent = ray.put(dreams.agent.inference_state("world_model"))
+    sent = ray.put(arrays(dreams.agent.inference_state("world_model")))
     ray.get(store.publish.remote("agent", (0, 1), [sent]))
     imaginer = actor(ImaginerActor, num_cpus=0).remote(settings, dreams.agent.spaces, 0)
     batch = Batch.from_columns(steps.columns())

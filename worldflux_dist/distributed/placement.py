@@ -54,7 +54,8 @@ def place(
     RuntimeError, with nothing kept, where there is still no room, or when told to stop.
     """
     placement = Placement()
-    for role in sorted(plan.roles, key=lambda role: -role.share["CPU"]):  # while there is room
+    for role in sorted(plan.roles, key=lambda role: -role.share["CPU"]):
+        # The largest first: Ray spreads small ones over nodes that a large one would have fitted.
         groups = _groups(role) if plan.nodes else []
         placement.groups += groups
         options = {"num_cpus": role.share["CPU"], "num_gpus": role.share["GPU"]}

@@ -118,7 +118,7 @@ class Rank:
 
     def _weights(self) -> tuple[Version, dict[str, Tensor]]:
         version = (self.generation, self.learner.gradient_steps)
-        return version, self.learner.agent.inference_copies(self.learner.part)
+        return version, self.learner.agent.inference_state(self.learner.part)
 
     def _between_steps(self, work: Callable[[], T]) -> Future[T]:
         """Have the thread of the steps do something after those that were begun."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Node = Mapping[str, float]  # its resources as Ray names them: CPU, GPU, memory in bytes
 MB = 1024**2
 PROCESS_BYTES = 400 * MB  # a Python process with torch and Ray loaded, measured
-CUDA_BYTES = 600 * MB  # of a GPU, for a process that uses it: CUDA's context and libraries
+CUDA_BYTES = 600 * MB  # CUDA's context and libraries in a process: assumed, not measured yet
 FOREVER = {"max_restarts": -1, "max_task_retries": 0}  # a call that failed is made again, elsewhere
 
 
