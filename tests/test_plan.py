@@ -182,7 +182,7 @@ def test_memory_on_gpus_is_counted_and_checked(
     """With nvidia-smi's answers, as of a machine with such GPUs."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     told = tmp_path / "nvidia-smi"
-    told.write_text('#!/bin/sh\ncase "$*" in *"-i 1") echo 900;; *) echo 9000; echo 900;; esac\n')
+    told.write_text('#!/bin/sh\ncase "$*" in *"-i 1") echo 900;; *) echo 1200; echo 900;; esac\n')
     told.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     settings = ["learner.device=auto", "model=dreamerv3:size12m", "replay.batch_size=4"]
@@ -193,9 +193,9 @@ def test_memory_on_gpus_is_counted_and_checked(
     assert weights > 4 * 10e6
     assert learner.on_gpu > roles.CUDA_BYTES + 7 * weights
     assert role(plan, "runner").on_gpu == 0
-    assert plan.gpu_bytes == (9000 * roles.MB, 900 * roles.MB)
+    assert plan.gpu_bytes == (1200 * roles.MB, 900 * roles.MB)
     plan.check()
-    assert any("9,900 MB of GPU memory" in line for line in plan.lines())
+    assert any("2,100 MB of GPU memory" in line for line in plan.lines())
     with pytest.raises(
         config.ConfigError, match=r"of GPU memory \(learner alone .* are free: raise"
     ):
